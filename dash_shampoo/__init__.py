@@ -1,0 +1,1 @@
+"""Distributed Shampoo with stacked blocks and fast batched inverse roots."""
