@@ -1,1 +1,38 @@
+"""Stacks: many small matrices in one tensor. Knows neither optimizers nor process groups."""
 
+from dash_shampoo.stacks.plan import (
+    ActiveBucket,
+    ActivePlan,
+    ActiveStack,
+    BlockSpec,
+    Bucket,
+    FactorSlots,
+    Rows,
+    StackPlan,
+    StackSpec,
+    activate,
+    num_rows,
+    plan_stacks,
+    split_rows,
+)
+from dash_shampoo.stacks.storage import MatrixStack, bind_, pack, unpack
+
+__all__ = [
+    "ActiveBucket",
+    "ActivePlan",
+    "ActiveStack",
+    "BlockSpec",
+    "Bucket",
+    "FactorSlots",
+    "MatrixStack",
+    "Rows",
+    "StackPlan",
+    "StackSpec",
+    "activate",
+    "bind_",
+    "num_rows",
+    "pack",
+    "plan_stacks",
+    "split_rows",
+    "unpack",
+]
