@@ -1,0 +1,244 @@
+"""What a user can ask for: the inverse-root solvers and how a stack is scaled for them.
+
+A config is given where Distributed Shampoo takes its own:
+``RootInvShampooPreconditionerConfig(amortized_computation_config=NewtonDBConfig())``. The base's
+`EigenConfig`, `CoupledNewtonConfig` and `CoupledHigherOrderConfig` are accepted as they are and
+keep the base's meaning.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from dash_shampoo.base import (
+    CoupledNewtonConfig,
+    RankDeficientStabilityConfig,
+    RootInvConfig,
+)
+
+__all__ = [
+    "ChebyshevConfig",
+    "FrobeniusScaling",
+    "MatmulPrecision",
+    "NewtonDBConfig",
+    "PowerIterationScaling",
+    "ScaledCoupledNewtonConfig",
+    "ScalingConfig",
+    "SpectrumRepairConfig",
+]
+
+MatmulPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""Precision of the operands of a product; sums are always fp32.
+
+"fp32" means the factor matrix's own dtype, so float64 stays float64, and never TF32.
+"""
+
+
+def _check(owner: object, name: str, is_allowed: bool, allowed: str) -> None:
+    """Refuse a field's value, naming the field, the value and what is allowed."""
+    if not is_allowed:
+        raise ValueError(
+            f"Invalid {name}={getattr(owner, name)!r} in {type(owner).__name__}: must be {allowed}."
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_matmul_precision(owner: object, value: str) -> None:
+    allowed = get_args(MatmulPrecision)
+    _check(owner, "matmul_precision", value in allowed, f"one of {', '.join(allowed)}")
+
+
+def _check_scaling(owner: object, value: object) -> None:
+    _check(owner, "scaling", isinstance(value, ScalingConfig), "a ScalingConfig")
+
+
+@dataclass(init=False, frozen=True)
+class ScalingConfig(ABC):
+    """How a solver finds s, by which it divides A so that the spectrum of A/s is at most about 1.
+
+    Abstract: use one of its subclasses.
+    """
+
+    @abstractmethod
+    def __init__(self) -> None: ...
+
+
+@dataclass(kw_only=True, frozen=True)
+class FrobeniusScaling(ScalingConfig):
+    """s = ‖A‖_F, a certified upper bound of λ_max, up to √N above it.
+
+    Choose this when in doubt: it costs no matmul and no iteration can leave its region of
+    convergence.
+    """
+
+
+@dataclass(kw_only=True, frozen=True)
+class PowerIterationScaling(ScalingConfig):
+    """s = safety_factor × the largest Rayleigh quotient after a few power iterations.
+
+    Choose this when the spectrum is flat, so that ‖A‖_F is far above λ_max and costs steps. It is
+    an estimate, not a bound: an unlucky start vector can miss the largest eigenvalue by more than
+    the safety factor. The start vectors are fixed (own generator), so replicas agree.
+
+    Attributes:
+        num_iterations (int): Power iterations, at least 1. (Default: 10)
+        num_vectors (int): Start vectors that are iterated at once; the paper uses 1 or 16.
+            (Default: 1)
+        safety_factor (float): Factor on the estimate, at least 1. (Default: 2.0)
+        matmul_precision (MatmulPrecision): Precision of the products A·V; the paper uses bf16.
+            (Default: "fp32")
+    """
+
+    num_iterations: int = 10
+    num_vectors: int = 1
+    safety_factor: float = 2.0
+    matmul_precision: MatmulPrecision = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("num_iterations", "num_vectors"):
+            value = getattr(self, name)
+            _check(self, name, _is_int(value) and value >= 1, "an integer of at least 1")
+        _check(self, "safety_factor", 1.0 <= self.safety_factor < float("inf"), "in [1, inf)")
+        _check_matmul_precision(self, self.matmul_precision)
+
+
+SpectrumRepair = Literal["shampoo", "abs", "abs_add", "relu"]
+
+
+@dataclass(kw_only=True)
+class SpectrumRepairConfig(RankDeficientStabilityConfig):
+    """The four repairs of the spectrum λ of A + εI that DASH offers with `eigen`.
+
+    - "shampoo": λ - min(λ_min, 0) + ε
+    - "abs": abs(λ - ε)
+    - "abs_add": abs(λ - ε) + ε
+    - "relu": λ - ε where that is positive and at least ε; the other directions are dropped
+      (their inverse root is 0), so the result has low rank.
+
+    Choose this to compare with DASH; `PerturbationConfig`, the base's default, serves otherwise.
+    Given as ``EigenConfig(rank_deficient_stability_config=SpectrumRepairConfig(method="abs"))``.
+
+    Attributes:
+        method (str): One of the four above. (Default: "shampoo")
+    """
+
+    method: SpectrumRepair = "shampoo"
+
+    def __post_init__(self) -> None:
+        allowed = get_args(SpectrumRepair)
+        _check(self, "method", self.method in allowed, f"one of {', '.join(allowed)}")
+
+
+@dataclass(kw_only=True)
+class ScaledCoupledNewtonConfig(CoupledNewtonConfig):
+    """Coupled inverse Newton iteration with a choice of scaling and matmul precision.
+
+    With `FrobeniusScaling` and "fp32" it is the base's `CoupledNewtonConfig`. Choose this when ten
+    steps are meant as a cheap damped root (``max_iterations=10``), or half-precision products are.
+
+    Attributes:
+        max_iterations (int): Cap on the steps. (Default: 100)
+        tolerance (float): A block is done once max|M - I| is at most this. (Default: 1e-6)
+        scaling (ScalingConfig): How s is found. (Default: FrobeniusScaling())
+        matmul_precision (MatmulPrecision): Precision of the products. (Default: "fp32")
+    """
+
+    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
+    matmul_precision: MatmulPrecision = "fp32"
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "max_iterations",
+            _is_int(self.max_iterations) and self.max_iterations >= 0,
+            "an integer of at least 0",
+        )
+        _check(self, "tolerance", self.tolerance >= 0.0, "at least 0")
+        _check_scaling(self, self.scaling)
+        _check_matmul_precision(self, self.matmul_precision)
+
+
+@dataclass(kw_only=True)
+class NewtonDBConfig(RootInvConfig):
+    """Newton-Denman-Beavers iteration for the roots 2, 4 and 8: a fixed number of steps, no sync.
+
+    Root 2 is one pass, root 4 two passes (the square root, then its inverse square root), root 8
+    three. Choose this to reproduce DASH. Ten steps converge up to a condition number of about
+    1e3; beyond it, one pass acts as a damping of about 2.5e-4·s, but two passes over-invert the
+    small eigenvalues. Half precision diverges on real factor matrices.
+
+    Attributes:
+        num_iterations (int): Steps of each pass, at least 1. (Default: 10)
+        scaling (ScalingConfig): How s is found. (Default: FrobeniusScaling())
+        matmul_precision (MatmulPrecision): Precision of the products. (Default: "fp32")
+        use_fused_matmul (bool): Whether the two updates of a step, Y·E and E·Z, are one batched
+            product over 2B matrices: fewer kernel launches for two copies of the stack. The
+            arithmetic is the same. (Default: False)
+    """
+
+    num_iterations: int = 10
+    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
+    matmul_precision: MatmulPrecision = "fp32"
+    use_fused_matmul: bool = False
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "num_iterations",
+            _is_int(self.num_iterations) and self.num_iterations >= 1,
+            "an integer of at least 1",
+        )
+        _check_scaling(self, self.scaling)
+        _check_matmul_precision(self, self.matmul_precision)
+
+
+ChebyshevEvaluation = Literal["baby_step_giant_step", "clenshaw"]
+
+
+@dataclass(kw_only=True)
+class ChebyshevConfig(RootInvConfig):
+    """A Chebyshev polynomial fitted to x^(-1/root) on [relative_epsilon, 1 + relative_epsilon].
+
+    It takes any positive root and needs no sync. Choose this to reproduce DASH, or for a root
+    that no Newton iteration has. One polynomial can't follow x^(-1/root) near 0: degree 100
+    leaves a relative error of 0.1 already at a condition number of 1e3.
+
+    Attributes:
+        degree (int): Degree of the polynomial, at least 1. (Default: 60)
+        relative_epsilon (float): Damping of the fit relative to s: the target is
+            (A/s + relative_epsilon·I)^(-1/root). In (0, 1]. (Default: 1e-10)
+        num_nodes (int): Chebyshev nodes of the fit, more than `degree`. (Default: 10000)
+        evaluation (str): "baby_step_giant_step" needs about 2√degree matmuls and the workspace of
+            as many stacks as there are baby steps (6 for degree 60); "clenshaw" needs degree - 1
+            matmuls and three stacks. (Default: "baby_step_giant_step")
+        scaling (ScalingConfig): How s is found. (Default: FrobeniusScaling())
+        matmul_precision (MatmulPrecision): Precision of the products. (Default: "fp32")
+    """
+
+    degree: int = 60
+    relative_epsilon: float = 1e-10
+    num_nodes: int = 10_000
+    evaluation: ChebyshevEvaluation = "baby_step_giant_step"
+    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
+    matmul_precision: MatmulPrecision = "fp32"
+
+    def __post_init__(self) -> None:
+        _check(
+            self, "degree", _is_int(self.degree) and self.degree >= 1, "an integer of at least 1"
+        )
+        _check(self, "relative_epsilon", 0.0 < self.relative_epsilon <= 1.0, "in (0, 1]")
+        _check(
+            self,
+            "num_nodes",
+            _is_int(self.num_nodes) and self.num_nodes > self.degree,
+            "an integer above degree",
+        )
+        allowed = get_args(ChebyshevEvaluation)
+        _check(self, "evaluation", self.evaluation in allowed, f"one of {', '.join(allowed)}")
+        _check_scaling(self, self.scaling)
+        _check_matmul_precision(self, self.matmul_precision)

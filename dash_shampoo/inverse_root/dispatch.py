@@ -1,0 +1,228 @@
+"""The one entry to all solvers: checks, dispatch by config, and what every solver shares.
+
+A solver is a function ``solver(A, root, config, epsilon) -> InverseRootResult`` on a clean stack:
+(B, N, N) with B, N >= 1, contiguous, float32 or float64, finite (blocks that were not are replaced
+by the identity, and their results discarded). It may not write to `A`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base import (
+    CoupledHigherOrderConfig,
+    CoupledNewtonConfig,
+    EigenConfig,
+    RootInvConfig,
+)
+from dash_shampoo.config import ChebyshevConfig, NewtonDBConfig, ScaledCoupledNewtonConfig
+from dash_shampoo.inverse_root import (
+    chebyshev,
+    coupled_higher_order,
+    coupled_newton,
+    eigen,
+    newton_db,
+)
+from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
+
+SolverFunction = Callable[[Tensor, Fraction, Any, float], InverseRootResult]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A solver and what it can do.
+
+    Attributes:
+        function (SolverFunction): The solver itself.
+        check (Callable): check(config, root) raises ValueError where it can't do them.
+    """
+
+    function: SolverFunction
+    check: Callable[[Any, Fraction], None]
+
+
+_SOLVERS: dict[type[RootInvConfig], Solver] = {
+    EigenConfig: Solver(eigen.eigen, eigen.check),
+    CoupledNewtonConfig: Solver(coupled_newton.coupled_newton, coupled_newton.check),
+    ScaledCoupledNewtonConfig: Solver(coupled_newton.scaled_coupled_newton, coupled_newton.check),
+    CoupledHigherOrderConfig: Solver(
+        coupled_higher_order.coupled_higher_order, coupled_higher_order.check
+    ),
+    NewtonDBConfig: Solver(newton_db.newton_db, newton_db.check),
+    ChebyshevConfig: Solver(chebyshev.chebyshev, chebyshev.check),
+}
+
+
+def as_root(root: int | float | Fraction) -> Fraction:
+    """Turn a root into a fraction; a float within round-off of a small fraction becomes it.
+
+    Args:
+        root: p of A^(-1/p), positive and finite.
+
+    Returns:
+        The root.
+
+    Raises:
+        ValueError: If `root` is not a positive finite number.
+
+    Examples:
+        >>> as_root(4), as_root(1 / 0.3), as_root(8 / 3)
+        (Fraction(4, 1), Fraction(10, 3), Fraction(8, 3))
+    """
+    if isinstance(root, bool) or not isinstance(root, (int, float, Fraction)):
+        raise ValueError(f"{root=} must be a positive number.")
+    if not 0 < root < float("inf"):
+        raise ValueError(f"{root=} must be positive and finite.")
+    exact = Fraction(root)
+    simple = exact.limit_denominator(1000)
+    return simple if abs(simple - exact) <= exact * Fraction(1, 10**14) else exact
+
+
+def find_solver(config: object) -> Solver:
+    """Find the solver of a config by its class, or else its nearest base class.
+
+    Args:
+        config: A solver config.
+
+    Returns:
+        The solver.
+
+    Raises:
+        ValueError: If no solver takes it.
+    """
+    for cls in type(config).__mro__:
+        if cls in _SOLVERS:
+            return _SOLVERS[cls]
+    known = ", ".join(cls.__name__ for cls in _SOLVERS)
+    raise ValueError(
+        f"No inverse-root solver takes {type(config).__name__}; there are solvers for {known}."
+    )
+
+
+def check_supported(config: RootInvConfig, root: int | float | Fraction) -> None:
+    """Refuse a config that no solver takes, or a root that its solver can't do.
+
+    Args:
+        config: A solver config.
+        root: p of A^(-1/p).
+
+    Raises:
+        ValueError: If there is no solver for the config, or the solver can't do the root.
+
+    Examples:
+        >>> check_supported(NewtonDBConfig(), 4)
+        >>> check_supported(NewtonDBConfig(), 3)
+        Traceback (most recent call last):
+        ValueError: root=3 is not one of 2, 4, 8, ...
+    """
+    find_solver(config).check(config, as_root(root))
+
+
+_DEFAULT_CONFIG = EigenConfig()
+
+
+def inverse_root(
+    A: Tensor,
+    root: int | float | Fraction,
+    config: RootInvConfig = _DEFAULT_CONFIG,
+    epsilon: float = 0.0,
+) -> InverseRootResult:
+    """A^(-1/root) for each block of a stack, by the solver of the config.
+
+    Every block is solved on its own: a block that holds NaN, or on which the solver fails, leaves
+    the others bit-identical, and is reported in `status` instead of by an exception.
+
+    Args:
+        A: (B, N, N) stack, (..., N, N), or one (N, N) matrix: symmetric positive semi-definite up
+            to rounding. float32 or float64; bf16 and fp16 are computed and returned in float32.
+            Not modified.
+        root: p of A^(-1/p), positive: 2 gives the inverse square root. A float may be a fraction
+            such as 1/0.3, with solvers that accept it.
+        config: The solver and its options. Default: `EigenConfig()`.
+        epsilon: Damping: epsilon·I is added to A, as the solver's own formula says. Default: 0.
+
+    Returns:
+        The roots in the shape of `A`, and per block the status, iterations and residual.
+
+    Raises:
+        ValueError: If the shape, dtype, root or epsilon is not one of the above, if no solver
+            takes the config, or the solver can't do the root.
+
+    Note:
+        Solvers with a fixed number of steps don't synchronise with the host; those with a
+        stopping rule do once per step, `eigen` inside the eigendecomposition.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([4.0, 16.0])).expand(3, 2, 2)
+        >>> result = inverse_root(A, root=2)
+        >>> result.value[0].diagonal().tolist(), result.status.tolist()
+        ([0.5, 0.25], [0, 0, 0])
+    """
+    fraction = as_root(root)
+    solver = find_solver(config)
+    solver.check(config, fraction)
+    stack = _as_stack(A)
+    if not 0.0 <= epsilon < float("inf"):
+        raise ValueError(f"{epsilon=} must be finite and at least 0.")
+    if stack.numel() == 0:
+        return replace(make_result(stack.clone()), value=stack.reshape(A.shape).clone())
+    is_finite = _is_finite_block(stack)
+    if _is_all(is_finite):
+        result = solver.function(stack, fraction, config, float(epsilon))
+    else:
+        identity = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+        clean = torch.where(is_finite[:, None, None], stack, identity)
+        result = solver.function(clean, fraction, config, float(epsilon))
+    return _finish(result, is_finite, A.shape)
+
+
+def _as_stack(A: Tensor) -> Tensor:
+    """Check the input and see it as a contiguous (B, N, N) stack in the compute dtype."""
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"A must be a stack of square matrices (..., N, N), not {tuple(A.shape)}.")
+    if not A.dtype.is_floating_point:
+        raise ValueError(f"A must be of a floating-point dtype, not {A.dtype}.")
+    A = A.detach()
+    if A.dtype not in (torch.float32, torch.float64):
+        A = A.float()
+    size = A.shape[-1]
+    num_blocks = A.shape[:-2].numel()
+    return A.reshape(num_blocks, size, size).contiguous()
+
+
+def _is_finite_block(A: Tensor) -> Tensor:
+    """(B,) bool: whether all entries of a block are finite."""
+    return torch.isfinite(A.abs().amax(dim=(-2, -1)))
+
+
+def _is_all(flags: Tensor) -> bool:
+    """Whether all flags hold, or False where only a host sync could tell (not on the CPU)."""
+    return flags.device.type == "cpu" and bool(flags.all())
+
+
+def _finish(
+    result: InverseRootResult, is_finite_input: Tensor, shape: torch.Size
+) -> InverseRootResult:
+    """Give every block that can't be used its status and NaN, and restore the input's shape."""
+    status, value = result.status, result.value
+    is_finite = _is_finite_block(value)
+    if not (_is_all(is_finite) and _is_all(is_finite_input)):
+        is_failed = status == int(InverseRootStatus.FAILED)
+        status = status.masked_fill(
+            ~is_finite & ~is_failed, int(InverseRootStatus.NON_FINITE_RESULT)
+        )
+        status = status.masked_fill(~is_finite_input, int(InverseRootStatus.NON_FINITE_INPUT))
+    is_bad = (
+        (status == int(InverseRootStatus.NON_FINITE_INPUT))
+        | (status == int(InverseRootStatus.NON_FINITE_RESULT))
+        | (status == int(InverseRootStatus.FAILED))
+    )
+    if not _is_all(~is_bad):
+        value = value.masked_fill(is_bad[:, None, None], torch.nan)
+    return replace(result, value=value.reshape(shape), status=status)

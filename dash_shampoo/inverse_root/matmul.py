@@ -1,0 +1,212 @@
+"""Batched matrix products at a stated precision, each of them counted.
+
+Shape suffixes: A_BNN is a stack of B blocks of N×N; K is a number of columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.config import MatmulPrecision
+
+_HALF_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# torch has one process-wide switch for TF32 and no argument for it.
+_TF32_LOCK = threading.Lock()
+
+
+@dataclass
+class MatmulCounter:
+    """Counts batched matmuls in units of one (B, N, N) @ (B, N, N) product of the whole stack.
+
+    Attributes:
+        num_blocks (int): B, the blocks of the whole stack.
+        total (float): Products performed; those over a part of the stack count by their share.
+        symmetric (float): Those of `total` whose product is symmetric by structure.
+    """
+
+    num_blocks: int
+    total: float = 0.0
+    symmetric: float = 0.0
+
+    def add(self, rows: int, *, share: float = 1.0, is_symmetric: bool = False) -> None:
+        """Count one batched product over `rows` blocks.
+
+        Args:
+            rows: Number of N×N products in the batch; twice B counts as two.
+            share: The product's cost relative to N×N times N×N (K / N for K columns).
+            is_symmetric: Whether the product is symmetric by structure.
+        """
+        cost = rows / max(self.num_blocks, 1) * share
+        self.total += cost
+        if is_symmetric:
+            self.symmetric += cost
+
+
+def round_to_tf32(A: Tensor) -> Tensor:
+    """Round float32 values to TF32's 10 bits of mantissa, ties to even.
+
+    Args:
+        A: float32 tensor of any shape, finite.
+
+    Returns:
+        A new float32 tensor of the same shape.
+
+    Examples:
+        >>> round_to_tf32(torch.tensor([1.0, 1.0 + 2.0**-10, 1.0 + 2.0**-12])).tolist()
+        [1.0, 1.0009765625, 1.0]
+    """
+    bits = A.contiguous().view(torch.int32)
+    last_kept = (bits >> 13) & 1
+    return ((bits + (last_kept + 0xFFF)) & ~0x1FFF).view(torch.float32)
+
+
+@contextlib.contextmanager
+def _tf32_switch(is_allowed: bool) -> Iterator[None]:
+    """Set torch's process-wide TF32 switch for one product, only where it stands otherwise.
+
+    The switch is read when the product is launched, so it is held for microseconds. Another
+    thread that launches an fp32 product in this very window sees it; our own threads wait.
+    """
+    matmul = torch.backends.cuda.matmul
+    with _TF32_LOCK:
+        try:
+            is_legacy, current = True, bool(matmul.allow_tf32)
+        except RuntimeError:  # the program uses the newer `fp32_precision` setting
+            is_legacy, current = False, matmul.fp32_precision == "tf32"
+        if current == is_allowed:
+            yield
+            return
+        fp32_precision = getattr(matmul, "fp32_precision", None)
+        float32_matmul_precision = torch.get_float32_matmul_precision() if is_legacy else None
+        try:
+            if is_legacy:
+                matmul.allow_tf32 = is_allowed
+            else:
+                matmul.fp32_precision = "tf32" if is_allowed else "ieee"
+            yield
+        finally:
+            if float32_matmul_precision is not None:
+                torch.set_float32_matmul_precision(float32_matmul_precision)
+            if fp32_precision is not None:
+                matmul.fp32_precision = fp32_precision
+
+
+class Matmul:
+    """Batched products at one precision: rounded operands, fp32 accumulation, fp32 result.
+
+    - "fp32": the operands' own dtype (float64 stays float64), never TF32.
+    - "tf32": CUDA: TF32 tensor cores. CPU: the operands are rounded to TF32.
+    - "bf16", "fp16": CUDA: half-precision operands, accumulated and returned in fp32.
+      CPU, and float64 operands: the operands are rounded, then multiplied as they are.
+
+    Args:
+        precision: The precision of the operands.
+        counter: Where the products are counted.
+
+    Note:
+        No host sync. torch has only a process-wide switch for TF32: where it stands otherwise
+        than asked for here, it is set for the launch of this one product and put back.
+
+    Examples:
+        >>> counter = MatmulCounter(num_blocks=2)
+        >>> matmul = Matmul("fp32", counter)
+        >>> A = torch.eye(3).expand(2, 3, 3)
+        >>> torch.equal(matmul(A, A), A), counter.total
+        (True, 1.0)
+    """
+
+    def __init__(self, precision: MatmulPrecision, counter: MatmulCounter) -> None:
+        self.precision = precision
+        self.counter = counter
+
+    def round(self, A: Tensor) -> Tensor:
+        """Round an operand to the precision; worth calling for one that is used several times.
+
+        Args:
+            A: (..., N, K) operand; one that was rounded before comes back as it is.
+
+        Returns:
+            The rounded operand, on CUDA in the half dtype itself.
+        """
+        if self.precision == "fp32":
+            return A
+        half_dtype = _HALF_DTYPES.get(self.precision)
+        if half_dtype is not None:
+            if A.dtype == half_dtype:
+                return A
+            rounded = A.to(half_dtype)
+            return rounded if _can_use_half_operands(A) else rounded.to(A.dtype)
+        if A.is_cuda and A.dtype == torch.float32:
+            return A  # the tensor cores round
+        return round_to_tf32(A.float()).to(A.dtype)
+
+    def __call__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        *,
+        is_symmetric: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """A @ B for each block.
+
+        Args:
+            A: (B, N, N) left operands, possibly rounded before.
+            B: (B, N, K) right operands, possibly rounded before.
+            is_symmetric: Whether the product is symmetric by structure (S·S, or U·M·U of a
+                commuting pair). It is counted apart, and may be computed as one triangle.
+            out: (B, N, K) tensor to write to; must not overlap the operands.
+
+        Returns:
+            (B, N, K) products in the compute dtype.
+        """
+        self.counter.add(
+            A.shape[0], share=B.shape[-1] / max(B.shape[-2], 1), is_symmetric=is_symmetric
+        )
+        A, B = self.round(A), self.round(B)
+        if A.dtype in (torch.bfloat16, torch.float16):
+            if out is None:
+                return torch.bmm(A, B, out_dtype=torch.float32)
+            return torch.bmm(A, B, out_dtype=torch.float32, out=out)
+        if A.is_cuda and A.dtype == torch.float32:
+            with _tf32_switch(self.precision == "tf32"):
+                return torch.bmm(A, B, out=out) if out is not None else torch.bmm(A, B)
+        return torch.bmm(A, B, out=out) if out is not None else torch.bmm(A, B)
+
+    def power(self, A: Tensor, exponent: int) -> Tensor:
+        """A^exponent of symmetric blocks by repeated squaring.
+
+        Args:
+            A: (B, N, N) symmetric blocks.
+            exponent: A positive integer.
+
+        Returns:
+            (B, N, N) powers; `A` itself for exponent 1.
+
+        Note:
+            floor(log2(exponent)) squarings, and one product less than the binary ones of the
+            exponent. All of them are symmetric by structure.
+        """
+        if exponent < 1:
+            raise ValueError(f"{exponent=} must be a positive integer.")
+        square, result = A, None
+        while True:
+            if exponent & 1:
+                result = square if result is None else self(result, square, is_symmetric=True)
+            exponent >>= 1
+            if exponent == 0:
+                assert result is not None
+                return result
+            square = self(square, square, is_symmetric=True)
+
+
+def _can_use_half_operands(A: Tensor) -> bool:
+    """Whether torch multiplies half-precision operands into an fp32 result on A's device."""
+    return A.is_cuda and A.dtype == torch.float32
