@@ -16,14 +16,17 @@ from dash_shampoo.base import (
     CoupledNewtonConfig,
     RankDeficientStabilityConfig,
     RootInvConfig,
+    RootInvShampooPreconditionerConfig,
 )
 
 __all__ = [
     "ChebyshevConfig",
+    "DashShampooPreconditionerConfig",
     "FrobeniusScaling",
     "MatmulPrecision",
     "NewtonDBConfig",
     "PowerIterationScaling",
+    "SafetyConfig",
     "ScaledCoupledNewtonConfig",
     "ScalingConfig",
     "SpectrumRepairConfig",
@@ -242,3 +245,85 @@ class ChebyshevConfig(RootInvConfig):
         _check(self, "evaluation", self.evaluation in allowed, f"one of {', '.join(allowed)}")
         _check_scaling(self, self.scaling)
         _check_matmul_precision(self, self.matmul_precision)
+
+
+SafetyPolicy = Literal["eigen", "keep", "raise"]
+
+
+@dataclass(kw_only=True)
+class SafetyConfig:
+    """What happens to a block whose inverse root is not to be trusted.
+
+    Without it the base's own rules hold: a factor matrix or a root that is not finite raises, a failed
+    computation keeps the previous root and raises when `num_tolerated_failed_amortized_computations`
+    in a row is exceeded. With it, a root is also checked by a sketched residual
+    ‖Xᵖ(A + damping·I)v − v‖ / ‖v‖, a gradient whose squares overflow counts as zero for its block, and
+    every bad block is handled alone. Choose this when a run must survive whatever it meets.
+
+    Attributes:
+        policy (str): "eigen" computes the bad blocks again by an eigendecomposition of the factor with the
+            same damping (and keeps the previous root where that fails too); "keep" keeps the previous
+            root; "raise" raises `PreconditionerValueError` naming the parameter. (Default: "eigen")
+        residual_threshold (float | None): A root with a larger residual is bad; None checks for finite values alone,
+            for solvers that are stopped early on purpose (Newton-DB). Range (0, ∞). (Default: 0.3)
+        check_interval (int): The host looks at the outcomes every so many refreshes of the inverse roots: one
+            host synchronisation each. In between bad blocks keep their previous root. (Default: 1)
+    """
+
+    policy: SafetyPolicy = "eigen"
+    residual_threshold: float | None = 0.3
+    check_interval: int = 1
+
+    def __post_init__(self) -> None:
+        allowed = get_args(SafetyPolicy)
+        _check(self, "policy", self.policy in allowed, f"one of {', '.join(allowed)}")
+        _check(
+            self,
+            "residual_threshold",
+            self.residual_threshold is None or self.residual_threshold > 0.0,
+            "above 0, or None",
+        )
+        _check(
+            self,
+            "check_interval",
+            _is_int(self.check_interval) and self.check_interval >= 1,
+            "an integer of at least 1",
+        )
+
+
+@dataclass(kw_only=True)
+class DashShampooPreconditionerConfig(RootInvShampooPreconditionerConfig):
+    """`RootInvShampooPreconditionerConfig` with the options of the stacked computation.
+
+    The plain config is stacked too, with the defaults of this one. Choose this to set a cap on the
+    solver's memory, or how bad blocks are handled.
+
+    Attributes:
+        max_workspace_bytes (int): Cap in bytes on the temporaries of one batched solve; a larger stack is
+            solved in chunks, with the same result. (Default: 2**30)
+        use_fused_factor_update (bool): Accumulate the factor matrices by one `baddbmm` instead of a matmul, a
+            product and a sum: less memory traffic, but the rounding differs from the base's. Needs
+            `use_symmetric_packing=False`. (Default: False)
+        safety (SafetyConfig | None): How inverse roots are checked and bad blocks handled; None keeps the base's rules.
+            (Default: None)
+    """
+
+    max_workspace_bytes: int = 2**30
+    use_fused_factor_update: bool = False
+    safety: SafetyConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            self,
+            "max_workspace_bytes",
+            _is_int(self.max_workspace_bytes) and self.max_workspace_bytes >= 1,
+            "an integer of at least 1",
+        )
+        _check(
+            self,
+            "use_fused_factor_update",
+            not (self.use_fused_factor_update and self.use_symmetric_packing),
+            "False with use_symmetric_packing=True, since packed factor matrices can't be updated "
+            "by one matmul",
+        )

@@ -96,7 +96,7 @@ class DashShampoo(DistributedShampoo):
         assert isinstance(preconditioner_config, RootInvShampooPreconditionerConfig)
         solver = preconditioner_config.amortized_computation_config
         # The base swallows an unknown solver as a failed computation, so it must be refused here.
-        check_supported(solver, None)
+        check_supported(solver)
         base_list = super()._preconditioner_config_to_list_cls(
             state_lists, group, _config_for_base(preconditioner_config)
         )

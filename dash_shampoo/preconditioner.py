@@ -15,7 +15,7 @@ from torch import Tensor
 from dash_shampoo.base import EigenConfig, RootInvConfig, RootInvShampooPreconditionerList
 from dash_shampoo.config import DashShampooPreconditionerConfig
 from dash_shampoo.failures import FailureLedger
-from dash_shampoo.inverse_root import InverseRootStatus, check_supported, inverse_root
+from dash_shampoo.inverse_root import check_supported, inverse_root
 from dash_shampoo.stacks import (
     ActiveBucket,
     ActivePlan,
@@ -119,7 +119,6 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         self._preconditioner_config = options
         self._options = options
         blocks = self._local_kronecker_factors_unwrapped
-        check_supported(options.amortized_computation_config, None)
         for root in {root for block in blocks for root in block.roots}:
             check_supported(options.amortized_computation_config, root)
 
@@ -280,10 +279,10 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         dtype = self._options.inv_factor_matrix_dtype
         numbers = {factor.dimension: n for n, factor in enumerate(bucket.bucket.factors)}
         result = grads
-        for dimension in range(grads.dim() - 1):
+        for dimension, size in enumerate(grads.shape[1:]):
             number = numbers.get(dimension)
             # (K, d_k, rest) → (K, rest, d_k)
-            front = _unfold(result, 0).mT
+            front = result.reshape(len(grads), size, _rest(grads, size)).mT
             if number is None or number == skipped:
                 result = front
             else:
@@ -318,16 +317,13 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         Returns:
             (K,) status of each row. Only rows with a usable root are written.
         """
-        safety = self._options.safety
-        threshold = None if safety is None else safety.residual_threshold
         result = inverse_root(
             self._bias_corrected(number, rows),
             root=self._plan.stacks[number].root,
             config=config,
             epsilon=self._epsilon,
-            residual_threshold=threshold,
         )
-        usable = result.status <= InverseRootStatus.MAX_ITERATIONS
+        usable = result.is_usable
         stack = self._inverse_factors[number]
         value = result.value
         # Reading a status on the CPU costs nothing; on an accelerator it would stall the queue.
@@ -377,8 +373,12 @@ class StackedRootInvKLShampooPreconditionerList(StackedRootInvShampooPreconditio
 def _unfold(blocks: Tensor, dimension: int) -> Tensor:
     """Mode-k unfoldings (K, d_k, numel / d_k) of blocks (K, *shape)."""
     size = blocks.size(dimension + 1)
-    rest = math.prod(blocks.shape[1:]) // size if size else 0
-    return blocks.movedim(dimension + 1, 1).reshape(len(blocks), size, rest)
+    return blocks.movedim(dimension + 1, 1).reshape(len(blocks), size, _rest(blocks, size))
+
+
+def _rest(blocks: Tensor, size: int) -> int:
+    """The number of columns of an unfolding with `size` rows of blocks (K, *shape)."""
+    return math.prod(blocks.shape[1:]) // size if size else 0
 
 
 def _zero_overflowing(grads: Tensor) -> Tensor:

@@ -105,12 +105,12 @@ def find_solver(config: object) -> Solver:
     )
 
 
-def check_supported(config: RootInvConfig, root: int | float | Fraction) -> None:
+def check_supported(config: RootInvConfig, root: int | float | Fraction | None = None) -> None:
     """Refuse a config that no solver takes, or a root that its solver can't do.
 
     Args:
         config: A solver config.
-        root: p of A^(-1/p).
+        root: p of A^(-1/p); None checks the config alone.
 
     Raises:
         ValueError: If there is no solver for the config, or the solver can't do the root.
@@ -121,7 +121,9 @@ def check_supported(config: RootInvConfig, root: int | float | Fraction) -> None
         Traceback (most recent call last):
         ValueError: root=3 is not one of 2, 4, 8, ...
     """
-    find_solver(config).check(config, as_root(root))
+    solver = find_solver(config)
+    if root is not None:
+        solver.check(config, as_root(root))
 
 
 _DEFAULT_CONFIG = EigenConfig()
