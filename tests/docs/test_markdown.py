@@ -1,0 +1,131 @@
+"""What README.md and the other documents show is run, or at least exists."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.docs.markdown import ROOT, Block, blocks, commands, make_targets, table
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "patches/README.md")
+# Blocks that need several processes or a GPU are marked ```python fragment: compiled, not run.
+FRAGMENT = "fragment"
+
+
+def python_blocks(document: str) -> list[Block]:
+    return [b for b in blocks((ROOT / document).read_text()) if b.info.split(" ")[0] == "python"]
+
+
+def run_blocks(found: list[Block], name: str) -> int:
+    """Runs the blocks one after the other in one namespace; returns how many were run."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    count = 0
+    for block in found:
+        # Empty lines before the text let a traceback show the line of the document.
+        code = compile("\n" * (block.line - 1) + block.text, name, "exec")
+        if FRAGMENT not in block.info.split(" "):
+            exec(code, namespace)
+            count += 1
+    return count
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_blocks(python_blocks("README.md"), "README.md") >= 2
+
+
+def test_a_broken_block_fails():
+    assert run_blocks(blocks("```python\nx = 1\n```\n\n```python\nassert x == 1\n```\n"), "ok") == 2
+    with pytest.raises(AssertionError):
+        run_blocks(blocks("```python\nassert False\n```\n"), "bad")
+    with pytest.raises(SyntaxError):
+        run_blocks(blocks("```python fragment\nx = = 1\n```\n"), "bad")
+    with pytest.raises(ValueError, match="never closed"):
+        blocks("```python\n")
+
+
+def unknown_commands(text: str, targets: set[str]) -> list[str]:
+    """What a document tells the reader to call and does not exist."""
+    wrong = []
+    for words in commands(text):
+        program, *arguments = words
+        if program == "make":
+            names = [a for a in arguments if "=" not in a and not a.startswith("-")]
+            wrong += [f"make {name}" for name in names if name not in targets]
+        elif program == "dash-shampoo" and arguments and not arguments[0].startswith("-"):
+            if not has_subcommand(arguments[0]):
+                wrong.append(f"dash-shampoo {arguments[0]}")
+            wrong += [a for a in arguments[1:] if not has_option_file(a)]
+        elif program in ("python", "bash"):
+            paths = [a for a in arguments if re.fullmatch(r"[\w./-]+\.(py|sh)|\.ci/run", a)]
+            wrong += [path for path in paths[:1] if not (ROOT / path).is_file()]
+    return wrong
+
+
+def has_option_file(argument: str) -> bool:
+    """Whether `group=name` names a YAML file, for the groups that are folders of configs/."""
+    group, _, name = argument.lstrip("+").partition("=")
+    folder = ROOT / "configs" / group
+    return not name or not folder.is_dir() or (folder / f"{name}.yaml").is_file()
+
+
+_SUBCOMMANDS: dict[str, bool] = {}
+
+
+def has_subcommand(name: str) -> bool:
+    if name not in _SUBCOMMANDS:
+        script = "import sys; from dash_shampoo.cli.main import main; sys.exit(main())"
+        command = [sys.executable, "-c", script, name, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        _SUBCOMMANDS[name] = done.returncode == 0
+    return _SUBCOMMANDS[name]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_exist(document):
+    text = (ROOT / document).read_text()
+    assert list(commands(text)), f"{document} shows no command"
+    assert unknown_commands(text, make_targets((ROOT / "Makefile").read_text())) == []
+
+
+def test_unknown_commands_are_found():
+    text = """Run `make nothing` or `make test ARGS="-x"`, `dash-shampoo nothing`.
+
+```sh
+$ git clone x && make other PYTHON=python3.12  # make comment
+OMP_NUM_THREADS=1 python benchmarks/nothing.py --threads 2
+```
+"""
+    expected = ["make other", "benchmarks/nothing.py", "make nothing", "dash-shampoo nothing"]
+    assert unknown_commands(text, {"test"}) == expected
+    assert {"test", "lint", "demo", "help", "install-meta"} <= make_targets(
+        (ROOT / "Makefile").read_text()
+    )
+
+
+def broken_links(document: str, text: str) -> list[str]:
+    """Relative links whose file does not exist; addresses and anchors are not followed."""
+    targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", text)
+    here = (ROOT / document).parent
+    return [t for t in targets if "://" not in t and not (here / t).exists()]
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])
+def test_links_lead_somewhere(document):
+    assert broken_links(document, (ROOT / document).read_text()) == []
+
+
+def test_broken_links_are_found():
+    text = "[a](README.md) [b](nothing.md#x) [c](https://example.org/x) [d](#anchor)"
+    assert broken_links("README.md", text) == ["nothing.md"]
+
+
+def test_layering_table_of_contributing_is_the_tested_one():
+    from tests.test_layering import MAY_IMPORT
+
+    rows = table((ROOT / "CONTRIBUTING.md").read_text(), "Room")
+    names = {
+        row[0].strip("`"): set(re.findall(r"`(\w+)`", row[-1])) for row in rows if row[0] != ""
+    }
+    assert names == MAY_IMPORT

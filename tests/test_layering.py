@@ -1,0 +1,217 @@
+"""Who may import whom, checked over the syntax trees of the package.
+
+The same table stands in CONTRIBUTING.md; `tests/docs/test_contributing.py` compares the two.
+"""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "dash_shampoo"
+ROOT = Path(__file__).resolve().parents[1] / PACKAGE
+
+# A room is a module or a package directly below dash_shampoo; "dash_shampoo" is its __init__.py.
+MAY_IMPORT: dict[str, set[str]] = {
+    "base": set(),
+    "kernels": set(),
+    "stacks": set(),
+    "config": {"base"},
+    "inverse_root": {"config", "kernels"},
+    "failures": {"base", "config", "inverse_root"},
+    "preconditioner": {"base", "config", "stacks", "inverse_root", "failures"},
+    "optimizer": {"base", "config", "preconditioner"},
+    "dash_shampoo": {"base", "config", "optimizer"},
+    "cli": {"dash_shampoo", "inverse_root"},
+}
+# What is imported by everyone is torch; the rest by these rooms (or files) alone.
+THIRD_PARTY: dict[str, set[str]] = {
+    "kernels": {"triton"},
+    "cli": {"hydra", "omegaconf", "matplotlib", "tqdm", "numpy"},
+}
+DOOR = "dash_shampoo.base"
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    parts = [PACKAGE, *path.relative_to(root).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else PACKAGE
+
+
+def sources(root: Path = ROOT) -> dict[str, str]:
+    return {module_name(path, root): path.read_text() for path in sorted(root.rglob("*.py"))}
+
+
+def imports(module: str, source: str, modules: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that `source` imports, relative imports resolved.
+
+    `from dash_shampoo import x` counts as an import of the module `dash_shampoo.x` where there is one.
+    So does an attribute `dash_shampoo.x`, and a literal argument of `import_module` and `__import__`.
+    """
+    own_names: dict[str, str] = {}
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+                if alias.name.split(".")[0] == PACKAGE:
+                    own_names[alias.asname or PACKAGE] = alias.name if alias.asname else PACKAGE
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                is_package = any(other.startswith(f"{module}.") for other in modules)
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                origin = ".".join([*parents, origin]).rstrip(".")
+            for alias in node.names:
+                full = f"{origin}.{alias.name}"
+                yield node.lineno, full if full in modules else origin
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = ast.unparse(node.func).split(".")[-1]
+            if function in ("import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            full = f"{own_names.get(node.value.id, '')}.{node.attr}"
+            if full in modules:
+                yield node.lineno, full
+
+
+def violations(files: dict[str, str]) -> list[str]:
+    modules = set(files)
+    found = set()
+    for module, source in files.items():
+        room = room_of(module)
+        for line, target in imports(module, source, modules):
+            top = target.split(".")[0]
+            where = f"{module}:{line}"
+            if top == PACKAGE:
+                other = room_of(target)
+                if other != room and other not in MAY_IMPORT.get(room, set()):
+                    found.add(f"{where} {room} must not import {other}")
+                if room == "cli" and other == "inverse_root" and target.count(".") > 1:
+                    found.add(f"{where} cli must not look inside inverse_root")
+            elif top == "distributed_shampoo":
+                if module != DOOR:
+                    found.add(f"{where} only {DOOR} imports distributed_shampoo")
+            elif top not in sys.stdlib_module_names | {"torch"} | THIRD_PARTY.get(room, set()):
+                found.add(f"{where} {room} must not import {top}")
+    return sorted(found)
+
+
+def test_discovery_finds_every_room():
+    rooms = {room_of(module) for module in sources()}
+    assert rooms == set(MAY_IMPORT), "Give a new room its row in MAY_IMPORT and in CONTRIBUTING.md."
+    assert len(sources()) >= 15
+
+
+def test_the_table_has_no_cycle():
+    order: list[str] = []
+
+    def visit(room: str, above: tuple[str, ...]) -> None:
+        assert room not in above, f"{' -> '.join(above)} -> {room}"
+        for other in sorted(MAY_IMPORT[room]):
+            visit(other, (*above, room))
+        if room not in order:
+            order.append(room)
+
+    for room in MAY_IMPORT:
+        visit(room, ())
+    assert order.index("base") < order.index("optimizer") < order.index("cli")
+
+
+def test_rooms_import_only_what_they_may():
+    assert violations(sources()) == []
+
+
+BAD = [
+    ("stacks.plan", "from dash_shampoo.config import NewtonDBConfig", "stacks must not import config"),
+    ("stacks.plan", "from ..config import NewtonDBConfig", "stacks must not import config"),
+    ("stacks.plan", "from .. import config", "stacks must not import config"),
+    ("stacks", "from .plan import x\nfrom ..config import x", "stacks must not import config"),
+    ("config", "from dash_shampoo import inverse_root", "config must not import inverse_root"),
+    ("config", "def f():\n    import dash_shampoo.optimizer", "config must not import optimizer"),
+    ("config", "import dash_shampoo.base\ndash_shampoo.stacks.plan", "config must not import stacks"),
+    ("inverse_root", "from dash_shampoo.base import DistributedShampoo", "must not import base"),
+    ("kernels", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dash_shampoo import config",
+     "kernels must not import config"),
+    ("optimizer", "import importlib\nimportlib.import_module('dash_shampoo.stacks.plan')",
+     "optimizer must not import stacks"),
+    ("cli.main", "import dash_shampoo as ds\nds.stacks.plan_stacks", "cli must not import stacks"),
+    ("cli.main", "from dash_shampoo.base import name", "cli must not import base"),
+    ("cli.main", "from dash_shampoo.inverse_root.newton_db import x", "cli must not look inside"),
+    ("config", "import dash_shampoo", "config must not import dash_shampoo"),
+    ("optimizer", "import distributed_shampoo", "only dash_shampoo.base imports"),
+    ("base.embedded", "from distributed_shampoo.shampoo_types import PARAMS", "only dash_shampoo.base"),
+    ("optimizer", "import numpy as np", "optimizer must not import numpy"),
+    ("inverse_root.newton_db", "import triton", "inverse_root must not import triton"),
+    ("cli.train", "import transformers", "cli must not import transformers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "source", "message"), BAD)
+def test_the_checker_catches(module, source, message):
+    files = {f"{PACKAGE}.{name}": "" for name in MAY_IMPORT if name != PACKAGE}
+    files |= {PACKAGE: "", f"{PACKAGE}.stacks.plan": "", f"{PACKAGE}.inverse_root.newton_db": ""}
+    assert violations(files) == []
+    found = violations(files | {f"{PACKAGE}.{module}": source})
+    assert len(found) == 1
+    assert message in found[0]
+
+
+GOOD = [
+    (
+        "preconditioner",
+        "from dash_shampoo.stacks import plan_stacks\nimport torch.nn.functional as F",
+    ),
+    ("stacks", "from dash_shampoo.stacks.plan import plan_stacks"),
+    (
+        "cli.main",
+        "import dash_shampoo as ds\nds.DashShampoo\nfrom dash_shampoo import NewtonDBConfig",
+    ),
+    ("cli.main", "from dash_shampoo.inverse_root import inverse_root\nimport hydra"),
+    ("base", "import importlib\nfrom distributed_shampoo import DistributedShampoo"),
+    ("kernels", "try:\n    import triton\nexcept ModuleNotFoundError:\n    triton = None"),
+    ("config", "import math\nfrom collections.abc import Sequence"),
+]
+
+
+@pytest.mark.parametrize(("module", "source"), GOOD)
+def test_the_checker_allows(module, source):
+    files = {f"{PACKAGE}.{name}": "" for name in MAY_IMPORT if name != PACKAGE}
+    files |= {PACKAGE: "", f"{PACKAGE}.stacks.plan": ""}
+    assert violations(files | {f"{PACKAGE}.{module}": source}) == []
+
+
+def test_the_package_runs_with_torch_alone():
+    """Everything that an import may find missing on a user's machine is made missing here."""
+    script = """
+        import sys
+
+        class Missing:
+            names = {"distributed_shampoo", "triton", "hydra", "omegaconf", "matplotlib", "tqdm",
+                     "numpy", "scipy", "pytest", "yaml"}
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in self.names:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, Missing())
+        import torch, dash_shampoo
+        p = torch.nn.Parameter(torch.ones(4, 4))
+        p.grad = torch.eye(4)
+        dash_shampoo.DashShampoo([p], lr=0.1).step()
+        assert dash_shampoo.base.name == "embedded"
+        assert not torch.equal(p, torch.ones(4, 4))
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
