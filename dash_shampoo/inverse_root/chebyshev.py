@@ -1,19 +1,258 @@
-"""To be written: the solver of this name."""
+"""One Chebyshev polynomial of the scaled stack, for any root.
+
+Shape suffixes: A_BNN is a stack of B blocks of N×N.
+"""
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
-from typing import Any
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
-from dash_shampoo.inverse_root.result import InverseRootResult
+from dash_shampoo.config import ChebyshevConfig
+from dash_shampoo.inverse_root.blocks import (
+    affine_identity_,
+    damped,
+    diagonal,
+    per_block,
+    rescaled_symmetric,
+)
+from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
+from dash_shampoo.inverse_root.result import InverseRootResult, make_result
+from dash_shampoo.inverse_root.scaling import compute_scale
 
 
-def chebyshev(A: Tensor, root: Fraction, config: Any, epsilon: float) -> InverseRootResult:
-    """Not written yet."""
-    raise NotImplementedError
+def check(config: ChebyshevConfig, root: Fraction) -> None:
+    """Accept every positive root.
+
+    Args:
+        config: Unused; part of the signature of every check.
+        root: p of A^(-1/p).
+    """
 
 
-def check(config: Any, root: Fraction) -> None:
-    """Not written yet."""
+def chebyshev(
+    A: Tensor, root: Fraction, config: ChebyshevConfig, epsilon: float
+) -> InverseRootResult:
+    """A^(-1/p) ≈ s^(-1/p)·Σ c_k T_k(S) with S = 2(A + epsilon·I)/s - I, c fitted to x^(-1/p).
+
+    The fit is at `num_nodes` Chebyshev nodes of x in [δ, 1 + δ], δ = `relative_epsilon`, with
+    S = 2(x - δ) - 1, so the target is ((A + epsilon·I)/s + δ·I)^(-1/p). Eigenvalues of A/s must be
+    at most 1: beyond it the polynomial grows without bound, within it the error is that of the
+    fit, about (1 - 2√δ)^degree for δ far above degree^-2, and of order 1 at the small eigenvalues
+    for δ far below it.
+
+    Args:
+        A: (B, N, N) stack, finite, float32 or float64. Not modified.
+        root: p, any positive number.
+        config: Degree, interval, evaluation, scale, precision of the products.
+        epsilon: Damping, at least 0.
+
+    Returns:
+        Roots, exactly symmetric; iterations = 0; no residual. A block of zeros with epsilon = 0
+        gives about relative_epsilon^(-1/p)·I, as far as the polynomial reaches.
+
+    Note:
+        "clenshaw": degree - 1 matmuls. "baby_step_giant_step": 7 / 11 / 14 / 18 / 27 matmuls for
+        degree 20 / 40 / 60 / 100 / 200. No host sync. The coefficients are computed once per
+        degree, root and interval, and kept.
+
+    References:
+        DASH, arXiv 2602.02016, Chebyshev polynomials by Clenshaw's recurrence (without the factor
+        s^(-1/p)); Clenshaw, Math. Comp. 9 (1955); Paterson and Stockmeyer, SIAM J. Comput. 2
+        (1973), carried to the Chebyshev basis.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))[None]
+        >>> config = ChebyshevConfig(degree=40, relative_epsilon=1e-9)
+        >>> result = chebyshev(A, Fraction(2), config, 0.0)
+        >>> [round(x, 2) for x in result.value[0].diagonal().tolist()]
+        [1.0, 1.41]
+    """
+    counter = MatmulCounter(num_blocks=A.shape[0])
+    matmul = Matmul(config.matmul_precision, counter)
+    A_ridge = damped(A, epsilon)
+    s_B = compute_scale(A_ridge, config.scaling, counter)
+    S = affine_identity_(A_ridge / per_block(s_B), 2.0, -1.0)
+    coefficients = fit_inverse_root(
+        float(root), config.degree, config.relative_epsilon, config.num_nodes
+    )
+    evaluate = clenshaw if config.evaluation == "clenshaw" else baby_step_giant_step
+    return make_result(
+        rescaled_symmetric(evaluate(S, coefficients, matmul), s_B, -1.0 / float(root)),
+        num_matmuls=counter.total,
+        num_symmetric_matmuls=counter.symmetric,
+    )
+
+
+@lru_cache(maxsize=64)
+def fit_inverse_root(
+    root: float, degree: int, relative_epsilon: float, num_nodes: int
+) -> tuple[float, ...]:
+    """Fit x^(-1/root) on [δ, 1 + δ] in the Chebyshev basis, in float64.
+
+        c_k = (2/K) Σ_j f(x_j) cos(k θ_j),  θ_j = π(j + 1/2)/K,  x_j = cos²(θ_j/2) + δ,  c_0 halved
+
+    which is least squares at the K nodes, by the discrete orthogonality of the T_k.
+
+    Args:
+        root: p.
+        degree: Degree of the polynomial, below `num_nodes`.
+        relative_epsilon: δ.
+        num_nodes: K.
+
+    Returns:
+        degree + 1 coefficients of T_0 … T_degree.
+
+    References:
+        Trefethen, Approximation Theory and Approximation Practice, chapter 4.
+
+    Examples:
+        >>> [round(c, 3) for c in fit_inverse_root(1.0, 2, 1.0, 1000)]
+        [0.707, -0.243, 0.042]
+    """
+    nodes = torch.arange(num_nodes, dtype=torch.float64, device="cpu")
+    theta = (nodes + 0.5) * (math.pi / num_nodes)
+    # (t + 1)/2 = cos²(θ/2) without the cancellation near t = -1, where f is steep.
+    values = (torch.cos(theta / 2).square() + relative_epsilon).pow(-1.0 / root)
+    coefficients = [
+        float((values * torch.cos(k * theta)).sum()) * 2.0 / num_nodes for k in range(degree + 1)
+    ]
+    coefficients[0] /= 2.0
+    return tuple(coefficients)
+
+
+def clenshaw(S: Tensor, coefficients: tuple[float, ...], matmul: Matmul) -> Tensor:
+    """Σ c_k T_k(S) by b_k = c_k I + 2S·b_(k+1) - b_(k+2), result c_0 I + S·b_1 - b_2.
+
+    Args:
+        S: (B, N, N) symmetric stack with eigenvalues in [-1, 1]. Not modified.
+        coefficients: c_0 … c_degree, degree at least 1.
+        matmul: Products.
+
+    Returns:
+        (B, N, N) stack.
+
+    Note:
+        degree - 1 matmuls: b_degree is a multiple of the identity.
+    """
+    rounded = matmul.round(S)
+    # b_1 and b_2 at the end; b_d = c_d I enters the next one without a product.
+    if len(coefficients) == 2:
+        return affine_identity_(S.clone(), coefficients[1], coefficients[0])
+    top = coefficients[-1]
+    b_next = affine_identity_(S.clone(), 2.0 * top, coefficients[-2])
+    b_after: Tensor | None = None
+    for c in reversed(coefficients[1:-2]):
+        b = matmul(rounded, b_next).mul_(2.0)
+        diagonal(b).add_(c)
+        b_after_value: Tensor | float = top if b_after is None else b_after
+        b_next, b_after = _minus(b, b_after_value), b_next
+    result = matmul(rounded, b_next)
+    diagonal(result).add_(coefficients[0])
+    return _minus(result, top if b_after is None else b_after)
+
+
+def _minus(b: Tensor, subtrahend: Tensor | float) -> Tensor:
+    """In place, b minus a stack, or minus a multiple of the identity."""
+    if isinstance(subtrahend, Tensor):
+        return b.sub_(subtrahend)
+    diagonal(b).sub_(subtrahend)
+    return b
+
+
+def baby_step_giant_step(S: Tensor, coefficients: tuple[float, ...], matmul: Matmul) -> Tensor:
+    """Σ c_k T_k(S) = Σ_i B_i(S)·T_(i·m)(S), B_i of degree below m, by Clenshaw's rule in T_m.
+
+    The baby steps T_2 … T_m come from T_(i+j) = 2·T_i·T_j - T_|i-j|; the giant steps are
+    b_i = B_i + 2·T_m·b_(i+1) - b_(i+2), and the result is B_0 + T_m·b_1 - b_2.
+
+    Args:
+        S: (B, N, N) symmetric stack with eigenvalues in [-1, 1]. Not modified.
+        coefficients: c_0 … c_degree, degree at least 1.
+        matmul: Products.
+
+    Returns:
+        (B, N, N) stack.
+
+    Note:
+        m - 1 + ⌊degree/m⌋ matmuls, one less where m divides the degree, for the m that needs the
+        fewest; about 2·√degree. The baby steps are kept: m stacks of workspace.
+    """
+    size, table = split_coefficients(coefficients)
+    T = _chebyshev_stacks(S, size, matmul)
+    T_m = matmul.round(T[size])
+    b_next, b_after = _combine(T, table[-1]), None
+    is_constant = all(c == 0.0 for c in table[-1][1:])  # the first giant step is then free
+    for i in reversed(range(len(table) - 1)):
+        factor = 1.0 if i == 0 else 2.0
+        if is_constant:
+            b, is_constant = T[size] * (factor * table[-1][0]), False
+        else:
+            b = matmul(T_m, b_next).mul_(factor)
+        _combine(T, table[i], out=b)
+        if b_after is not None:
+            b.sub_(b_after)
+        b_next, b_after = b, b_next
+    return b_next
+
+
+def _chebyshev_stacks(S: Tensor, size: int, matmul: Matmul) -> list[Tensor]:
+    """T_0 (a stand-in that is never read), T_1 … T_size of S by size - 1 products."""
+    T = [S, S]
+    for k in range(2, size + 1):
+        low, high = k // 2, k - k // 2
+        product = matmul(T[low], T[high], is_symmetric=low == high)
+        if low == high:
+            T.append(affine_identity_(product, 2.0, -1.0))
+        else:
+            T.append(product.mul_(2.0).sub_(S))
+    return T
+
+
+def _combine(T: list[Tensor], coefficients: tuple[float, ...], out: Tensor | None = None) -> Tensor:
+    """out + Σ_j c_j T_j, in place where `out` is given."""
+    if out is None:
+        out = torch.zeros_like(T[1])
+    diagonal(out).add_(coefficients[0])
+    for T_j, c in zip(T[1:], coefficients[1:], strict=False):
+        out.add_(T_j, alpha=c)
+    return out
+
+
+@lru_cache(maxsize=64)
+def split_coefficients(
+    coefficients: tuple[float, ...],
+) -> tuple[int, tuple[tuple[float, ...], ...]]:
+    """Find the number of baby steps m, and B_0 … B_K with Σ c_k T_k = Σ_i B_i·T_(i·m).
+
+    From the top, c·T_(i·m + j) = 2c·T_(i·m)·T_j - c·T_(i·m - j) moves every coefficient into its
+    group and a remainder into the group below.
+
+    Args:
+        coefficients: c_0 … c_degree, degree at least 1.
+
+    Returns:
+        m, and the K + 1 groups of m coefficients each, K = ⌊degree/m⌋.
+
+    Examples:
+        >>> split_coefficients((1.0, 1.0, 1.0, 1.0))
+        (2, ((1.0, 0.0), (1.0, 2.0)))
+    """
+    degree = len(coefficients) - 1
+    size = min(range(1, degree + 1), key=lambda m: (m - 1 + degree // m - (degree % m == 0), m))
+    rest = list(coefficients)
+    groups: list[tuple[float, ...]] = []
+    for i in range(degree // size, 0, -1):
+        group = [rest[i * size]] + [0.0] * (size - 1)
+        for j in range(1, size):
+            if i * size + j <= degree:
+                c = rest[i * size + j]
+                group[j] = 2.0 * c
+                rest[i * size - j] -= c
+        groups.append(tuple(group))
+    groups.append(tuple(rest[:size]))
+    return size, tuple(reversed(groups))

@@ -1,21 +1,204 @@
-"""To be written: the solver of this name."""
+"""Coupled higher-order iteration for a fractional root, as the base defines it, for a whole stack.
+
+Shape suffixes: A_BNN is a stack of B blocks of N×N; W of them are still iterating.
+"""
 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from dash_shampoo.inverse_root.result import InverseRootResult
+from dash_shampoo.base import CoupledHigherOrderConfig
+from dash_shampoo.config import MatmulPrecision
+from dash_shampoo.inverse_root.blocks import (
+    affine_identity_,
+    damped,
+    diagonal,
+    distance_to_identity,
+    max_abs,
+    per_block,
+)
+from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
+from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
+from dash_shampoo.inverse_root.working_set import WorkingSet
+
+# The base's constants: growth of max|M - I| that counts as divergence, the error below which an
+# unchanged one counts as stagnation, and the final error above which the result is refused.
+_DIVERGENCE_FACTOR = 1.2
+_STAGNATION_BELOW = 1e-3
+_MAX_TRUE_ERROR = 1e-1
+
+# Powers of the numerator are taken by products; beyond this they can only overflow.
+_MAX_NUMERATOR = 1000
+
+
+def check(config: CoupledHigherOrderConfig, root: Fraction) -> None:
+    """Refuse an order below 2 and a root that is no fraction of small numbers.
+
+    Args:
+        config: The order of the method.
+        root: p/q of A^(-q/p).
+
+    Raises:
+        ValueError: If `order` is below 2, or the root's numerator is above 1000.
+    """
+    if config.order < 2:
+        raise ValueError(f"order={config.order} must be at least 2 for CoupledHigherOrderConfig.")
+    if root.numerator > _MAX_NUMERATOR:
+        raise ValueError(
+            f"{root=} must be a fraction of small numbers for CoupledHigherOrderConfig; "
+            "EigenConfig and ChebyshevConfig take any root."
+        )
 
 
 def coupled_higher_order(
-    A: Tensor, root: Fraction, config: Any, epsilon: float
+    A: Tensor, root: Fraction, config: CoupledHigherOrderConfig, epsilon: float
 ) -> InverseRootResult:
-    """Not written yet."""
-    raise NotImplementedError
+    """A^(-q/p) by X ← X·T(M), M ← T(M)ᵖ·M, T the truncated binomial series of M^(-1/p) at I.
+
+        λ̂ = ‖A‖_∞,  ε = max(rel_epsilon·λ̂, abs_epsilon),  z = 1/tr(A + ε·I)
+        X_0 = z^(1/p)·I,  M_0 = z·(A + ε·I),  one Newton step, then
+        T(M) = Σ_{i<order} b_i (I - M)^i,  b_i = Π_{j=1..i} (1 + (j-1)p)/(jp)
+        result X^q
+
+    A block is done once e = max|M - I| <= tolerance, after `max_iterations` steps, or when e has
+    grown by more than 1.2 or stands still below 1e-3 (round-off is reached). Then the true error
+    max|(A + ε·I)Xᵖ - I| decides: above 0.1 the block FAILED.
+
+    The order of convergence is `order`. The first Newton step brings every eigenvalue into the
+    region where the series converges. A numerator of 10 or more is slow and loses digits.
+
+    Args:
+        A: (B, N, N) stack, finite, float32 or float64. Not modified.
+        root: p/q, positive.
+        config: Damping (relative and absolute), cap, tolerance, order.
+        epsilon: Unused, as in the base: the damping is the config's.
+
+    Returns:
+        Roots, iterations, and residual = the true error per block. Status MAX_ITERATIONS where the
+        cap ended the iteration, FAILED where the true error is above 0.1 or ‖A‖_∞ overflows.
+
+    Note:
+        Per step order + log2(p) matmuls for p a power of two, floor(log2 p) of them symmetric;
+        1 + log2(p) at the end, and the powers of q. One host sync per step. TF32 is used only
+        where `disable_tf32` is False and torch allows it.
+
+    References:
+        Lakić, On the computation of the matrix k-th root, ZAMM 78 (1998); Higham, Functions of
+        Matrices, section 7.6. Scale, stopping rule and error check are those of Distributed
+        Shampoo.
+
+    Examples:
+        >>> config = CoupledHigherOrderConfig(rel_epsilon=0.0, abs_epsilon=0.0)
+        >>> A = torch.diag(torch.tensor([8.0, 27.0], dtype=torch.float64))[None]
+        >>> result = coupled_higher_order(A, Fraction(3, 2), config, 0.0)
+        >>> [round(x, 6) for x in result.value[0].diagonal().tolist()]
+        [0.25, 0.111111]
+    """
+    counter = MatmulCounter(num_blocks=A.shape[0])
+    matmul = Matmul(_precision(config, A), counter)
+    p, q = root.numerator, root.denominator
+
+    lambda_max_B = A.abs().sum(dim=-1).amax(dim=-1)
+    epsilon_B = torch.clamp(lambda_max_B * config.rel_epsilon, min=config.abs_epsilon)
+    A_ridge = damped(A, epsilon_B)
+    z_B = torch.reciprocal(diagonal(A_ridge).sum(dim=-1))
+    value, iterations, is_capped = _iterate(A_ridge * per_block(z_B), p, config, matmul)
+    value.mul_(per_block(z_B.pow(1.0 / p)))
+
+    true_error = distance_to_identity(matmul(A_ridge, matmul.power(value, p)))
+    if q > 1:
+        value = matmul.power(value, q)
+    status = is_capped.to(torch.uint8) * int(InverseRootStatus.MAX_ITERATIONS)
+    is_failed = (true_error > _MAX_TRUE_ERROR) | ~torch.isfinite(lambda_max_B)
+    status.masked_fill_(is_failed, int(InverseRootStatus.FAILED))
+    return make_result(
+        value,
+        status=status,
+        iterations=iterations,
+        residual=true_error,
+        num_matmuls=counter.total,
+        num_symmetric_matmuls=counter.symmetric,
+    )
 
 
-def check(config: Any, root: Fraction) -> None:
-    """Not written yet."""
+def _precision(config: CoupledHigherOrderConfig, A: Tensor) -> MatmulPrecision:
+    """TF32 only where the config does not disable it and the program allows it."""
+    if config.disable_tf32 or not A.is_cuda or A.dtype != torch.float32:
+        return "fp32"
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "fp32"
+
+
+def _series_coefficients(p: int, order: int) -> list[float]:
+    """b_0 … b_(order-1) of the binomial series of x^(-1/p) in powers of 1 - x."""
+    coefficients, numerator, denominator = [1.0], 1, 1
+    for i in range(1, order):
+        numerator *= 1 + (i - 1) * p
+        denominator *= i * p
+        coefficients.append(numerator / denominator)
+    return coefficients
+
+
+def _iterate(
+    M: Tensor, p: int, config: CoupledHigherOrderConfig, matmul: Matmul
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Iterate from X = I, each block until its own end.
+
+    Args:
+        M: (B, N, N) scaled matrices; overwritten.
+        p: The root's numerator.
+        config: Cap, tolerance, order.
+        matmul: Products.
+
+    Returns:
+        X (B, N, N), the iterations (B,), and whether the cap ended them above the tolerance (B,).
+    """
+    device, num_blocks = M.device, M.shape[0]
+    b = _series_coefficients(p, config.order)
+    value = torch.empty_like(M)
+    iterations = torch.zeros(num_blocks, dtype=torch.int32, device=device)
+    is_capped = torch.zeros(num_blocks, dtype=torch.bool, device=device)
+    working = WorkingSet(num_blocks)
+
+    # One step of plain Newton first; its X = I·C needs no product.
+    X = affine_identity_(M * (-1.0 / p), 1.0, 1.0 + 1.0 / p)
+    M = matmul(matmul.power(X, p), M)
+    error_W = max_abs(_identity_minus(M))
+    is_stopped = torch.zeros_like(error_W, dtype=torch.bool)
+    iteration = 1
+    while True:
+        is_above = error_W > config.tolerance
+        has_steps_left = iteration < config.max_iterations
+        # The one host sync of a step: the stopping rule needs the errors.
+        wants_more = (is_above & ~is_stopped).cpu() & has_steps_left
+        rows, finished = (index.to(device) for index in working.retire(wants_more))
+        if rows.numel() > 0:
+            value[rows] = X[finished]
+            iterations[rows] = iteration
+            is_capped[rows] = (is_above & ~is_stopped)[finished]
+        if working.is_done:
+            return value, iterations, is_capped
+        X, M, error_W = working.compact(X, M, error_W)
+        D = _identity_minus(M)
+        T = affine_identity_(D * b[-1], 1.0, b[-2])
+        for coefficient in reversed(b[:-2]):
+            T = matmul(T, D)
+            diagonal(T).add_(coefficient)
+        X = matmul(X, T)
+        M = matmul(matmul.power(T, p), M)
+        iteration += 1
+        new_error_W = max_abs(_identity_minus(M))
+        is_stopped = (new_error_W > error_W * _DIVERGENCE_FACTOR) | (
+            (new_error_W == error_W) & (error_W < _STAGNATION_BELOW)
+        )
+        # A block that has stopped keeps its last error, as in the base.
+        error_W = torch.where(is_stopped, error_W, new_error_W)
+
+
+def _identity_minus(M: Tensor) -> Tensor:
+    """I - M as a new stack."""
+    D = -M
+    diagonal(D).add_(1.0)
+    return D

@@ -50,7 +50,7 @@ class Solver:
 _SOLVERS: dict[type[RootInvConfig], Solver] = {
     EigenConfig: Solver(eigen.eigen, eigen.check),
     CoupledNewtonConfig: Solver(coupled_newton.coupled_newton, coupled_newton.check),
-    ScaledCoupledNewtonConfig: Solver(coupled_newton.scaled_coupled_newton, coupled_newton.check),
+    ScaledCoupledNewtonConfig: Solver(coupled_newton.coupled_newton, coupled_newton.check),
     CoupledHigherOrderConfig: Solver(
         coupled_higher_order.coupled_higher_order, coupled_higher_order.check
     ),

@@ -1,19 +1,187 @@
-"""To be written: the solver of this name."""
+"""Inverse root by eigendecomposition: any root, any condition number, the reference for the others.
+
+Shape suffixes: A_BNN is a stack of B blocks of N×N; L_BN eigenvalues in ascending order; Q_BNN
+eigenvectors in columns.
+"""
 
 from __future__ import annotations
 
+import logging
 from fractions import Fraction
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from dash_shampoo.inverse_root.result import InverseRootResult
+from dash_shampoo.base import EigenConfig, PerturbationConfig, PseudoInverseConfig
+from dash_shampoo.config import SpectrumRepairConfig
+from dash_shampoo.inverse_root.blocks import damped
+from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
+from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
+
+logger = logging.getLogger(__name__)
 
 
-def eigen(A: Tensor, root: Fraction, config: Any, epsilon: float) -> InverseRootResult:
-    """Not written yet."""
-    raise NotImplementedError
+def check(config: EigenConfig, root: Fraction) -> None:
+    """Refuse a repair of the spectrum that is not known here.
+
+    Args:
+        config: Its `rank_deficient_stability_config` is looked at.
+        root: Unused; part of the signature of every check.
+
+    Raises:
+        ValueError: If the repair is none of those that `eigen` knows.
+    """
+    repair = config.rank_deficient_stability_config
+    if not isinstance(repair, (PerturbationConfig, PseudoInverseConfig, SpectrumRepairConfig)):
+        raise ValueError(
+            f"rank_deficient_stability_config={repair!r} is not known to eigen; it takes "
+            "PerturbationConfig, PseudoInverseConfig and SpectrumRepairConfig."
+        )
 
 
-def check(config: Any, root: Fraction) -> None:
-    """Not written yet."""
+def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> InverseRootResult:
+    """A^(-1/p) = Q·diag(f(λ))·Qᵀ with A = Q·diag(λ)·Qᵀ and f(λ) = λ^(-1/p) after a repair of λ.
+
+    The repair is that of `rank_deficient_stability_config`:
+
+    - `PerturbationConfig` (the base's): the eigenvalues of A + εI; where λ_min < ε, all are shifted
+      so that the smallest is ε. With ``perturb_before_computation=False`` those of A, shifted by
+      -min(λ_min, 0) + ε.
+    - `PseudoInverseConfig` (the base's): λ at or below max(rank_rtol·λ_max, rank_atol) gives 0.
+    - `SpectrumRepairConfig`: one of DASH's four.
+
+    Works for every root and condition number, up to the precision of the eigenvalues: absolute
+    errors of about machine epsilon times λ_max in λ, so with ε = 0 the smallest are noise.
+
+    Args:
+        A: (B, N, N) stack, finite, float32 or float64. Not modified.
+        root: p, any positive number.
+        config: The repair, `retry_double_precision` for blocks on which the eigendecomposition
+            does not converge, and `eigendecomposition_offload_device`.
+        epsilon: ε, at least 0; 0 with the pseudo-inverse.
+
+    Returns:
+        Roots, symmetric up to rounding; no iterations and no residual. Status FAILED where the
+        eigendecomposition did not converge.
+
+    Raises:
+        ValueError: If `epsilon` is not 0 with the pseudo-inverse.
+
+    Note:
+        1 matmul beside the eigendecomposition, which costs as much as 20 to 50. On a GPU it
+        synchronises with the host.
+
+    References:
+        Golub and Van Loan, Matrix Computations, 4th edition, section 8.3 and 9.4; the repairs:
+        Distributed Shampoo (arXiv 2309.06497, section 3.2) and DASH (arXiv 2602.02016).
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([8.0, 27.0], dtype=torch.float64))[None]
+        >>> result = eigen(A, Fraction(3), EigenConfig(), 0.0)
+        >>> [round(x, 6) for x in result.value[0].diagonal().tolist()]
+        [0.5, 0.333333]
+    """
+    repair = config.rank_deficient_stability_config
+    if isinstance(repair, PseudoInverseConfig) and epsilon != 0.0:
+        raise ValueError(f"{epsilon=} must be 0.0 with PseudoInverseConfig.")
+    is_damped_before = isinstance(repair, SpectrumRepairConfig) or (
+        isinstance(repair, PerturbationConfig) and repair.perturb_before_computation
+    )
+    L_BN, Q_BNN, is_failed = _eigendecomposition(
+        damped(A, epsilon) if is_damped_before else A, config
+    )
+    counter = MatmulCounter(num_blocks=A.shape[0])
+    inv_power_BN = _inverse_power(L_BN, float(root), epsilon, config)
+    value = Matmul("fp32", counter)(Q_BNN * inv_power_BN[:, None, :], Q_BNN.mT, is_symmetric=True)
+    return make_result(
+        value,
+        status=is_failed.to(torch.uint8) * int(InverseRootStatus.FAILED),
+        num_matmuls=counter.total,
+        num_symmetric_matmuls=counter.symmetric,
+    )
+
+
+def _inverse_power(L_BN: Tensor, root: float, epsilon: float, config: EigenConfig) -> Tensor:
+    """f(λ) = λ^(-1/root) of the repaired eigenvalues, (B, N); no block looks at another."""
+    exponent = -1.0 / root
+    match config.rank_deficient_stability_config:
+        case PseudoInverseConfig() as repair:
+            rtol = repair.rank_rtol
+            if rtol is None:
+                rtol = L_BN.shape[-1] * torch.finfo(L_BN.dtype).eps
+            largest = L_BN.amax(dim=-1, keepdim=True)
+            cutoff = torch.clamp(rtol * largest.relu(), min=repair.rank_atol)
+            return torch.where(L_BN <= cutoff, torch.zeros_like(L_BN), L_BN.pow(exponent))
+        case PerturbationConfig() as repair:
+            smallest = L_BN.amin(dim=-1, keepdim=True)
+            if repair.perturb_before_computation:
+                # Compared in float64, as the base compares Python numbers.
+                is_too_small = smallest.double() < epsilon
+                L_BN = torch.where(is_too_small, (L_BN - smallest) + epsilon, L_BN)
+            else:
+                L_BN = (L_BN - smallest.clamp_max(0.0)) + epsilon
+            return L_BN.pow(exponent)
+        case SpectrumRepairConfig() as repair:
+            return _repaired_inverse_power(L_BN, exponent, epsilon, repair)
+        case unknown:
+            raise ValueError(f"rank_deficient_stability_config={unknown!r} is not known to eigen.")
+
+
+def _repaired_inverse_power(
+    L_BN: Tensor, exponent: float, epsilon: float, repair: SpectrumRepairConfig
+) -> Tensor:
+    """DASH's repairs of the eigenvalues of A + εI, to the power `exponent`."""
+    match repair.method:
+        case "shampoo":
+            L_BN = (L_BN - L_BN.amin(dim=-1, keepdim=True).clamp_max(0.0)) + epsilon
+        case "abs":
+            L_BN = (L_BN - epsilon).abs()
+        case "abs_add":
+            L_BN = (L_BN - epsilon).abs() + epsilon
+        case "relu":
+            shifted = L_BN - epsilon
+            is_kept = (shifted >= epsilon) & (shifted > 0.0)
+            return torch.where(is_kept, shifted.pow(exponent), torch.zeros_like(L_BN))
+    return L_BN.pow(exponent)
+
+
+def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (B, N), eigenvectors (B, N, N), and the blocks (B,) on which it failed."""
+    device = config.eigendecomposition_offload_device or A_BNN.device
+    L, Q, failed = _eigh_or_bisect(A_BNN.to(device=device), config.retry_double_precision)
+    is_failed = torch.zeros(A_BNN.shape[0], dtype=torch.bool)
+    is_failed[failed] = True
+    to_input = {"device": A_BNN.device, "dtype": A_BNN.dtype}
+    return L.to(**to_input), Q.to(**to_input), is_failed.to(A_BNN.device)
+
+
+def _eigh_or_bisect(
+    A_BNN: Tensor, retry_double_precision: bool
+) -> tuple[Tensor, Tensor, list[int]]:
+    """torch.linalg.eigh of a stack; where it raises, of its halves, down to single blocks.
+
+    torch raises for the whole stack when one block does not converge. Halving leaves the others'
+    results untouched and costs a failing block 2·log2(B) further calls.
+
+    Returns:
+        Eigenvalues, eigenvectors, and the rows that failed (given the decomposition of I).
+    """
+    try:
+        L, Q = torch.linalg.eigh(A_BNN)
+        return L, Q, []
+    except torch.linalg.LinAlgError as error:
+        num_blocks = A_BNN.shape[0]
+        if num_blocks > 1:
+            half = num_blocks // 2
+            L_0, Q_0, failed_0 = _eigh_or_bisect(A_BNN[:half], retry_double_precision)
+            L_1, Q_1, failed_1 = _eigh_or_bisect(A_BNN[half:], retry_double_precision)
+            failed = failed_0 + [half + row for row in failed_1]
+            return torch.cat((L_0, L_1)), torch.cat((Q_0, Q_1)), failed
+        if retry_double_precision and A_BNN.dtype != torch.float64:
+            logger.warning("eigh failed in %s (%s); trying float64.", A_BNN.dtype, error)
+            L, Q, failed = _eigh_or_bisect(A_BNN.double(), retry_double_precision)
+            return L.to(A_BNN.dtype), Q.to(A_BNN.dtype), failed
+        logger.warning("eigh failed in %s: %s", A_BNN.dtype, error)
+        size = A_BNN.shape[-1]
+        identity = torch.eye(size, dtype=A_BNN.dtype, device=A_BNN.device)
+        return torch.ones_like(A_BNN[:, 0]), identity.expand_as(A_BNN), [0]

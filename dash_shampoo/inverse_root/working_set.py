@@ -1,0 +1,64 @@
+"""Which blocks of a stack still iterate: each is written once, in the step in which it is done.
+
+A block's result is what it would have been alone; blocks that are done may be carried along for a
+few steps, unread, until it pays to drop them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Dropping finished blocks copies the others, so it waits until it saves enough of the next step.
+_COMPACT_BELOW = 0.8
+
+
+class WorkingSet:
+    """The rows of a stack that a solver still works on.
+
+    Args:
+        num_blocks: B, the rows of the whole stack.
+
+    Attributes:
+        rows (Tensor): (W,) int64 on the CPU, the stack's rows in the working set.
+        is_running (Tensor): (W,) bool on the CPU, those of them that are not done.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.rows = torch.arange(num_blocks)
+        self.is_running = torch.ones(num_blocks, dtype=torch.bool)
+
+    def retire(self, wants_more: Tensor) -> tuple[Tensor, Tensor]:
+        """Mark as done the running rows that do not want another step.
+
+        Args:
+            wants_more: (W,) bool on the CPU.
+
+        Returns:
+            The rows of the whole stack and of the working set that have just finished, both
+            int64 on the CPU.
+        """
+        finished = (self.is_running & ~wants_more).nonzero().flatten()
+        self.is_running = self.is_running & wants_more
+        return self.rows[finished], finished
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no row is running."""
+        return not bool(self.is_running.any())
+
+    def compact(self, *stacks: Tensor) -> tuple[Tensor, ...]:
+        """Drop the rows that are done from the working set, if there are enough of them.
+
+        Args:
+            *stacks: (W, ...) tensors of the working set.
+
+        Returns:
+            The same tensors, or copies without those rows.
+        """
+        num_running = int(self.is_running.sum())
+        if num_running > _COMPACT_BELOW * len(self.rows):
+            return stacks
+        keep = self.is_running.nonzero().flatten()
+        self.rows, self.is_running = self.rows[keep], self.is_running[keep]
+        return tuple(stack.index_select(0, keep.to(stack.device)) for stack in stacks)
