@@ -1,0 +1,214 @@
+"""Processes and sharding: one process, DDP, FSDP2 (`fully_shard`) or HSDP2 under torchrun."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dash_shampoo.cli.settings import SettingsError
+
+STRATEGIES = ("none", "ddp", "fully_shard", "hybrid_shard")
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of the run.
+
+    Attributes:
+        rank: 0 to ``world_size - 1``.
+        world_size: Number of processes.
+        device: Where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and messages."""
+        return self.rank == 0
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Average over the processes.
+
+        Args:
+            value: A scalar tensor of this process.
+
+        Returns:
+            A new scalar tensor, the same on all processes.
+        """
+        result = value.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(result)
+            result /= self.world_size
+        return result
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any process: all get the same answer.
+
+        Args:
+            flag: This process's flag.
+
+        Returns:
+            The answer.
+        """
+        if self.world_size == 1:
+            return flag
+        shared = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return bool(shared.item())
+
+    def from_first(self, value: str) -> str:
+        """The first process's value, on all.
+
+        Args:
+            value: This process's value.
+
+        Returns:
+            Rank 0's value.
+        """
+        if self.world_size == 1:
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+
+@contextmanager
+def process_group(config: DictConfig, device_name: str) -> Iterator[Process]:
+    """Join the process group that the parallelism asks for, and leave it afterwards.
+
+    Args:
+        config: The group ``parallelism``.
+        device_name: ``auto``, ``cpu``, ``cuda`` or a device of torch.
+
+    Yields:
+        This process.
+
+    Raises:
+        SettingsError: If the parallelism and the way the command was started don't fit, or there
+            is no such device.
+    """
+    strategy = config.strategy
+    if strategy not in STRATEGIES:
+        raise SettingsError(f"parallelism.strategy={strategy}: one of {', '.join(STRATEGIES)}.")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if strategy == "none":
+        if world_size > 1:
+            raise SettingsError(
+                f"parallelism=none, but torchrun started {world_size} processes. Choose "
+                "parallelism=ddp, fully_shard or hybrid_shard."
+            )
+        yield Process(0, 1, _device(device_name, 0))
+        return
+    if "RANK" not in os.environ:
+        raise SettingsError(
+            f"parallelism={strategy} needs torchrun: torchrun --nproc-per-node N -m "
+            "dash_shampoo.cli train ..."
+        )
+    device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Process(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError(f"device={name}: {error}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingsError(f"device={name}, but torch finds no CUDA device.")
+        return torch.device("cuda", local_rank if device.index is None else device.index)
+    return device
+
+
+def parallelise(
+    model: nn.Module, config: DictConfig, process: Process
+) -> tuple[nn.Module, Any | None]:
+    """Wrap or shard a model.
+
+    Args:
+        model: Built equally on every process, already on its device. Its ``blocks``, if it has
+            any, become units of sharding.
+        config: The group ``parallelism``.
+        process: This process.
+
+    Returns:
+        The module to call, and the `distributed_config` for Distributed Shampoo, or None.
+
+    Raises:
+        SettingsError: If the number of processes doesn't fit.
+    """
+    match config.strategy:
+        case "none":
+            return model, None
+        case "ddp":
+            devices = [process.device] if process.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(model, device_ids=devices)
+            return wrapped, build(config.distributed_config, "parallelism.distributed_config")
+        case "fully_shard":
+            mesh = init_device_mesh(process.device.type, (process.world_size,))
+            distributed_config = build(config.distributed_config, "parallelism.distributed_config")
+        case _:
+            replicas = config.replicate_degree
+            if replicas < 1 or process.world_size % replicas != 0:
+                raise SettingsError(
+                    f"parallelism.replicate_degree={replicas} must divide the number of "
+                    f"processes, {process.world_size}."
+                )
+            mesh = init_device_mesh(
+                process.device.type,
+                (replicas, process.world_size // replicas),
+                mesh_dim_names=("replicate", "shard"),
+            )
+            distributed_config = build(
+                config.distributed_config, "parallelism.distributed_config", device_mesh=mesh
+            )
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, distributed_config
+
+
+def build(config: DictConfig, key: str, **arguments: Any) -> Any:
+    """Call what ``_target_`` names with the values beside it.
+
+    Args:
+        config: A node of the configuration with a ``_target_``.
+        key: Its name, for messages.
+        **arguments: Further arguments.
+
+    Returns:
+        What the call returned.
+
+    Raises:
+        SettingsError: If there is no such target or it refuses its arguments.
+    """
+    try:
+        return instantiate(config, _convert_="all", **arguments)
+    except MissingMandatoryValue as error:
+        raise SettingsError(f"{error.full_key} must be given: {error.full_key}=...") from error
+    except (InstantiationException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error
+        raise SettingsError(f"{key}: {cause}") from error

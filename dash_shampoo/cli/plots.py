@@ -1,0 +1,134 @@
+"""The pictures of the demo: curves of the validation loss, and bars of the time per step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: works without a display
+
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's palette, which colour-blind people can tell apart too.
+COLOURS = ("#7f7f7f", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e5e5",
+    "figure.dpi": 150,
+    "savefig.bbox": "tight",
+    "savefig.facecolor": "white",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run, as the plots need it.
+
+    Attributes:
+        label: Its name in the legend.
+        steps: Steps of the validations.
+        seconds: Seconds of training until each of them.
+        losses: Validation losses.
+        model_ms: Mean milliseconds per step of forward and backward pass.
+        optimizer_ms: Mean milliseconds per step of the optimizer.
+    """
+
+    label: str
+    steps: Sequence[int]
+    seconds: Sequence[float]
+    losses: Sequence[float]
+    model_ms: float
+    optimizer_ms: float
+
+
+def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
+    """Validation loss against steps, and against seconds of training.
+
+    Args:
+        curves: The runs, each in the colour of its place.
+        path: PNG file to write.
+        title: Heading of the picture.
+    """
+    with plt.rc_context(_STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+        for index, curve in enumerate(curves):
+            style = _line_style(index)
+            left.plot(curve.steps, curve.losses, label=curve.label, **style)
+            right.plot(curve.seconds, curve.losses, **style)
+        left.set(xlabel="steps", ylabel="validation loss (nats per token)")
+        right.set(xlabel="seconds of training")
+        left.set_xlim(left=0)
+        right.set_xlim(left=0)
+        bottom, top = _loss_range(curves)
+        left.set_ylim(bottom, top)
+        figure.suptitle(title, fontsize=11)
+        columns = min(len(curves), 3)
+        figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, frameon=False)
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _line_style(index: int) -> dict[str, Any]:
+    # Every second line is dashed and thinner, so that one curve on top of another shows both.
+    solid = index % 2 == 1 or index == 0
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linewidth": 2.6 if solid else 1.6,
+        "linestyle": "-" if solid else (0, (4, 1.5)),
+        "marker": "o",
+        "markersize": 3.5 if solid else 2.5,
+    }
+
+
+def _loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Leave out the first, steep part: it would squeeze the differences into a few pixels."""
+    finals = [curve.losses[-1] for curve in curves]
+    early = [curve.losses[min(2, len(curve.losses) - 1)] for curve in curves]
+    bottom, top = min(finals), max(max(early), max(finals))
+    margin = 0.06 * max(top - bottom, 1e-3)
+    return bottom - margin, top + margin
+
+
+def plot_step_times(curves: Sequence[Curve], path: Path, title: str) -> None:
+    """Milliseconds per step, one bar per run: the model's share in grey, the optimizer's coloured.
+
+    Args:
+        curves: The runs, each in the colour of its place.
+        path: PNG file to write.
+        title: Heading of the picture.
+    """
+    with plt.rc_context({**_STYLE, "axes.grid.axis": "x"}):
+        figure, axes = plt.subplots(figsize=(8.5, 0.9 + 0.52 * len(curves)))
+        widest = max(curve.model_ms + curve.optimizer_ms for curve in curves)
+        for index, curve in enumerate(curves):
+            axes.barh(index, curve.model_ms, color="#d9d9d9", height=0.62)
+            axes.barh(
+                index,
+                curve.optimizer_ms,
+                left=curve.model_ms,
+                color=COLOURS[index % len(COLOURS)],
+                height=0.62,
+            )
+            axes.text(
+                curve.model_ms + curve.optimizer_ms + 0.01 * widest,
+                index,
+                f"{curve.optimizer_ms:.1f} ms",
+                va="center",
+            )
+        axes.set_yticks(range(len(curves)), [curve.label for curve in curves])
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.set_xlim(0, widest * 1.13)
+        axes.set_xlabel(
+            "mean milliseconds per step: forward and backward pass (grey), optimizer (coloured)"
+        )
+        axes.set_title(title, fontsize=11, loc="left")
+        figure.savefig(path)
+        plt.close(figure)
