@@ -9,8 +9,8 @@ import pytest
 from tests.docs.markdown import ROOT, Block, blocks, commands, make_targets, table
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "patches/README.md")
-# Blocks that need several processes or a GPU are marked ```python fragment: compiled, not run.
-FRAGMENT = "fragment"
+# Blocks that need several processes, a GPU or Meta's package: ```python notest, compiled only.
+NOT_RUN = "notest"
 
 
 def python_blocks(document: str) -> list[Block]:
@@ -24,7 +24,7 @@ def run_blocks(found: list[Block], name: str) -> int:
     for block in found:
         # Empty lines before the text let a traceback show the line of the document.
         code = compile("\n" * (block.line - 1) + block.text, name, "exec")
-        if FRAGMENT not in block.info.split(" "):
+        if NOT_RUN not in block.info.split(" "):
             exec(code, namespace)
             count += 1
     return count
@@ -40,7 +40,7 @@ def test_a_broken_block_fails():
     with pytest.raises(AssertionError):
         run_blocks(blocks("```python\nassert False\n```\n"), "bad")
     with pytest.raises(SyntaxError):
-        run_blocks(blocks("```python fragment\nx = = 1\n```\n"), "bad")
+        run_blocks(blocks("```python notest\nx = = 1\n```\n"), "bad")
     with pytest.raises(ValueError, match="never closed"):
         blocks("```python\n")
 
