@@ -21,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## train a tiny model with DistributedShampoo, then with DashShampoo, and compare
+demo: $(READY)  ## train a small model with several optimizers and draw the comparison into demo/
 	$(BIN)/dash-shampoo demo $(ARGS)
 
 test: $(READY)  ## the tests and doctests, on Meta's package if it is importable, else on the embedded base

@@ -51,7 +51,7 @@ def unknown_commands(text: str, targets: set[str]) -> list[str]:
     for words in commands(text):
         program, *arguments = words
         if program == "make":
-            names = [a for a in arguments if "=" not in a and not a.startswith("-")]
+            names = [a for a in arguments if "=" not in a and a[0] not in "-$"]
             wrong += [f"make {name}" for name in names if name not in targets]
         elif program == "dash-shampoo" and arguments and not arguments[0].startswith("-"):
             if not has_subcommand(arguments[0]):
