@@ -1,0 +1,325 @@
+"""Which root trains best: validation loss of exponents and solvers, with the real optimizer.
+
+Two small tasks that any machine can run: a byte-level Llama on the Python standard library's sources,
+and an MLP on scikit-learn's digits. Every method gets the same initial weights and batches, its own
+learning rate (the best of a grid by mean over the seeds), Adam grafting and factor EMA 0.95.
+
+    python benchmarks/exponent_study.py --tasks llama digits --seeds 0 1 2 --output benchmarks/results/...
+
+Finished runs are appended to `<output>.jsonl`, so that an interrupted study goes on where it stopped;
+`<output>.md` and `<output>.png` are drawn from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dash_shampoo as ds
+from dash_shampoo.cli.data import BatchSampler, load_stdlib_bytes
+from dash_shampoo.cli.model import Llama
+from dash_shampoo.cli.schedule import LearningRate
+
+Optimizer = torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: how to build the optimizer, and which learning rates to try."""
+
+    build: Callable[..., Optimizer]
+    lrs: tuple[float, ...]
+
+
+def shampoo(solver: ds.RootInvConfig, exponent: float, epsilon: float = 1e-10) -> Callable[..., Optimizer]:
+    """A constructor of DashShampoo with one solver and one exponent on each side of a matrix."""
+
+    def build(params: Iterator[nn.Parameter], lr: float, frequency: int) -> Optimizer:
+        return ds.DashShampoo(
+            params,
+            lr=lr,
+            betas=(0.9, 0.95),
+            epsilon=epsilon,
+            max_preconditioner_dim=64,
+            precondition_frequency=frequency,
+            grafting_config=ds.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8),
+            preconditioner_config=ds.RootInvShampooPreconditionerConfig(
+                amortized_computation_config=solver,
+                inverse_exponent_override={2: exponent},
+                use_symmetric_packing=False,
+            ),
+        )
+
+    return build
+
+
+def default_dash(params: Iterator[nn.Parameter], lr: float, frequency: int) -> Optimizer:
+    return ds.DashShampoo(
+        params,
+        lr=lr,
+        betas=(0.9, 0.95),
+        max_preconditioner_dim=64,
+        precondition_frequency=frequency,
+        grafting_config=ds.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8),
+        preconditioner_config=ds.DefaultDashConfig,
+    )
+
+
+def adamw(params: Iterator[nn.Parameter], lr: float, frequency: int) -> Optimizer:
+    del frequency
+    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+
+
+_POWER = ds.PowerIterationScaling(num_vectors=16, safety_factor=2.0)
+_LRS = (0.0025, 0.005, 0.01, 0.02)
+METHODS = {
+    "AdamW": Method(adamw, (0.0025, 0.005, 0.01, 0.02)),
+    "eigen, 1/4, absolute 1e-10": Method(shampoo(ds.EigenConfig(), 0.25), _LRS),
+    "coupled Newton, 10 steps, 1/4": Method(
+        shampoo(ds.ScaledCoupledNewtonConfig(max_iterations=10), 0.25), _LRS
+    ),
+    "Newton-DB 10+10, 1/4": Method(shampoo(ds.NewtonDBConfig(scaling=_POWER), 0.25), _LRS),
+    "minimax, 1/4, relative 1e-6": Method(shampoo(ds.MinimaxConfig(relative_epsilon=1e-6), 0.25), _LRS),
+    "Newton-DB 10, 1/2": Method(shampoo(ds.NewtonDBConfig(scaling=_POWER), 0.5), _LRS),
+    "minimax, 1/2, relative 1e-3": Method(shampoo(ds.MinimaxConfig(relative_epsilon=1e-3), 0.5), _LRS),
+    "DefaultDashConfig (minimax, 1/2, relative 1e-4)": Method(default_dash, _LRS),
+}
+BASELINE = "eigen, 1/4, absolute 1e-10"
+
+
+class LlamaTask:
+    """A two-layer byte-level Llama, 300 steps of 16 sequences of 64 bytes."""
+
+    steps, frequencies = 300, (1, 10)
+
+    def __init__(self) -> None:
+        self.data = load_stdlib_bytes()
+
+    def model(self) -> nn.Module:
+        return Llama(vocab_size=256, num_layers=2, width=64, num_heads=4, max_sequence_length=64)
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        sampler = BatchSampler(self.data.train, 64, 16, seed)
+        while True:
+            yield sampler.next_batch()
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def validation_loss(self, model: nn.Module) -> float:
+        sampler = BatchSampler(self.data.validation, 64, 64, seed=0)
+        with torch.no_grad():
+            losses = [float(self.loss(model, batch)) for batch in sampler.fixed_batches(16)]
+        return statistics.fmean(losses)
+
+
+class DigitsTask:
+    """A 64-128-128-10 MLP on scikit-learn's digits, 300 steps of 64 images."""
+
+    steps, frequencies = 300, (1, 10)
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+        images = torch.tensor(digits.data, dtype=torch.float32)[order] / 16.0
+        labels = torch.tensor(digits.target)[order]
+        self.train, self.validation = (images[:1300], labels[:1300]), (images[1300:], labels[1300:])
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+        )
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randint(len(self.train[0]), (64,), generator=generator)
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return F.cross_entropy(model(self.train[0][batch]), self.train[1][batch])
+
+    def validation_loss(self, model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(model(self.validation[0]), self.validation[1]))
+
+
+TASKS = {"llama": LlamaTask, "digits": DigitsTask}
+
+
+def train(task, method: Method, lr: float, frequency: int, seed: int) -> float:
+    torch.manual_seed(seed)
+    model = task.model()
+    optimizer = method.build(model.parameters(), lr, frequency)
+    schedule = LearningRate(optimizer, task.steps, 0.1, 0.01, 0.1)
+    for step, batch in zip(range(task.steps), task.batches(seed), strict=False):
+        schedule.apply(step)
+        optimizer.zero_grad()
+        loss = task.loss(model, batch)
+        if not math.isfinite(float(loss)):
+            return math.inf
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    value = task.validation_loss(model)
+    return value if math.isfinite(value) else math.inf
+
+
+def run_all(args: argparse.Namespace, log: Path) -> None:
+    done = {tuple(record[k] for k in KEYS) for record in read(log)}
+    for name in args.tasks:
+        task = TASKS[name]()
+        todo = [
+            (name, method, frequency, lr, seed)
+            for seed in args.seeds
+            for frequency in task.frequencies
+            for method in METHODS
+            for lr in METHODS[method].lrs
+            # AdamW has no roots to refresh: one frequency is all.
+            if not (method == "AdamW" and frequency != 1)
+        ]
+        for key in todo:
+            if key in done:
+                continue
+            _, method, frequency, lr, seed = key
+            started = time.perf_counter()
+            loss = train(task, METHODS[method], lr, frequency, seed)
+            record = dict(zip(KEYS, key, strict=True), loss=loss)
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(f"{name} {method} every {frequency}, lr {lr}, seed {seed}: {loss:.4f}", end=" ")
+            print(f"({time.perf_counter() - started:.1f} s)", flush=True)
+
+
+KEYS = ("task", "method", "frequency", "lr", "seed")
+
+
+def read(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def best_runs(records: list[dict]) -> dict[tuple[str, str, int], tuple[float, dict[int, float]]]:
+    """For each (task, method, frequency) the lr with the lowest mean loss, and its loss by seed."""
+    runs: dict[tuple, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for r in records:
+        runs[r["task"], r["method"], r["frequency"]][r["lr"]][r["seed"]] = r["loss"]
+    best = {}
+    for key, by_lr in runs.items():
+        # A learning rate counts only with as many seeds as the fullest one.
+        seeds = max(len(losses) for losses in by_lr.values())
+        full = {lr: losses for lr, losses in by_lr.items() if len(losses) == seeds}
+        lr = min(full, key=lambda lr: statistics.fmean(full[lr].values()))
+        best[key] = (lr, full[lr])
+    return best
+
+
+def cell(best: tuple[float, dict[int, float]]) -> str:
+    lr, losses = best
+    values = list(losses.values())
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.4f} ± {spread:.4f} (lr {lr:g})"
+
+
+def difference(best, key, baseline_key) -> str:
+    if key not in best or baseline_key not in best or key == baseline_key:
+        return "–"
+    ours, theirs = best[key][1], best[baseline_key][1]
+    gaps = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return f"{statistics.fmean(gaps):+.4f}, {sum(g < 0 for g in gaps)} of {len(gaps)} seeds"
+
+
+def report(records: list[dict], args: argparse.Namespace) -> str:
+    best = best_runs(records)
+    lines = [
+        "# Which root trains best",
+        "",
+        f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"dash_shampoo {ds.__version__}; `python benchmarks/exponent_study.py`.",
+        "",
+        "Validation loss after 300 steps, mean ± standard deviation over the seeds, with the learning rate "
+        "that had the lowest mean. Second figure: the mean difference to "
+        f"*{BASELINE}* of the same seed, and on how many seeds the method was lower.",
+    ]
+    for task in sorted({key[0] for key in best}):
+        frequencies = sorted({key[2] for key in best if key[0] == task})
+        lines += ["", f"## {task}: {TASKS[task].__doc__}", ""]
+        heads = "".join(f" every {f} | against the baseline |" for f in frequencies)
+        lines += [f"| method | {heads.strip()}", "|---|" + "---|---|" * len(frequencies)]
+        for method in METHODS:
+            row = f"| {method} |"
+            for f in frequencies:
+                key = (task, method, f)
+                shown = cell(best[key]) if key in best else "–"
+                row += f" {shown} | {difference(best, key, (task, BASELINE, f))} |"
+            lines.append(row)
+    return "\n".join(lines) + "\n"
+
+
+def plot(records: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best = best_runs(records)
+    tasks = sorted({key[0] for key in best})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(7 * len(tasks), 4.2), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for frequency, marker in ((1, "o"), (10, "s")):
+            rows = [m for m in METHODS if (task, m, frequency) in best]
+            means = [statistics.fmean(best[task, m, frequency][1].values()) for m in rows]
+            errors = [
+                statistics.stdev(v) if len(v := list(best[task, m, frequency][1].values())) > 1 else 0.0
+                for m in rows
+            ]
+            positions = [list(METHODS).index(m) + (0.1 if frequency == 10 else -0.1) for m in rows]
+            axis.errorbar(
+                means, positions, xerr=errors, fmt=marker, capsize=3,
+                label=f"roots refreshed every {frequency} step{'s' if frequency > 1 else ''}",
+            )
+        axis.set_yticks(range(len(METHODS)), list(METHODS))
+        axis.invert_yaxis()
+        axis.set_xlabel("validation loss after 300 steps")
+        axis.set_title(task)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    for axis in axes[0][1:]:
+        axis.set_yticklabels([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", default="benchmarks/results/exponent_study", help="path without ending")
+    parser.add_argument("--only-report", action="store_true", help="draw from the runs that are there")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    log = Path(args.output + ".jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if not args.only_report:
+        run_all(args, log)
+    records = read(log)
+    Path(args.output + ".md").write_text(report(records, args))
+    plot(records, Path(args.output + ".png"))
+    print(Path(args.output + ".md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The stacked list itself: memory, masks, chunks, failures and the options of its own config."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dash_shampoo as ds
+from dash_shampoo.preconditioner import (
+    BLOCK_SEAMS,
+    LIST_SEAMS,
+    StackedRootInvShampooPreconditionerList,
+    missing_seam,
+)
+
+SHAPES = [(8, 8), (20, 13), (5,), (), (3, 4, 5)]
+
+
+def build(config=None, shapes=SHAPES, cls=ds.DashShampoo, dtype=torch.float32, **settings):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in shapes]
+    settings = {"lr": 0.1, "epsilon": 1e-6, "max_preconditioner_dim": 8} | settings
+    if config is not None:
+        settings["preconditioner_config"] = config
+    return cls(params, **settings), params
+
+
+def step(optimizer, params, seed=0, scale=1.0, spoil=()):
+    generator = torch.Generator().manual_seed(seed)
+    for index, p in enumerate(params):
+        p.grad = scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        if index in spoil:
+            p.grad.view(-1)[0] = torch.nan
+    optimizer.step()
+
+
+def stacked(optimizer):
+    preconditioners = optimizer._per_group_state_lists[0]["shampoo_preconditioner_list"]
+    assert isinstance(preconditioners, StackedRootInvShampooPreconditionerList)
+    return preconditioners
+
+
+def state_tensors(optimizer):
+    for block in stacked(optimizer)._local_kronecker_factors_unwrapped:
+        yield from block.factor_matrices
+        yield from block.inv_factor_matrices
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_state_tensors_are_the_stacks_and_nothing_is_held_twice(packing):
+    config = ds.RootInvShampooPreconditionerConfig(use_symmetric_packing=packing)
+    optimizer, params = build(config)
+    step(optimizer, params)
+    lists = stacked(optimizer)
+    spans = []
+    for stack in (*lists._factors, *lists._inverse_factors):
+        begin = stack.data.data_ptr()
+        spans.append((begin, begin + stack.data.numel() * stack.data.element_size()))
+    tensors = list(state_tensors(optimizer))
+    assert tensors
+    for tensor in tensors:
+        assert any(begin <= tensor.data_ptr() < end for begin, end in spans)
+    assert sum(t.untyped_storage().nbytes() for t in tensors) == sum(e - b for b, e in spans)
+    stored = optimizer.state_dict()["state"][0]["block_0"]["shampoo"]["factor_matrices"]
+    first = next(iter(stored.values())) if isinstance(stored, dict) else stored[0]
+    assert any(begin <= first.data_ptr() < end for begin, end in spans)
+
+
+def test_a_saved_state_holds_only_its_own_bytes():
+    def size(cls):
+        optimizer, params = build(shapes=[(64, 64)] * 4, cls=cls, max_preconditioner_dim=32)
+        step(optimizer, params)
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        return buffer.tell()
+
+    assert size(ds.DashShampoo) <= 1.01 * size(ds.DistributedShampoo)
+
+
+def test_resuming_continues_bit_for_bit_and_views_survive():
+    straight, straight_params = build()
+    for seed in range(6):
+        step(straight, straight_params, seed)
+
+    first, params = build()
+    for seed in range(3):
+        step(first, params, seed)
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+
+    second, resumed = build()
+    with torch.no_grad():
+        for p, q in zip(resumed, params, strict=True):
+            p.copy_(q)
+    before = [t.data_ptr() for t in state_tensors(second)]
+    second.load_state_dict(torch.load(buffer, weights_only=False))
+    assert [t.data_ptr() for t in state_tensors(second)] == before
+    for seed in range(3, 6):
+        step(second, resumed, seed)
+    for p, q in zip(resumed, straight_params, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_state_dict_goes_over_to_the_base_and_back():
+    dash, dash_params = build()
+    base, base_params = build(cls=ds.DistributedShampoo)
+    step(dash, dash_params)
+    base.load_state_dict(dash.state_dict())
+    with torch.no_grad():
+        for p, q in zip(base_params, dash_params, strict=True):
+            p.copy_(q)
+    step(base, base_params, seed=1)
+    back, back_params = build()
+    with torch.no_grad():
+        for p, q in zip(back_params, base_params, strict=True):
+            p.copy_(q)
+    back.load_state_dict(base.state_dict())
+    step(back, back_params, seed=2)
+    for seed in (1, 2):
+        step(dash, dash_params, seed)
+    for p, q in zip(back_params, dash_params, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_small_workspace_gives_the_same_result(packing):
+    results = []
+    for workspace in (2**30, 1):
+        config = ds.DashShampooPreconditionerConfig(
+            max_workspace_bytes=workspace, use_symmetric_packing=packing
+        )
+        optimizer, params = build(config, shapes=[(8, 8)] * 5 + [(24, 20)])
+        for seed in range(3):
+            step(optimizer, params, seed)
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_the_fused_update_agrees_to_round_off():
+    results = []
+    for fused in (False, True):
+        config = ds.DashShampooPreconditionerConfig(
+            use_fused_factor_update=fused,
+            use_symmetric_packing=False,
+            factor_matrix_dtype=torch.float64,
+            inv_factor_matrix_dtype=torch.float64,
+        )
+        optimizer, params = build(config, dtype=torch.float64, betas=(0.9, 0.95))
+        for seed in range(3):
+            step(optimizer, params, seed)
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-15, 1e15, 1e30])
+@pytest.mark.parametrize(
+    "solver",
+    [ds.EigenConfig(), ds.CoupledNewtonConfig(), ds.NewtonDBConfig(), ds.ChebyshevConfig()],
+)
+@pytest.mark.parametrize("grafting", [None, ds.AdamPreconditionerConfig()])
+def test_extreme_gradients_leave_no_nan(scale, solver, grafting):
+    config = ds.RootInvShampooPreconditionerConfig(
+        amortized_computation_config=solver, inverse_exponent_override={3: 0.25}
+    )
+    optimizer, params = build(config, grafting_config=grafting, betas=(0.9, 0.999))
+    try:
+        for seed in range(3):
+            step(optimizer, params, seed, scale=scale)
+    except ds.PreconditionerValueError:
+        # The base's rule for what overflows: squares of 1e30 are infinite in fp32, and undamped coupled
+        # Newton diverges on the singular factors that 1e15 gives. The error comes before any NaN.
+        assert scale == 1e30 or (scale == 1e15 and isinstance(solver, ds.CoupledNewtonConfig))
+    assert all(torch.isfinite(p).all() for p in params)
+    for block in stacked(optimizer)._local_kronecker_factors_unwrapped:
+        assert all(torch.isfinite(root).all() for root in block.inv_factor_matrices)
+
+
+def test_gradients_whose_squares_overflow_raise_before_a_parameter_changes():
+    optimizer, params = build()
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ds.PreconditionerValueError, match=r"0\.block_0\.0"):
+        step(optimizer, params, scale=1e30)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["eigen", "keep"])
+def test_with_safety_overflowing_gradients_count_as_zero(policy):
+    config = ds.DashShampooPreconditionerConfig(safety=ds.SafetyConfig(policy=policy))
+    optimizer, params = build(
+        config, grafting_config=ds.AdamPreconditionerConfig(), betas=(0.9, 0.999)
+    )
+    for seed, scale in enumerate([1.0, 1e30, 1.0]):
+        step(optimizer, params, seed, scale=scale)
+    assert all(torch.isfinite(p).all() for p in params)
+    assert all(torch.isfinite(t).all() for t in state_tensors(optimizer))
+
+
+def test_a_nan_gradient_names_the_lowest_block_and_its_parameter():
+    params = {
+        "first.weight": torch.nn.Parameter(torch.zeros(8, 8)),
+        "second.weight": torch.nn.Parameter(torch.zeros(20, 13)),
+    }
+    optimizer = ds.DashShampoo(params.items(), max_preconditioner_dim=8)
+    with pytest.raises(ds.PreconditionerValueError, match=r"1\.block_0\.0.*second\.weight"):
+        step(optimizer, list(params.values()), spoil={1})
+
+
+def test_a_nan_block_leaves_the_others_as_they_were():
+    clean, clean_params = build(shapes=[(8, 8)] * 3)
+    step(clean, clean_params)
+    spoiled, params = build(shapes=[(8, 8)] * 3)
+    with pytest.raises(ds.PreconditionerValueError):
+        step(spoiled, params, spoil={1})
+    kept = stacked(spoiled)._local_kronecker_factors_unwrapped
+    fresh = stacked(clean)._local_kronecker_factors_unwrapped
+    for index in (0, 2):
+        for mine, theirs in zip(
+            kept[index].inv_factor_matrices, fresh[index].inv_factor_matrices, strict=True
+        ):
+            assert torch.equal(mine, theirs)
+    for root in kept[1].inv_factor_matrices:
+        assert torch.isfinite(root).all()
+
+
+@dataclass(kw_only=True)
+class UnknownConfig(ds.RootInvConfig):
+    pass
+
+
+def test_an_unknown_solver_is_refused_by_the_constructor():
+    config = ds.RootInvShampooPreconditionerConfig(amortized_computation_config=UnknownConfig())
+    with pytest.raises(ValueError, match="UnknownConfig"):
+        build(config)
+
+
+def test_a_root_the_solver_cannot_compute_is_refused_by_the_constructor():
+    config = ds.RootInvShampooPreconditionerConfig(amortized_computation_config=ds.NewtonDBConfig())
+    with pytest.raises(ValueError, match=r"root"):
+        build(config, shapes=[(3, 4, 5)])
+
+
+def record_without(missing):
+    block = SimpleNamespace(**{name: None for name in BLOCK_SEAMS if name != missing})
+    names = {name: None for name in LIST_SEAMS if name != missing}
+    if "_local_kronecker_factors_unwrapped" in names:
+        names["_local_kronecker_factors_unwrapped"] = (block,)
+    return SimpleNamespace(**names)
+
+
+@pytest.mark.parametrize("seam", [*LIST_SEAMS, *BLOCK_SEAMS])
+def test_a_missing_seam_is_named(seam):
+    assert missing_seam(record_without(seam)) == f"SimpleNamespace.{seam}"
+
+
+def test_the_base_has_every_seam():
+    optimizer, _ = build(cls=ds.DistributedShampoo)
+    lists = optimizer._per_group_state_lists[0]["shampoo_preconditioner_list"]
+    assert lists._local_kronecker_factors_unwrapped
+    assert missing_seam(lists) is None
+
+
+@pytest.mark.parametrize("seam", [*LIST_SEAMS, *BLOCK_SEAMS])
+def test_without_a_seam_it_runs_block_by_block_and_says_so(seam, monkeypatch, caplog):
+    expected, expected_params = build(cls=ds.DistributedShampoo)
+    step(expected, expected_params)
+    monkeypatch.setattr("dash_shampoo.optimizer.missing_seam", lambda _: f"TheList.{seam}")
+    with caplog.at_level(logging.WARNING, logger="dash_shampoo"):
+        optimizer, params = build()
+    assert f"TheList.{seam}" in caplog.text
+    assert "f606606" in caplog.text
+    step(optimizer, params)
+    for p, q in zip(params, expected_params, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_without_a_seam_a_solver_of_ours_is_refused(monkeypatch):
+    monkeypatch.setattr("dash_shampoo.optimizer.missing_seam", lambda _: "TheList.seam")
+    config = ds.RootInvShampooPreconditionerConfig(amortized_computation_config=ds.NewtonDBConfig())
+    with pytest.raises(RuntimeError, match=r"TheList\.seam.*NewtonDBConfig"):
+        build(config, shapes=[(8, 8)])
