@@ -1,0 +1,283 @@
+"""Blocks of a parameter group: which there are, which are this process's, how they are updated."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dash_shampoo.base.embedded import keys
+from dash_shampoo.base.embedded.blocking import merge_small_dims, multi_dim_split
+from dash_shampoo.base.embedded.configs import DefaultShampooRuntimeConfig, ShampooRuntimeConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class BlockInfo:
+    """Where a block belongs and how its state is allocated.
+
+    Attributes:
+        param: The parameter that contains the block.
+        composable_block_ids: Index of the parameter in its group, key of the block in the state.
+        param_name: Name of the parameter, where the group has names. (Default: None)
+    """
+
+    param: Tensor
+    composable_block_ids: tuple[int, str]
+    param_name: str | None = None
+
+    def allocate_zeros_tensor(
+        self, size: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Zeros for the optimizer's state."""
+        return torch.zeros(tuple(size), dtype=dtype, device=device)
+
+    def get_tensor(self, tensor: Tensor) -> Tensor:
+        """The local tensor of an allocated one."""
+        return tensor
+
+    def block_state(self, state: Mapping[Tensor, Any]) -> dict[str, Any]:
+        """The block's part of the optimizer's state."""
+        block_state: dict[str, Any] = state[self.param][self.composable_block_ids[1]]
+        return block_state
+
+
+@dataclass(kw_only=True, eq=False)
+class _ParamPlan:
+    """How the gradient of a parameter is cut: merged shape, number of blocks, which are local."""
+
+    param: Tensor
+    index: int
+    merged_shape: tuple[int, ...]
+    num_blocks: int
+    local_selector: tuple[bool, ...] = ()
+
+
+class Distributor:
+    """Merges and blocks parameters and gradients; here one process owns all blocks.
+
+    Distributors of several processes override the methods that start with an underscore and
+    `update_params`.
+
+    Args:
+        param_group: The parameter group.
+        runtime_config: Whether gradients are checked.
+    """
+
+    def __init__(
+        self,
+        param_group: dict[str, Any],
+        runtime_config: ShampooRuntimeConfig = DefaultShampooRuntimeConfig,
+    ) -> None:
+        self._param_group = param_group
+        self._runtime_config = runtime_config
+        self._max_dim: int | float = param_group[keys.MAX_PRECONDITIONER_DIM]
+        self._staged: list[tuple[Tensor, Tensor]] = []
+        self._plans: list[_ParamPlan] = []
+        blocks: list[Tensor] = []
+        for param in self._select_params(param_group[keys.PARAMS]):
+            blocks.extend(self._plan_param(param))
+        self._global_blocked_params: tuple[Tensor, ...] = tuple(blocks)
+
+        self._distributor_selector = self._assign_blocks()
+        local_flags = iter(self._distributor_selector)
+        for plan in self._plans:
+            plan.local_selector = tuple(next(local_flags) for _ in range(plan.num_blocks))
+        self._local_blocked_params = tuple(
+            compress(self._global_blocked_params, self._distributor_selector)
+        )
+        self._local_block_info_list: tuple[BlockInfo, ...] = tuple(self._make_block_infos())
+        self._active_params: tuple[bool, ...] | None = None
+        self._select_active((True,) * len(self._plans))
+
+    @property
+    def local_blocked_params(self) -> tuple[Tensor, ...]:
+        """The blocks of this process."""
+        return self._local_blocked_params
+
+    @property
+    def local_masked_blocked_params(self) -> tuple[Tensor, ...]:
+        """The blocks of this process that have a gradient in this step."""
+        return self._local_masked_blocked_params
+
+    @property
+    def local_grad_selector(self) -> tuple[bool, ...]:
+        """Which blocks of this process have a gradient in this step."""
+        return self._local_grad_selector
+
+    @property
+    def local_block_info_list(self) -> tuple[BlockInfo, ...]:
+        """One per block of this process."""
+        return self._local_block_info_list
+
+    def all_block_keys(self, param: Tensor) -> frozenset[str]:
+        """Keys of the parameter's blocks, of whatever process."""
+        for plan in self._plans:
+            if plan.param is param:
+                return frozenset(self._block_key(i) for i in range(plan.num_blocks))
+        return frozenset()
+
+    @torch.no_grad()
+    def merge_and_block_gradients(self) -> tuple[Tensor, ...]:
+        """The blocks of the gradients that are there; to be called once a step, before all else.
+
+        Raises:
+            AssertionError: With `eager_nan_check`, if a gradient is not finite.
+            RuntimeError: If a gradient is sparse.
+        """
+        self.refresh_blocked_params()
+        blocks: list[Tensor] = []
+        active = []
+        for plan in self._plans:
+            grad = self._local_gradient(plan.param)
+            has_grad = grad is not None and grad.numel() > 0
+            active.append(has_grad)
+            if grad is None or not has_grad or not any(plan.local_selector):
+                continue
+            self._check_gradient(grad, plan)
+            pieces = multi_dim_split(grad.reshape(plan.merged_shape), self._max_dim)
+            blocks.extend(compress(pieces, plan.local_selector))
+        if tuple(active) != self._active_params:
+            self._select_active(tuple(active))
+        return tuple(blocks)
+
+    @torch.no_grad()
+    def update_params(
+        self, blocked_search_directions: tuple[Tensor, ...], use_masked_tensors: bool = True
+    ) -> None:
+        """Adds the search directions to the blocks.
+
+        Args:
+            blocked_search_directions: One per block that has a gradient, or of all blocks.
+            use_masked_tensors: Whether only the blocks with a gradient are updated.
+        """
+        params = self._targets(blocked_search_directions, use_masked_tensors)
+        if params:
+            torch._foreach_add_(params, blocked_search_directions)
+        self._write_back()
+
+    @torch.no_grad()
+    def refresh_blocked_params(self) -> None:
+        """Reads parameters whose blocks cannot be views of them."""
+        for param, copy in self._staged:
+            copy.copy_(param)
+
+    # ------------------------------------------------------- what other distributors override
+
+    def _select_params(self, params: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The parameters that have blocks in this process."""
+        for param in params:
+            if isinstance(param, DTensor):
+                raise ValueError(
+                    f"A parameter of shape {tuple(param.shape)} is a DTensor: "
+                    "SingleDeviceDistributedConfig needs plain tensors. Use "
+                    "FullyShardDistributedConfig for fully_shard, HybridShardDistributedConfig for "
+                    "fully_shard on a 2D mesh, DDPDistributedConfig for replicate."
+                )
+            yield param
+
+    def _local_tensor(self, tensor: Tensor) -> Tensor:
+        """The local part of a parameter or gradient."""
+        return tensor
+
+    def _assign_blocks(self) -> tuple[bool, ...]:
+        """Which blocks are this process's."""
+        return (True,) * len(self._global_blocked_params)
+
+    def _block_key(self, block_index: int) -> str:
+        """The key of a block in the state of its parameter."""
+        return f"block_{block_index}"
+
+    def _make_block_info(self, **fields: Any) -> BlockInfo:
+        """The description of a local block."""
+        return BlockInfo(**fields)
+
+    def _select_active(self, active_params: tuple[bool, ...]) -> None:
+        """Rebuilds what depends on which parameters have a gradient."""
+        self._active_params = active_params
+        self._global_grad_selector: tuple[bool, ...] = tuple(
+            has_grad
+            for plan, has_grad in zip(self._plans, active_params, strict=True)
+            for _ in range(plan.num_blocks)
+        )
+        self._local_grad_selector = tuple(
+            compress(self._global_grad_selector, self._distributor_selector)
+        )
+        self._local_masked_blocked_params = tuple(
+            compress(self._local_blocked_params, self._local_grad_selector)
+        )
+
+    # ------------------------------------------------------------------------------ helpers
+
+    def _plan_param(self, param: Tensor) -> tuple[Tensor, ...]:
+        local = self._local_tensor(param).detach()
+        shape = merge_small_dims(
+            tuple(local.shape),
+            self._max_dim,
+            self._param_group[keys.DISTRIBUTED_CONFIG].target_parameter_dimensionality,
+        )
+        try:
+            merged = local.view(shape)
+        except RuntimeError:
+            # The memory format (channels last, say) does not allow merged dimensions: the blocks
+            # are then views of a contiguous copy, read before and written back after a step.
+            copy = local.clone(memory_format=torch.contiguous_format)
+            self._staged.append((local, copy))
+            merged = copy.view(shape)
+        blocks = multi_dim_split(merged, self._max_dim)
+        self._plans.append(
+            _ParamPlan(
+                param=param, index=len(self._plans), merged_shape=shape, num_blocks=len(blocks)
+            )
+        )
+        return blocks
+
+    def _make_block_infos(self) -> Iterator[BlockInfo]:
+        names = self._param_group.get("param_names")
+        name_of = (
+            dict(zip(map(id, self._param_group[keys.PARAMS]), names, strict=True)) if names else {}
+        )
+        for plan in self._plans:
+            for block_index in compress(range(plan.num_blocks), plan.local_selector):
+                yield self._make_block_info(
+                    param=plan.param,
+                    composable_block_ids=(plan.index, self._block_key(block_index)),
+                    param_name=name_of.get(id(plan.param)),
+                )
+
+    def _local_gradient(self, param: Tensor) -> Tensor | None:
+        return None if param.grad is None else self._local_tensor(param.grad)
+
+    def _check_gradient(self, grad: Tensor, plan: _ParamPlan) -> None:
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"Parameter {plan.index} of its group, of shape {tuple(plan.param.shape)}, has a "
+                "sparse gradient: Shampoo needs dense ones."
+            )
+        if self._runtime_config.eager_nan_check and not torch.isfinite(grad).all():
+            raise AssertionError(
+                f"The gradient of parameter {plan.index} of its group, of shape "
+                f"{tuple(plan.param.shape)}, has NaN or infinite values: check the model's "
+                "stability or clip the gradients."
+            )
+
+    def _targets(
+        self, blocked_search_directions: tuple[Tensor, ...], use_masked_tensors: bool
+    ) -> tuple[Tensor, ...]:
+        params = (
+            self._local_masked_blocked_params if use_masked_tensors else self._local_blocked_params
+        )
+        if len(params) != len(blocked_search_directions):
+            raise ValueError(
+                f"Got {len(blocked_search_directions)} search directions for {len(params)} blocks."
+            )
+        return params
+
+    def _write_back(self) -> None:
+        for param, copy in self._staged:
+            param.copy_(copy)

@@ -1,0 +1,522 @@
+"""The embedded DistributedShampoo: parameter groups, their lists of blocks, steps, checkpoints."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from dash_shampoo.base.embedded import (
+    configs,
+    distributed_configs,
+    keys,
+    matrix_function_configs,
+)
+from dash_shampoo.base.embedded.configs import (
+    AdaGradPreconditionerConfig,
+    AdamPreconditionerConfig,
+    ClassicMomentumConfig,
+    ConcurrencyConfig,
+    DefaultConcurrencyConfig,
+    DefaultShampooConfig,
+    DefaultShampooRuntimeConfig,
+    GeneralizedPrimalAveragingConfig,
+    IterateAveragingConfig,
+    PreconditionerConfig,
+    RMSpropPreconditionerConfig,
+    RootInvShampooPreconditionerConfig,
+    ScheduleFreeConfig,
+    SGDPreconditionerConfig,
+    ShampooPT2CompileConfig,
+    ShampooRuntimeConfig,
+    WeightDecayType,
+)
+from dash_shampoo.base.embedded.distributed_configs import (
+    DefaultSingleDeviceDistributedConfig,
+    DistributedConfig,
+    SingleDeviceDistributedConfig,
+    not_implemented,
+)
+from dash_shampoo.base.embedded.distributor import Distributor
+from dash_shampoo.base.embedded.hyper_parameters import check_and_complete
+from dash_shampoo.base.embedded.preconditioner_list import (
+    AdagradPreconditionerList,
+    PreconditionerList,
+    SGDPreconditionerList,
+)
+from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
+from dash_shampoo.base.embedded.state import check_aliased, copy_nested, native_config, plan_loading
+from dash_shampoo.base.embedded.step import (
+    StepSettings,
+    is_averaging,
+    mask_state_lists,
+    search_directions,
+    set_interpolation_coefficients,
+)
+
+logger = logging.getLogger(__name__)
+
+# What the state was built from; a loaded checkpoint does not change it.
+_STRUCTURE = (
+    keys.PARAMS,
+    "param_names",
+    keys.DISTRIBUTED_CONFIG,
+    keys.PRECONDITIONER_CONFIG,
+    keys.GRAFTING_CONFIG,
+)
+_NATIVE_CONFIGS = {**vars(matrix_function_configs), **vars(distributed_configs), **vars(configs)}
+
+
+class DistributedShampoo(Optimizer):
+    """Shampoo (arXiv 1802.09568, 2309.06497), block by block.
+
+    The same constructor, options, state and arithmetic as Meta's Distributed Shampoo, for machines
+    without that package; what is left out raises NotImplementedError.
+
+    Args:
+        params: Parameters, or parameter groups.
+        lr: Learning rate, ≥ 0. (Default: 1e-2)
+        betas: Decay of the gradients' EMA, in [0, 1), and of the factor matrices, in [0, 1]; beta2 =
+            1 sums instead. (Default: (0.9, 1.0))
+        beta3: Decay used for the filtered gradient of the step itself; -1 means beta1. (Default: -1)
+        epsilon: Damping of the factor matrices, positive. (Default: 1e-12)
+        weight_decay: ≥ 0. (Default: 0)
+        weight_decay_type: See WeightDecayType. (Default: DECOUPLED)
+        max_preconditioner_dim: Largest dimension of a block, or math.inf. (Default: 1024)
+        precondition_frequency: Steps between inverse roots. (Default: 1)
+        start_preconditioning_step: First step with inverse roots; before, the grafting's direction is
+            taken. -1 means precondition_frequency. (Default: -1)
+        use_bias_correction: Whether the EMAs are divided by 1 - beta^step. (Default: True)
+        iterate_averaging_config: Momentum or averaging. (Default: None)
+        grafting_config: Whose norm the direction of a block gets. (Default: None)
+        use_pin_memory: Whether the learning rate is staged in pinned memory. (Default: False)
+        shampoo_pt2_compile_config: Compile the step with these arguments. (Default: None)
+        distributed_config: How blocks are spread. (Default: SingleDeviceDistributedConfig())
+        preconditioner_config: The preconditioner. (Default: RootInvShampooPreconditionerConfig())
+        shampoo_runtime_config: Checks. (Default: ShampooRuntimeConfig())
+        concurrency_config: CUDA streams. (Default: ConcurrencyConfig())
+
+    Raises:
+        NotImplementedError: If an option is not in the embedded base.
+        ValueError: If a hyper-parameter is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 1.0),
+        beta3: float = -1.0,
+        epsilon: float = 1e-12,
+        weight_decay: float = 0.0,
+        weight_decay_type: WeightDecayType = WeightDecayType.DECOUPLED,
+        max_preconditioner_dim: int | float = 1024,
+        precondition_frequency: int = 1,
+        start_preconditioning_step: int = -1,
+        use_bias_correction: bool = True,
+        iterate_averaging_config: IterateAveragingConfig | None = None,
+        grafting_config: PreconditionerConfig | None = None,
+        use_pin_memory: bool = False,
+        shampoo_pt2_compile_config: ShampooPT2CompileConfig | None = None,
+        distributed_config: DistributedConfig = DefaultSingleDeviceDistributedConfig,
+        preconditioner_config: PreconditionerConfig = DefaultShampooConfig,
+        shampoo_runtime_config: ShampooRuntimeConfig = DefaultShampooRuntimeConfig,
+        concurrency_config: ConcurrencyConfig = DefaultConcurrencyConfig,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                keys.LR: lr,
+                keys.BETAS: betas,
+                keys.BETA3: beta3,
+                keys.EPSILON: epsilon,
+                keys.WEIGHT_DECAY: weight_decay,
+                keys.PEAK_LR: lr,
+                keys.WEIGHT_DECAY_TYPE: weight_decay_type,
+                keys.MAX_PRECONDITIONER_DIM: max_preconditioner_dim,
+                keys.PRECONDITION_FREQUENCY: precondition_frequency,
+                keys.START_PRECONDITIONING_STEP: start_preconditioning_step,
+                keys.USE_BIAS_CORRECTION: use_bias_correction,
+                keys.ITERATE_AVERAGING_CONFIG: iterate_averaging_config,
+                keys.GRAFTING_CONFIG: grafting_config,
+                keys.USE_PIN_MEMORY: use_pin_memory,
+                keys.DISTRIBUTED_CONFIG: distributed_config,
+                keys.PRECONDITIONER_CONFIG: preconditioner_config,
+            },
+        )
+        self._shampoo_pt2_compile_config = shampoo_pt2_compile_config
+        self._runtime_config = shampoo_runtime_config
+        self._concurrency_config = concurrency_config
+        for group in self.param_groups:
+            check_and_complete(group)
+        self._per_group_state_lists: list[dict[str, Any]] = [{} for _ in self.param_groups]
+        with torch.no_grad():
+            # Group by group and in this order: it is the order of the keys in the state.
+            for state_lists, group in self._groups():
+                self._instantiate_distributor(state_lists, group)
+                self._instantiate_preconditioners(state_lists, group)
+                self._instantiate_scalars(state_lists, group)
+                self._instantiate_buffers(state_lists, group)
+        self._instantiate_per_group_step()
+        self.register_state_dict_post_hook(self._export_state)
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        yield from zip(self._per_group_state_lists, self.param_groups, strict=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; possible only before the construction is complete.
+
+        Raises:
+            RuntimeError: Afterwards, as the blocks and their state exist already.
+        """
+        if hasattr(self, "_per_group_state_lists"):
+            raise RuntimeError(
+                "DistributedShampoo cannot take another parameter group after its construction: "
+                "construct a new one with all groups and load the old one's state where it fits."
+            )
+        super().add_param_group(param_group)
+
+    # ------------------------------------------------------------------------- construction
+
+    def _select_distributor_class(self, distributed_config: DistributedConfig) -> type[Distributor]:
+        """The distributor for a config; a point to override.
+
+        Raises:
+            NotImplementedError: If the embedded base has none.
+        """
+        if isinstance(distributed_config, SingleDeviceDistributedConfig):
+            return Distributor
+        raise not_implemented(f"distributed_config={distributed_config!r}")
+
+    def _preconditioner_config_to_list_cls(
+        self,
+        state_lists: dict[str, Any],
+        group: dict[str, Any],
+        preconditioner_config: PreconditionerConfig | None,
+    ) -> PreconditionerList | None:
+        """The preconditioner list for a config, of Shampoo or of grafting; a point to override.
+
+        Raises:
+            NotImplementedError: If the embedded base has none.
+        """
+        distributor: Distributor = state_lists[keys.DISTRIBUTOR]
+        blocks, infos = distributor.local_blocked_params, distributor.local_block_info_list
+        config = preconditioner_config
+        if config is None:
+            return None
+        if isinstance(config, SGDPreconditionerConfig):
+            return SGDPreconditionerList(blocks)
+        if isinstance(config, AdaGradPreconditionerConfig):
+            beta2, weight = 1.0, 1.0
+            if isinstance(config, RMSpropPreconditionerConfig):
+                beta2 = config.beta2
+                weight = 1.0 if config.drop_weighting_factor_on_gsquare else 1 - beta2
+            return AdagradPreconditionerList(
+                blocks,
+                self.state,
+                infos,
+                beta2=beta2,
+                weighting_factor=weight,
+                epsilon=config.epsilon,
+                use_bias_correction=isinstance(config, AdamPreconditionerConfig)
+                and not config.drop_weighting_factor_on_gsquare,
+            )
+        if type(config) is RootInvShampooPreconditionerConfig:
+            beta2 = group[keys.BETAS][1]
+            is_sum = beta2 == 1.0 or config.drop_weighting_factor_on_gsquare
+            return RootInvShampooPreconditionerList(
+                blocks,
+                self.state,
+                infos,
+                preconditioner_config=config,
+                beta2=beta2,
+                weighting_factor=1.0 if is_sum else 1 - beta2,
+                epsilon=group[keys.EPSILON],
+                use_bias_correction=group[keys.USE_BIAS_CORRECTION],
+            )
+        raise not_implemented(f"{keys.PRECONDITIONER_CONFIG}={config!r}")
+
+    def _instantiate_distributor(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
+        distributor_class = self._select_distributor_class(group[keys.DISTRIBUTED_CONFIG])
+        distributor = distributor_class(group, self._runtime_config)
+        state_lists[keys.DISTRIBUTOR] = distributor
+        if not distributor.local_blocked_params:
+            logger.warning(
+                "This process owns no block of a parameter group and idles in its steps; a smaller "
+                "num_trainers_per_group would avoid that."
+            )
+        state_lists[keys.MASKED_BLOCKED_PARAMS] = distributor.local_blocked_params
+        state_lists[keys.PREVIOUS_GRAD_SELECTOR] = None
+        for info in distributor.local_block_info_list:
+            self.state[info.param][info.composable_block_ids[1]] = {}
+
+    def _instantiate_preconditioners(
+        self, state_lists: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        if group[keys.PRECONDITIONER_CONFIG] is None:
+            raise ValueError(f"Invalid {keys.PRECONDITIONER_CONFIG}=None: must be a config.")
+        for key, config_key in (
+            (keys.SHAMPOO_PRECONDITIONER_LIST, keys.PRECONDITIONER_CONFIG),
+            (keys.GRAFTING_PRECONDITIONER_LIST, keys.GRAFTING_CONFIG),
+        ):
+            state_lists[key] = self._preconditioner_config_to_list_cls(
+                state_lists=state_lists, group=group, preconditioner_config=group[config_key]
+            )
+            # A list of a subclass has solvers of its own, and checks them itself.
+            if type(state_lists[key]) is RootInvShampooPreconditionerList:
+                state_lists[key].check_supported()
+
+    def _instantiate_scalars(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
+        """Step count and coefficients: as tensors, so that compiled steps take them as inputs."""
+        device = group[keys.PARAMS][0].device
+        # On the CPU, where counting and reading it waits for no device.
+        state_lists[keys.STEP] = torch.tensor(0, dtype=torch.int64, device="cpu")
+        for param in group[keys.PARAMS]:
+            self.state[param][keys.STEP] = state_lists[keys.STEP]
+        state_lists[keys.LR_TENSOR] = torch.empty((), dtype=torch.float32, device=device)
+        state_lists[keys.LR_CPU_PINNED] = torch.empty(
+            (), dtype=torch.float32, pin_memory=group[keys.USE_PIN_MEMORY]
+        )
+        for key in (keys.TRAIN_INTERP_COEFF, keys.EVAL_INTERP_COEFF):
+            state_lists[key] = torch.zeros((), dtype=torch.float32, device=device)
+
+    def _instantiate_buffers(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
+        if group[keys.BETAS][0] != 0.0:
+            self._allocate(state_lists, keys.FILTERED_GRAD)
+        match group[keys.ITERATE_AVERAGING_CONFIG]:
+            case None:
+                pass
+            case ClassicMomentumConfig():
+                self._allocate(state_lists, keys.MOMENTUM_BUFFER)
+            case GeneralizedPrimalAveragingConfig() | ScheduleFreeConfig():
+                self._allocate(state_lists, keys.WEIGHT_BUFFER)
+                distributor = state_lists[keys.DISTRIBUTOR]
+                for buffer, block in zip(
+                    state_lists[keys.WEIGHT_BUFFER_LIST],
+                    distributor.local_blocked_params,
+                    strict=True,
+                ):
+                    buffer.copy_(block)
+                device = group[keys.PARAMS][0].device
+                state_lists[keys.LR_SUM] = torch.tensor(0.0, dtype=torch.float32, device=device)
+                state_lists[keys.TRAIN_MODE] = torch.tensor(True, device="cpu")
+                for param in group[keys.PARAMS]:
+                    self.state[param][keys.TRAIN_MODE] = state_lists[keys.TRAIN_MODE]
+                    self.state[param][keys.LR_SUM] = state_lists[keys.LR_SUM]
+            case config:
+                raise NotImplementedError(
+                    f"{keys.ITERATE_AVERAGING_CONFIG}={config!r} is not known."
+                )
+
+    def _allocate(self, state_lists: dict[str, Any], key: str) -> None:
+        distributor: Distributor = state_lists[keys.DISTRIBUTOR]
+        buffers = []
+        for block, info in zip(
+            distributor.local_blocked_params, distributor.local_block_info_list, strict=True
+        ):
+            tensor = info.allocate_zeros_tensor(
+                size=block.size(), dtype=block.dtype, device=block.device
+            )
+            info.block_state(self.state)[key] = tensor
+            buffers.append(info.get_tensor(tensor))
+        list_key, masked_list_key = keys.BUFFER_LISTS[key]
+        state_lists[list_key] = state_lists[masked_list_key] = tuple(buffers)
+
+    def _instantiate_per_group_step(self) -> None:
+        self._per_group_step: Callable[[dict[str, Any], StepSettings], None] = self._update_group
+        if self._shampoo_pt2_compile_config is not None:
+            options = asdict(self._shampoo_pt2_compile_config)
+            self._per_group_step = torch.compile(self._update_group, **options)
+        on_cuda = all(group[keys.PARAMS][0].device.type == "cuda" for group in self.param_groups)
+        self._use_cuda_streams = (
+            on_cuda and self._concurrency_config.enable_cuda_stream_for_param_groups
+        )
+        if self._use_cuda_streams:
+            for state_lists, group in self._groups():
+                state_lists[keys.CUDA_STREAM] = _new_stream(group[keys.PARAMS][0].device)
+
+    # --------------------------------------------------------------------------------- steps
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates the parameters.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss. (Default: None)
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            PreconditionerValueError: If a factor matrix or its inverse root is not finite.
+            RuntimeError: If averaging is in eval mode.
+            ValueError: If the inverse roots of a block failed too often in a row.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for state_lists, group in self._groups():
+            with self._stream_of(state_lists):
+                self._step_group(state_lists, group)
+        if self._use_cuda_streams:
+            for state_lists, _ in self._groups():
+                stream = state_lists[keys.CUDA_STREAM]
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
+        return loss
+
+    def _stream_of(self, state_lists: dict[str, Any]) -> Any:
+        return _run_on(state_lists[keys.CUDA_STREAM]) if self._use_cuda_streams else nullcontext()
+
+    def _step_group(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
+        state_lists[keys.MASKED_BLOCKED_GRADS] = state_lists[
+            keys.DISTRIBUTOR
+        ].merge_and_block_gradients()
+        has_changed = mask_state_lists(state_lists)
+        if has_changed and self._shampoo_pt2_compile_config is not None:
+            logger.warning(
+                "Other parameters than in the previous step have gradients: the step is compiled "
+                "again."
+            )
+        step = int(state_lists[keys.STEP].add_(1).item())
+        state_lists[keys.LR_CPU_PINNED].fill_(group[keys.LR])
+        state_lists[keys.LR_TENSOR].copy_(state_lists[keys.LR_CPU_PINNED], non_blocking=True)
+        set_interpolation_coefficients(
+            state_lists, group[keys.ITERATE_AVERAGING_CONFIG], is_step=True
+        )
+        self._per_group_step(state_lists, StepSettings.of(group, step))
+        state_lists[keys.MASKED_BLOCKED_GRADS] = None
+
+    def _update_group(self, state_lists: dict[str, Any], settings: StepSettings) -> None:
+        has_grads = bool(state_lists[keys.MASKED_BLOCKED_GRADS])
+        state_lists[keys.DISTRIBUTOR].update_params(
+            search_directions(state_lists, settings) if has_grads else ()
+        )
+
+    def train(self) -> None:
+        """Puts the parameters to the training sequence Y; without averaging does nothing."""
+        self._switch_mode(is_train=True)
+
+    def eval(self) -> None:
+        """Puts the parameters to the evaluation sequence X; without averaging does nothing."""
+        self._switch_mode(is_train=False)
+
+    @torch.no_grad()
+    def _switch_mode(self, is_train: bool) -> None:
+        for state_lists, group in self._groups():
+            averaging = group[keys.ITERATE_AVERAGING_CONFIG]
+            if not is_averaging(averaging) or bool(state_lists[keys.TRAIN_MODE]) == is_train:
+                continue
+            # Y = X + (1 - mu_y) * (Z - X),   X = Y + (1 - 1 / mu_y) * (Z - Y)
+            set_interpolation_coefficients(state_lists, averaging, is_step=False)
+            mu_y = state_lists[keys.TRAIN_INTERP_COEFF]
+            distributor = state_lists[keys.DISTRIBUTOR]
+            distributor.refresh_blocked_params()
+            updates: tuple[Tensor, ...] = ()
+            if state_lists[keys.WEIGHT_BUFFER_LIST]:
+                differences = torch._foreach_sub(
+                    state_lists[keys.WEIGHT_BUFFER_LIST], distributor.local_blocked_params
+                )
+                torch._foreach_mul_(differences, 1 - (mu_y if is_train else mu_y.reciprocal()))
+                updates = tuple(differences)
+            distributor.update_params(updates, use_masked_tensors=False)
+            state_lists[keys.TRAIN_MODE].fill_(is_train)
+
+    # --------------------------------------------------------------------------- checkpoints
+
+    @staticmethod
+    def _export_state(optimizer: Optimizer, state_dict: StateDict) -> None:
+        """Copies the nested dicts and gives every parameter an entry, on every process."""
+        state = state_dict["state"]
+        ids = chain.from_iterable(group[keys.PARAMS] for group in state_dict["param_groups"])
+        state_dict["state"] = {i: copy_nested(state[i]) if i in state else {} for i in ids}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Copies a saved state into the state's tensors, or raises and changes nothing.
+
+        Unlike torch's own, this does not cast the state to the parameters' dtypes on the way (fp32
+        factor matrices of bf16 parameters keep their precision), keeps the state's tensors, and the
+        train or eval mode of the optimizer is as before.
+
+        Args:
+            state_dict: As returned by `state_dict()`, of this base or of Meta's.
+
+        Raises:
+            ValueError: If groups, keys or shapes do not fit.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        saved_groups = state_dict["param_groups"]
+        self._check_groups(saved_groups)
+        ids = chain.from_iterable(group[keys.PARAMS] for group in saved_groups)
+        params = chain.from_iterable(group[keys.PARAMS] for group in self.param_groups)
+        copies = plan_loading(
+            list(zip(ids, params, strict=True)),
+            self.state,
+            state_dict["state"],
+            self._all_block_keys,
+        )
+        aliased = [
+            lists[key]
+            for lists in self._per_group_state_lists
+            for key in (keys.STEP, keys.LR_SUM, keys.TRAIN_MODE)
+            if key in lists
+        ]
+        check_aliased(copies, aliased)
+
+        was_train = [
+            bool(lists.get(keys.TRAIN_MODE, True)) for lists in self._per_group_state_lists
+        ]
+        for target, source in copies:
+            target.copy_(source)
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update(
+                (key, native_config(value, _NATIVE_CONFIGS))
+                for key, value in saved.items()
+                if key not in _STRUCTURE
+            )
+        self._switch_mode(is_train=all(was_train))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_groups(self, saved_groups: list[dict[str, Any]]) -> None:
+        sizes = [len(group[keys.PARAMS]) for group in self.param_groups]
+        saved_sizes = [len(group[keys.PARAMS]) for group in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(
+                "Cannot load the optimizer's state, nothing was changed: the saved parameter groups "
+                f"have {saved_sizes} parameters, the optimizer's {sizes}."
+            )
+
+    def _all_block_keys(self, param: Tensor) -> frozenset[str]:
+        for lists in self._per_group_state_lists:
+            distributor: Distributor = lists[keys.DISTRIBUTOR]
+            if block_keys := distributor.all_block_keys(param):
+                return block_keys
+        return frozenset()
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
+    return stream(device=device)
+
+
+@contextmanager
+def _run_on(stream: torch.cuda.Stream) -> Iterator[None]:
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield

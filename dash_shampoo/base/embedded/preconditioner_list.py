@@ -1,0 +1,183 @@
+"""Preconditioners of a parameter group's blocks: the interface, SGD and the AdaGrad family."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base.embedded import keys
+from dash_shampoo.base.embedded.distributor import BlockInfo
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def eager_only(function: _F) -> _F:
+    """Keeps a function out of compiled steps."""
+    disable: Callable[[_F], _F] = torch.compiler.disable
+    return disable(function)
+
+
+class PreconditionerValueError(ValueError):
+    """A factor matrix or its inverse root is not finite."""
+
+
+def scalar_of(tensor: Tensor) -> Any:
+    """A CPU scalar as the operand of a foreach operator.
+
+    A Python number lets the operators fuse on every device; under `torch.compile` it would be
+    compiled in as a constant, so there the tensor stays.
+    """
+    return tensor if torch.compiler.is_compiling() else tensor.item()
+
+
+class PreconditionerList(ABC):
+    """Preconditioners of a list of blocks.
+
+    Args:
+        block_list: The blocks of this process.
+    """
+
+    def __init__(self, block_list: tuple[Tensor, ...]) -> None:
+        self._dims_list: tuple[torch.Size, ...] = tuple(block.size() for block in block_list)
+        self._numel_list: tuple[int, ...] = (0,) * len(block_list)
+        self._num_bytes_list: tuple[int, ...] = (0,) * len(block_list)
+
+    @abstractmethod
+    def update_preconditioners(
+        self,
+        masked_grad_list: tuple[Tensor, ...],
+        step: Tensor,
+        perform_amortized_computation: bool = False,
+    ) -> None:
+        """Takes the gradients of the active blocks in."""
+
+    @abstractmethod
+    def precondition(self, masked_grad_list: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The preconditioned gradients of the active blocks; never the given tensors' memory."""
+
+    @abstractmethod
+    def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
+        """Restricts the list to the blocks that have a gradient."""
+
+    @property
+    def dims_list(self) -> tuple[torch.Size, ...]:
+        """Shapes of the blocks."""
+        return self._dims_list
+
+    @property
+    def numel_list(self) -> tuple[int, ...]:
+        """Elements of preconditioner state by block."""
+        return self._numel_list
+
+    @property
+    def num_bytes_list(self) -> tuple[int, ...]:
+        """Bytes of preconditioner state by block."""
+        return self._num_bytes_list
+
+    def numel(self) -> int:
+        """Elements of preconditioner state."""
+        return sum(self._numel_list)
+
+    def num_bytes(self) -> int:
+        """Bytes of preconditioner state."""
+        return sum(self._num_bytes_list)
+
+
+class SGDPreconditionerList(PreconditionerList):
+    """The identity."""
+
+    def update_preconditioners(
+        self,
+        masked_grad_list: tuple[Tensor, ...],
+        step: Tensor,
+        perform_amortized_computation: bool = False,
+    ) -> None:
+        """Does nothing."""
+
+    def precondition(self, masked_grad_list: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Copies of the gradients."""
+        return tuple(grad.clone() for grad in masked_grad_list)
+
+    def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
+        """Does nothing."""
+
+
+class AdagradPreconditionerList(PreconditionerList):
+    """G / (sqrt(V / bias_correction2) + epsilon) with V ← beta2·V + weighting_factor·G².
+
+    Args:
+        block_list: The blocks of this process.
+        state: The optimizer's state, in which V is kept.
+        block_info_list: One per block.
+        beta2: Decay of V; 1.0 sums.
+        weighting_factor: Weight of the new G².
+        epsilon: Damping.
+        use_bias_correction: Whether bias_correction2 = 1 - beta2^step instead of 1.
+    """
+
+    def __init__(
+        self,
+        block_list: tuple[Tensor, ...],
+        state: Mapping[Tensor, Any],
+        block_info_list: Sequence[BlockInfo],
+        beta2: float = 1.0,
+        weighting_factor: float = 1.0,
+        epsilon: float = 1e-10,
+        use_bias_correction: bool = True,
+    ) -> None:
+        super().__init__(block_list)
+        self._beta2 = beta2
+        self._weighting_factor = weighting_factor
+        self._epsilon = epsilon
+        self._use_bias_correction = use_bias_correction
+        self._bias_correction2 = torch.tensor(1.0)
+        preconditioners = []
+        for block, info in zip(block_list, block_info_list, strict=True):
+            block_state = info.block_state(state)
+            block_state[keys.ADAGRAD] = info.allocate_zeros_tensor(
+                size=block.size(), dtype=block.dtype, device=block.device
+            )
+            preconditioners.append(info.get_tensor(block_state[keys.ADAGRAD]))
+        self._local_preconditioner_list: tuple[Tensor, ...] = tuple(preconditioners)
+        self._masked_preconditioner_list = self._local_preconditioner_list
+        self._numel_list = tuple(v.numel() for v in preconditioners)
+        self._num_bytes_list = tuple(v.numel() * v.element_size() for v in preconditioners)
+
+    def update_preconditioners(
+        self,
+        masked_grad_list: tuple[Tensor, ...],
+        step: Tensor,
+        perform_amortized_computation: bool = False,
+    ) -> None:
+        """V ← beta2·V + weighting_factor·G²."""
+        if masked_grad_list:
+            if self._beta2 != 1.0:
+                torch._foreach_mul_(self._masked_preconditioner_list, self._beta2)
+            torch._foreach_addcmul_(
+                self._masked_preconditioner_list,
+                masked_grad_list,
+                masked_grad_list,
+                value=self._weighting_factor,
+            )
+        if self._use_bias_correction and self._beta2 < 1.0:
+            self._bias_correction2 = torch.tensor(1.0) - self._beta2**step
+
+    def precondition(self, masked_grad_list: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """G / (sqrt(V / bias_correction2) + epsilon)."""
+        if not masked_grad_list:
+            return ()
+        denominators = torch._foreach_div(
+            self._masked_preconditioner_list, scalar_of(self._bias_correction2)
+        )
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, self._epsilon)
+        return tuple(torch._foreach_div(masked_grad_list, denominators))
+
+    def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
+        """Restricts the list to the blocks that have a gradient."""
+        self._masked_preconditioner_list = tuple(
+            compress(self._local_preconditioner_list, local_grad_selector)
+        )

@@ -1,0 +1,147 @@
+"""Saving and loading: nested state, configs of the other base, loading all or nothing."""
+
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dash_shampoo.base.embedded import keys
+
+_MAX_NAMED = 5
+# One tensor for all parameters of a group.
+_ALIASED = (keys.STEP, keys.LR_SUM, keys.TRAIN_MODE)
+
+
+def copy_nested(state: Any) -> Any:
+    """The nested dicts of a state anew, with the very tensors."""
+    if isinstance(state, dict):
+        return {key: copy_nested(value) for key, value in state.items()}
+    return state
+
+
+def native_config(value: Any, namespace: Mapping[str, Any]) -> Any:
+    """Rebuilds a config of the other base as the class of the same name of this one.
+
+    Args:
+        value: Anything; only dataclasses and enums whose class name is in the namespace change.
+        namespace: Classes by name.
+
+    Returns:
+        The config in this base's classes, its nested configs likewise.
+    """
+    cls = namespace.get(type(value).__name__)
+    if not isinstance(cls, type) or isinstance(value, cls):
+        return value
+    if isinstance(value, enum.Enum) and issubclass(cls, enum.Enum):
+        return cls[value.name]
+    if is_dataclass(value) and is_dataclass(cls):
+        return cls(
+            **{
+                field.name: native_config(getattr(value, field.name), namespace)
+                for field in fields(cls)
+                if field.init and hasattr(value, field.name)
+            }
+        )
+    return value
+
+
+def plan_loading(
+    params: Sequence[tuple[Any, Tensor]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    saved: Mapping[Any, Any],
+    all_block_keys: Callable[[Tensor], frozenset[str]],
+) -> list[tuple[Tensor, Tensor]]:
+    """Checks a saved state against the current one, changing nothing.
+
+    Args:
+        params: Identifier in the saved state and parameter, in order.
+        state: Current state.
+        saved: State to load.
+        all_block_keys: Keys of a parameter's blocks of all processes; those may be in the saved
+            state without being in the current one.
+
+    Returns:
+        Pairs of local tensors: into which to copy and which.
+
+    Raises:
+        ValueError: If keys are missing or unexpected, or shapes differ.
+    """
+    copies: list[tuple[Tensor, Tensor]] = []
+    problems: list[str] = []
+    for identifier, param in params:
+        path = f"state[{identifier!r}]"
+        saved_param = saved.get(identifier)
+        if not isinstance(saved_param, Mapping):
+            problems.append(f"{path} is missing")
+            continue
+        foreign = all_block_keys(param) - state[param].keys()
+        local = {key: value for key, value in saved_param.items() if key not in foreign}
+        problems.extend(_match(state[param], local, path, copies))
+    known = {identifier for identifier, _ in params}
+    problems.extend(f"state[{key!r}] is not known here" for key in saved if key not in known)
+    if problems:
+        named = "; ".join(problems[:_MAX_NAMED])
+        more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        raise ValueError(
+            f"Cannot load the optimizer's state, nothing was changed: {named}{more}. Was it saved "
+            "with other parameters, another max_preconditioner_dim, grafting, beta1 or averaging?"
+        )
+    return copies
+
+
+def _match(
+    current: Any, saved: Any, path: str, copies: list[tuple[Tensor, Tensor]]
+) -> Iterator[str]:
+    if isinstance(current, Mapping):
+        if not isinstance(saved, Mapping):
+            yield f"{path} is not a dict"
+            return
+        # Tools that flatten a state turn the numbers of the factor matrices into strings.
+        by_key = {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in saved.items()}
+        yield from (f"{path}[{key!r}] is missing" for key in current if key not in by_key)
+        yield from (f"{path}[{key!r}] is not known here" for key in by_key if key not in current)
+        for key in current:
+            if key in by_key:
+                yield from _match(current[key], by_key[key], f"{path}[{key!r}]", copies)
+        return
+    if not isinstance(saved, (Tensor, bool, int, float)):
+        yield f"{path} is not a tensor"
+        return
+    target, source = local_tensor(current), local_tensor(torch.as_tensor(saved))
+    if target.shape != source.shape:
+        yield f"{path} has shape {tuple(source.shape)} instead of {tuple(target.shape)}"
+        return
+    copies.append((target, source))
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The local part of a DTensor; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def check_aliased(copies: Sequence[tuple[Tensor, Tensor]], aliased: Sequence[Tensor]) -> None:
+    """Refuses states that hold different values for a tensor that a group's parameters share.
+
+    Args:
+        copies: Pairs of tensors, as planned.
+        aliased: The shared tensors.
+
+    Raises:
+        ValueError: If the values differ.
+    """
+    seen: dict[int, Tensor] = {}
+    shared = {id(tensor) for tensor in aliased}
+    for target, source in copies:
+        if id(target) not in shared:
+            continue
+        first = seen.setdefault(id(target), source)
+        if not torch.allclose(first.double(), source.double(), rtol=1e-6, equal_nan=True):
+            raise ValueError(
+                "Cannot load the optimizer's state, nothing was changed: one of "
+                f"{', '.join(_ALIASED)} is shared by the parameters of a group, but differs among "
+                f"the saved ones ({first.item()} and {source.item()}). Were they in several groups?"
+            )
