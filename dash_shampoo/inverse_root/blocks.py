@@ -66,14 +66,26 @@ def distance_to_identity(M_BNN: Tensor) -> Tensor:
 
 def frobenius_norm(A_BNN: Tensor) -> Tensor:
     """(B,) ‖A‖_F, summed in float64: entries of 1e±30 neither overflow nor vanish in float32."""
-    norm = torch.linalg.vector_norm(A_BNN, dim=(-2, -1), dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(A_BNN, dim=(-2, -1), dtype=torch.float64)
     return norm.to(A_BNN.dtype)
 
 
-def rescaled_symmetric(X_BNN: Tensor, s_B: Tensor, exponent: float) -> Tensor:
-    """s^exponent · (X + Xᵀ)/2 of each block: undo the scaling, and be exactly symmetric.
+def power(values: Tensor, exponent: float) -> Tensor:
+    """values^exponent, taken in float64 and rounded.
 
-    The power is taken in float64, so that a scale of 1e±30 does not overflow on the way.
+    torch's vectorised power differs by a unit in the last place between the inside of a tensor and
+    its end; from float64 that doesn't reach float32, so no block's result depends on its place.
+
+    Args:
+        values: A tensor of numbers per block, such as scales or eigenvalues.
+        exponent: The exponent.
+
+    Returns:
+        A tensor of the same shape and dtype.
     """
-    factor = s_B.double().pow(exponent).mul_(0.5).to(X_BNN.dtype)
-    return (X_BNN + X_BNN.mT).mul_(per_block(factor))
+    return values.double().pow(exponent).to(values.dtype)
+
+
+def rescaled_symmetric(X_BNN: Tensor, s_B: Tensor, exponent: float) -> Tensor:
+    """s^exponent · (X + Xᵀ)/2 of each block: undo the scaling, and be exactly symmetric."""
+    return (X_BNN + X_BNN.mT).mul_(per_block(power(s_B, exponent) * 0.5))

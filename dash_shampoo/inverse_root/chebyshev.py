@@ -214,7 +214,7 @@ def _chebyshev_stacks(S: Tensor, size: int, matmul: Matmul) -> list[Tensor]:
 
 
 def _combine(T: list[Tensor], coefficients: tuple[float, ...], out: Tensor | None = None) -> Tensor:
-    """out + Σ_j c_j T_j, in place where `out` is given."""
+    """Add Σ_j c_j T_j to `out`, in place, or to 0 where none is given."""
     if out is None:
         out = torch.zeros_like(T[1])
     diagonal(out).add_(coefficients[0])

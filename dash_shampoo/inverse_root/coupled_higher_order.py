@@ -19,8 +19,9 @@ from dash_shampoo.inverse_root.blocks import (
     distance_to_identity,
     max_abs,
     per_block,
+    power,
 )
-from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
+from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter, is_tf32_allowed
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
 from dash_shampoo.inverse_root.working_set import WorkingSet
 
@@ -106,7 +107,7 @@ def coupled_higher_order(
     A_ridge = damped(A, epsilon_B)
     z_B = torch.reciprocal(diagonal(A_ridge).sum(dim=-1))
     value, iterations, is_capped = _iterate(A_ridge * per_block(z_B), p, config, matmul)
-    value.mul_(per_block(z_B.pow(1.0 / p)))
+    value.mul_(per_block(power(z_B, 1.0 / p)))
 
     true_error = distance_to_identity(matmul(A_ridge, matmul.power(value, p)))
     if q > 1:
@@ -128,7 +129,7 @@ def _precision(config: CoupledHigherOrderConfig, A: Tensor) -> MatmulPrecision:
     """TF32 only where the config does not disable it and the program allows it."""
     if config.disable_tf32 or not A.is_cuda or A.dtype != torch.float32:
         return "fp32"
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "fp32"
+    return "tf32" if is_tf32_allowed() else "fp32"
 
 
 def _series_coefficients(p: int, order: int) -> list[float]:

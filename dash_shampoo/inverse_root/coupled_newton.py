@@ -18,6 +18,7 @@ from dash_shampoo.inverse_root.blocks import (
     distance_to_identity,
     frobenius_norm,
     per_block,
+    power,
 )
 from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
@@ -97,7 +98,7 @@ def coupled_newton(
         A_ridge * per_block(z_B), p, config.max_iterations, config.tolerance, matmul
     )
     # X was started at the identity, so that half-precision operands stay in range.
-    value.mul_(per_block(z_B.pow(1.0 / p)))
+    value.mul_(per_block(power(z_B, 1.0 / p)))
     has_converged = error <= config.tolerance
     status = torch.where(has_converged, InverseRootStatus.SUCCESS, InverseRootStatus.MAX_ITERATIONS)
     return make_result(

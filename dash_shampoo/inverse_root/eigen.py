@@ -1,7 +1,7 @@
 """Inverse root by eigendecomposition: any root, any condition number, the reference for the others.
 
-Shape suffixes: A_BNN is a stack of B blocks of N×N; L_BN eigenvalues in ascending order; Q_BNN
-eigenvectors in columns.
+Shape suffixes: A_BNN is a stack of B blocks of N×N; L_BN eigenvalues in ascending order; V_BNN
+eigenvectors in rows, A = Vᵀ·diag(L)·V.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dash_shampoo.base import EigenConfig, PerturbationConfig, PseudoInverseConfig
 from dash_shampoo.config import SpectrumRepairConfig
-from dash_shampoo.inverse_root.blocks import damped
+from dash_shampoo.inverse_root.blocks import damped, power
+from dash_shampoo.inverse_root.cpu_pool import map_chunks
 from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
 
@@ -87,12 +88,13 @@ def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Inv
     is_damped_before = isinstance(repair, SpectrumRepairConfig) or (
         isinstance(repair, PerturbationConfig) and repair.perturb_before_computation
     )
-    L_BN, Q_BNN, is_failed = _eigendecomposition(
+    L_BN, V_BNN, is_failed = _eigendecomposition(
         damped(A, epsilon) if is_damped_before else A, config
     )
     counter = MatmulCounter(num_blocks=A.shape[0])
     inv_power_BN = _inverse_power(L_BN, float(root), epsilon, config)
-    value = Matmul("fp32", counter)(Q_BNN * inv_power_BN[:, None, :], Q_BNN.mT, is_symmetric=True)
+    scaled_BNN = V_BNN * inv_power_BN[:, :, None]
+    value = Matmul("fp32", counter)(scaled_BNN.mT, V_BNN, is_symmetric=True)
     return make_result(
         value,
         status=is_failed.to(torch.uint8) * int(InverseRootStatus.FAILED),
@@ -111,7 +113,7 @@ def _inverse_power(L_BN: Tensor, root: float, epsilon: float, config: EigenConfi
                 rtol = L_BN.shape[-1] * torch.finfo(L_BN.dtype).eps
             largest = L_BN.amax(dim=-1, keepdim=True)
             cutoff = torch.clamp(rtol * largest.relu(), min=repair.rank_atol)
-            return torch.where(L_BN <= cutoff, torch.zeros_like(L_BN), L_BN.pow(exponent))
+            return torch.where(cutoff >= L_BN, torch.zeros_like(L_BN), power(L_BN, exponent))
         case PerturbationConfig() as repair:
             smallest = L_BN.amin(dim=-1, keepdim=True)
             if repair.perturb_before_computation:
@@ -120,7 +122,7 @@ def _inverse_power(L_BN: Tensor, root: float, epsilon: float, config: EigenConfi
                 L_BN = torch.where(is_too_small, (L_BN - smallest) + epsilon, L_BN)
             else:
                 L_BN = (L_BN - smallest.clamp_max(0.0)) + epsilon
-            return L_BN.pow(exponent)
+            return power(L_BN, exponent)
         case SpectrumRepairConfig() as repair:
             return _repaired_inverse_power(L_BN, exponent, epsilon, repair)
         case unknown:
@@ -141,18 +143,36 @@ def _repaired_inverse_power(
         case "relu":
             shifted = L_BN - epsilon
             is_kept = (shifted >= epsilon) & (shifted > 0.0)
-            return torch.where(is_kept, shifted.pow(exponent), torch.zeros_like(L_BN))
-    return L_BN.pow(exponent)
+            return torch.where(is_kept, power(shifted, exponent), torch.zeros_like(L_BN))
+    return power(L_BN, exponent)
 
 
 def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (B, N), eigenvectors (B, N, N), and the blocks (B,) on which it failed."""
-    device = config.eigendecomposition_offload_device or A_BNN.device
-    L, Q, failed = _eigh_or_bisect(A_BNN.to(device=device), config.retry_double_precision)
-    is_failed = torch.zeros(A_BNN.shape[0], dtype=torch.bool)
-    is_failed[failed] = True
-    to_input = {"device": A_BNN.device, "dtype": A_BNN.dtype}
-    return L.to(**to_input), Q.to(**to_input), is_failed.to(A_BNN.device)
+    """Decompose A = Vᵀ·diag(L)·V, on several threads where that runs on the CPU.
+
+    Args:
+        A_BNN: (B, N, N) stack.
+        config: Retry and offload device.
+
+    Returns:
+        Eigenvalues (B, N), eigenvectors in rows (B, N, N), and the blocks (B,) that failed.
+    """
+    num_blocks, size, _ = A_BNN.shape
+    A_BNN_there = A_BNN.to(device=config.eigendecomposition_offload_device or A_BNN.device)
+    L_BN, V_BNN = torch.empty_like(A_BNN_there[:, 0]), torch.empty_like(A_BNN_there)
+    is_failed = torch.zeros(num_blocks, dtype=torch.bool)
+
+    def decompose(rows: slice) -> None:
+        L, Q, failed = _eigh_or_bisect(A_BNN_there[rows], config.retry_double_precision)
+        L_BN[rows] = L
+        V_BNN[rows] = Q.mT
+        is_failed[rows][failed] = True
+
+    if A_BNN_there.device.type == "cpu":
+        map_chunks(decompose, num_blocks, size)
+    else:
+        decompose(slice(0, num_blocks))
+    return L_BN.to(A_BNN.device), V_BNN.to(A_BNN.device), is_failed.to(A_BNN.device)
 
 
 def _eigh_or_bisect(
@@ -169,7 +189,9 @@ def _eigh_or_bisect(
     try:
         L, Q = torch.linalg.eigh(A_BNN)
         return L, Q, []
-    except torch.linalg.LinAlgError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # LinAlgError is one, and so are the failures of cuSOLVER
         num_blocks = A_BNN.shape[0]
         if num_blocks > 1:
             half = num_blocks // 2

@@ -26,14 +26,23 @@ class MatmulCounter:
     """Counts batched matmuls in units of one (B, N, N) @ (B, N, N) product of the whole stack.
 
     Attributes:
-        num_blocks (int): B, the blocks of the whole stack.
-        total (float): Products performed; those over a part of the stack count by their share.
-        symmetric (float): Those of `total` whose product is symmetric by structure.
+        num_blocks (int): B, the blocks of the whole stack. Products over a part of the stack, or
+            by a few columns, count by their share.
     """
 
     num_blocks: int
-    total: float = 0.0
-    symmetric: float = 0.0
+    _total_blocks: float = 0.0
+    _symmetric_blocks: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Products performed."""
+        return self._total_blocks / max(self.num_blocks, 1)
+
+    @property
+    def symmetric(self) -> float:
+        """Those of `total` whose product is symmetric by structure."""
+        return self._symmetric_blocks / max(self.num_blocks, 1)
 
     def add(self, rows: int, *, share: float = 1.0, is_symmetric: bool = False) -> None:
         """Count one batched product over `rows` blocks.
@@ -43,10 +52,9 @@ class MatmulCounter:
             share: The product's cost relative to N×N times N×N (K / N for K columns).
             is_symmetric: Whether the product is symmetric by structure.
         """
-        cost = rows / max(self.num_blocks, 1) * share
-        self.total += cost
+        self._total_blocks += rows * share
         if is_symmetric:
-            self.symmetric += cost
+            self._symmetric_blocks += rows * share
 
 
 def round_to_tf32(A: Tensor) -> Tensor:
@@ -67,6 +75,15 @@ def round_to_tf32(A: Tensor) -> Tensor:
     return ((bits + (last_kept + 0xFFF)) & ~0x1FFF).view(torch.float32)
 
 
+def is_tf32_allowed() -> bool:
+    """Whether the program allows TF32 for fp32 products on CUDA."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:  # the program uses the newer `fp32_precision` setting
+        return bool(matmul.fp32_precision == "tf32")
+
+
 @contextlib.contextmanager
 def _tf32_switch(is_allowed: bool) -> Iterator[None]:
     """Set torch's process-wide TF32 switch for one product, only where it stands otherwise.
@@ -76,15 +93,17 @@ def _tf32_switch(is_allowed: bool) -> Iterator[None]:
     """
     matmul = torch.backends.cuda.matmul
     with _TF32_LOCK:
-        try:
-            is_legacy, current = True, bool(matmul.allow_tf32)
-        except RuntimeError:  # the program uses the newer `fp32_precision` setting
-            is_legacy, current = False, matmul.fp32_precision == "tf32"
-        if current == is_allowed:
+        if is_tf32_allowed() == is_allowed:
             yield
             return
+        # torch has an older and a newer setting, and refuses to read the one when the other was
+        # changed alone; so the one in use is changed, and both are put back.
         fp32_precision = getattr(matmul, "fp32_precision", None)
-        float32_matmul_precision = torch.get_float32_matmul_precision() if is_legacy else None
+        try:
+            float32_matmul_precision = torch.get_float32_matmul_precision()
+            is_legacy = isinstance(matmul.allow_tf32, bool)
+        except RuntimeError:
+            is_legacy = False
         try:
             if is_legacy:
                 matmul.allow_tf32 = is_allowed
@@ -92,7 +111,7 @@ def _tf32_switch(is_allowed: bool) -> Iterator[None]:
                 matmul.fp32_precision = "tf32" if is_allowed else "ieee"
             yield
         finally:
-            if float32_matmul_precision is not None:
+            if is_legacy:
                 torch.set_float32_matmul_precision(float32_matmul_precision)
             if fp32_precision is not None:
                 matmul.fp32_precision = fp32_precision

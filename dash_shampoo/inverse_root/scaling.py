@@ -86,7 +86,7 @@ def multi_power_iteration(
     for _ in range(config.num_iterations):
         V_BNK = matmul(scaled, V_BNK)
         V_BNK = V_BNK / torch.linalg.vector_norm(V_BNK, dim=1, keepdim=True).clamp_min(tiny)
-    quotients_BK = (V_BNK * matmul(scaled, V_BNK)).sum(dim=1)
+    quotients_BK: Tensor = (V_BNK * matmul(scaled, V_BNK)).sum(dim=1)
     return quotients_BK.amax(dim=-1).clamp_min(0.0) * largest_B
 
 
@@ -94,5 +94,6 @@ def multi_power_iteration(
 def _start_vectors(size: int, num_vectors: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(N, K) unit start vectors, the same on every rank: from a generator of their own."""
     generator = torch.Generator().manual_seed(_START_VECTOR_SEED)
-    V = torch.randn(size, num_vectors, generator=generator, dtype=torch.float64)
-    return (V / torch.linalg.vector_norm(V, dim=0)).to(dtype=dtype, device=device)
+    V: Tensor = torch.randn(size, num_vectors, generator=generator, dtype=torch.float64)
+    V /= torch.linalg.vector_norm(V, dim=0)
+    return V.to(dtype=dtype, device=device)

@@ -57,8 +57,17 @@ class WorkingSet:
             The same tensors, or copies without those rows.
         """
         num_running = int(self.is_running.sum())
-        if num_running > _COMPACT_BELOW * len(self.rows):
+        if num_running > _COMPACT_BELOW * len(self.rows) or not _can_move_blocks(stacks[0]):
             return stacks
         keep = self.is_running.nonzero().flatten()
         self.rows, self.is_running = self.rows[keep], self.is_running[keep]
         return tuple(stack.index_select(0, keep.to(stack.device)) for stack in stacks)
+
+
+def _can_move_blocks(stack: Tensor) -> bool:
+    """Whether a block's products are the same at another place in memory.
+
+    On the CPU, MKL's kernels sum in another order for a matrix that is not aligned to 16 bytes, so
+    with a size that is odd a block's last digit would depend on which others are done.
+    """
+    return stack.device.type != "cpu" or stack[0].numel() * stack.element_size() % 16 == 0
