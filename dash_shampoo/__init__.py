@@ -77,6 +77,7 @@ from dash_shampoo.base import (
     WeightDecayType,
     compile_fsdp_parameter_metadata,
 )
+from dash_shampoo.checkpoint import safe_globals
 from dash_shampoo.config import (
     ChebyshevConfig,
     DashShampooPreconditionerConfig,
@@ -167,4 +168,5 @@ __all__ = [
     "WeightDecayType",
     "__version__",
     "compile_fsdp_parameter_metadata",
+    "safe_globals",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from dash_shampoo.base import (
     DISTRIBUTOR,
@@ -19,6 +21,7 @@ from dash_shampoo.base import (
     RootInvShampooPreconditionerList,
 )
 from dash_shampoo.base import name as base_name
+from dash_shampoo.checkpoint import native_configs, restore_precision
 from dash_shampoo.config import DashShampooPreconditionerConfig
 from dash_shampoo.inverse_root import check_supported
 from dash_shampoo.preconditioner import (
@@ -97,8 +100,11 @@ class DashShampoo(DistributedShampoo):
         solver = preconditioner_config.amortized_computation_config
         # The base swallows an unknown solver as a failed computation, so it must be refused here.
         check_supported(solver)
-        base_list = super()._preconditioner_config_to_list_cls(
-            state_lists, group, _config_for_base(preconditioner_config)
+        base_list = cast(
+            RootInvShampooPreconditionerList,
+            super()._preconditioner_config_to_list_cls(
+                state_lists, group, _config_for_base(preconditioner_config)
+            ),
         )
         if seam := missing_seam(base_list):
             return _fall_back(base_list, seam, solver)
@@ -109,6 +115,30 @@ class DashShampoo(DistributedShampoo):
             block_names=_block_names(distributor.local_block_info_list, group),
             options=_with_options(preconditioner_config),
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state that this class or the base's `DistributedShampoo` saved, of either base.
+
+        The state is copied in place and keeps its precision: fp32 factor matrices of bf16 parameters
+        are restored bit for bit. Configs in the parameter groups become those of the base in use; see
+        `safe_globals` for reading a file.
+
+        Args:
+            state_dict: As returned by `state_dict()`.
+        """
+        loaded: dict[str, Any] = {}
+
+        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(native_configs(final))
+            return loaded
+
+        # Registered now, so that it sees what the hooks of others have made of the state.
+        handle = self.register_load_state_dict_pre_hook(keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        restore_precision(self.param_groups, self.state, loaded)
 
     def failure_counts(self) -> dict[str, int]:
         """How many inverse roots were not accepted since the start, by the name of their parameter.

@@ -24,8 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inverse_root": {"config", "kernels"},
     "failures": {"base", "config", "inverse_root"},
     "preconditioner": {"base", "config", "stacks", "inverse_root", "failures"},
-    "optimizer": {"base", "config", "preconditioner"},
-    "dash_shampoo": {"base", "config", "optimizer"},
+    "checkpoint": {"base", "config"},
+    "optimizer": {"base", "checkpoint", "config", "preconditioner"},
+    "dash_shampoo": {"base", "checkpoint", "config", "optimizer"},
     "cli": {"dash_shampoo", "inverse_root"},
 }
 # What is imported by everyone is torch; the rest by these rooms (or files) alone.
