@@ -51,9 +51,10 @@ def main(words: Sequence[str] | None = None) -> int:
             COMMANDS[arguments.command][0]
         ).run
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        return fail(f"the module {error.name} is missing: pip install dash-shampoo[cli]", 2)
+        return fail(f"the module {missing} is missing: pip install dash-shampoo[cli]", 2)
     return run(words[1:])
 
 

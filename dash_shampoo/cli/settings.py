@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import CompactHydraException, HydraException, MissingConfigException
+from hydra.errors import (
+    CompactHydraException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -188,6 +193,8 @@ def compose_train(overrides: Sequence[str], extra_dir: Path | None = None) -> Di
 
 def _explain(error: Exception, words: Sequence[str], extra_dir: Path | None) -> str:
     """A message that names the override and the nearest things that exist."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not of the form key=value, or its value is malformed."
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
         if key in GROUPS and isinstance(error, MissingConfigException):
@@ -195,8 +202,6 @@ def _explain(error: Exception, words: Sequence[str], extra_dir: Path | None) -> 
             if value not in known:
                 return f"There is no {key}={value}. Available: {', '.join(known)}."
         if f"'{key}'" in str(error) and not isinstance(error, MissingConfigException):
-            if "=" not in word:
-                return f"{word!r} is not of the form key=value."
             known = sorted(set(_all_keys()))
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""

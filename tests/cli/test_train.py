@@ -1,0 +1,316 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import dash_shampoo
+from dash_shampoo.cli import checkpoint
+from dash_shampoo.cli.main import main
+from dash_shampoo.cli.metrics import MetricsFile, read_metrics
+from dash_shampoo.cli.settings import compose_train, options
+
+TRAIN_KEYS = {
+    "event", "step", "loss", "lr", "grad_norm", "forward_ms", "backward_ms", "optimizer_ms",
+    "peak_memory_mib", "seconds", "tokens",
+}  # fmt: skip
+VALIDATION_KEYS = {"event", "step", "loss", "perplexity", "seconds", "tokens"}
+OPTIMIZERS = options("optimizer")
+
+
+def train(words, folder):
+    return main(["train", *words, f"output_dir={folder}"])
+
+
+def state_of(folder):
+    return checkpoint.read(checkpoint.find_latest(folder / "checkpoints"))
+
+
+def tensors(node, prefix=""):
+    """Path and tensor of everything in nested dicts and lists."""
+    if isinstance(node, torch.Tensor):
+        yield prefix, node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from tensors(value, f"{prefix}/{key}")
+    elif isinstance(node, list | tuple):
+        for key, value in enumerate(node):
+            yield from tensors(value, f"{prefix}/{key}")
+
+
+def losses(folder):
+    """Every loss in the order of the file, without the times."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [(r["event"], r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+def test_there_are_optimizers():
+    assert {"adamw", "distributed_shampoo", "dash_eigen", "dash_newton_db"} <= set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_trains(name, tiny, tmp_path):
+    assert train([*tiny, f"optimizer={name}", "optimizer.lr=0.02", "steps=4"], tmp_path) == 0
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    curve = [r["loss"] for r in records if r["event"] == "validation"]
+    assert len(curve) == 3
+    assert curve[-1] < curve[0] - 0.1
+    config = compose_train([f"optimizer={name}"])
+    assert type_name(config) in {"AdamW", "DistributedShampoo", "DashShampoo"}
+
+
+def type_name(config):
+    return config.optimizer._target_.rpartition(".")[2]
+
+
+def test_eigen_gives_the_same_curve_in_both_classes(tiny, tmp_path):
+    words = [*tiny, "steps=4", "precision=fp64", "optimizer.lr=0.01"]
+    for name in ("distributed_shampoo", "dash_eigen"):
+        assert train([*words, f"optimizer={name}"], tmp_path / name) == 0
+    one, other = (losses(tmp_path / name) for name in ("distributed_shampoo", "dash_eigen"))
+    # The factor matrices are fp32 in both, so the batched products differ by fp32 rounding.
+    assert [x[2] for x in one] == pytest.approx([x[2] for x in other], rel=1e-4)
+
+
+def test_metrics_schema(tiny, tmp_path):
+    words = [*tiny, "optimizer=dash_eigen", "steps=5", "optimizer.lr=0.01"]
+    assert train(words, tmp_path) == 0
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    start = records[0]
+    assert start["event"] == "start"
+    assert {"dash_shampoo", "torch", "device", "data_digest", "parameters", "config"} <= set(start)
+    assert start["config"]["optimizer"]["lr"] == 0.01
+    steps = [r for r in records if r["event"] == "train"]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
+    assert all(set(r) == TRAIN_KEYS for r in steps)
+    assert [r["tokens"] for r in steps] == [64 * i for i in range(1, 6)]
+    seconds = [r["seconds"] for r in steps]
+    assert seconds == sorted(seconds)
+    for r in steps:
+        assert min(r["forward_ms"], r["backward_ms"], r["optimizer_ms"]) > 0
+        assert r["peak_memory_mib"] > 10
+    validations = [r for r in records if r["event"] == "validation"]
+    assert [r["step"] for r in validations] == [0, 2, 4, 5]
+    assert all(set(r) == VALIDATION_KEYS for r in validations)
+    for r in validations:
+        assert r["perplexity"] == pytest.approx(math.exp(r["loss"]))
+    # An untrained model knows nothing: ln 256, and what its random weights add.
+    assert validations[0]["loss"] == pytest.approx(math.log(256), abs=0.1)
+
+
+def test_log_every_thins_the_records_out(tiny, tmp_path):
+    words = [*tiny, "optimizer=adamw", "steps=7", "log_every=3", "evaluate_every=0"]
+    assert train(words, tmp_path) == 0
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["event"], r.get("step")) for r in records] == [
+        ("start", None), ("validation", 0), ("train", 3), ("train", 6), ("train", 7),
+        ("validation", 7),
+    ]  # fmt: skip
+
+
+def test_optimizers_see_the_same_first_loss(tiny, tmp_path):
+    first = set()
+    for name in ("adamw", "dash_newton_db"):
+        train([*tiny, f"optimizer={name}", "steps=1"], tmp_path / name)
+        first.add(losses(tmp_path / name)[1])
+    assert len(first) == 1
+
+
+def test_micro_batches_add_up(tiny, tmp_path):
+    words = [*tiny, "optimizer=adamw", "steps=3", "precision=fp64"]
+    train(words, tmp_path / "whole")
+    train([*words, "micro_batch_size=1"], tmp_path / "pieces")
+    whole, pieces = (dict(tensors(state_of(tmp_path / k)["model"])) for k in ("whole", "pieces"))
+    for name, weight in whole.items():
+        # Adam divides by the gradient's own size: 1e-16 of rounding can become 1e-9.
+        torch.testing.assert_close(weight, pieces[name], rtol=1e-7, atol=1e-9)
+
+
+RESUMED = [
+    ("adamw", "fp32"),
+    ("distributed_shampoo", "fp32"),
+    ("dash_eigen", "fp32"),
+    ("dash_eigen", "fp64"),
+    ("dash_newton_db", "fp32"),
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), RESUMED)
+def test_a_continued_run_is_bitwise_the_straight_one(name, precision, tiny, tmp_path):
+    # Roots at steps 1, 2, 4, 6: the stop is between two, so stored roots must survive too.
+    words = [*tiny, f"optimizer={name}", "optimizer.lr=0.01", f"precision={precision}", "steps=6"]
+    if name != "adamw":
+        words.append("optimizer.precondition_frequency=2")
+    assert train(words, tmp_path / "straight") == 0
+
+    assert train([*words, "checkpoint_every=3", "keep_checkpoints=9"], tmp_path / "halves") == 0
+    forget_after(tmp_path / "halves", step=3)
+    assert train([*words, "resume=true"], tmp_path / "halves") == 0
+
+    one, other = state_of(tmp_path / "straight"), state_of(tmp_path / "halves")
+    assert one["step"] == other["step"] == 6
+    pairs = dict(tensors(one)), dict(tensors(other))
+    assert pairs[0].keys() == pairs[1].keys()
+    assert len(pairs[0]) > 30
+    different = [key for key, value in pairs[0].items() if not torch.equal(value, pairs[1][key])]
+    assert different == []
+    assert losses(tmp_path / "straight") == losses(tmp_path / "halves")
+    resumes = [r for r in read_metrics(tmp_path / "halves" / "metrics.jsonl")
+               if r["event"] == "resume"]  # fmt: skip
+    assert [r["step"] for r in resumes] == [3]
+
+
+def forget_after(folder, step):
+    """As if the run had been killed: later checkpoints are gone, the metrics file is longer."""
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.rpartition("_")[2]) > step:
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    assert checkpoint.find_latest(folder / "checkpoints").name == f"step_{step:08d}"
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_continues(tiny, tmp_path):
+    words = [*tiny, "optimizer=dash_eigen", "steps=100000", "evaluate_every=0"]
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dash_shampoo.cli", "train", *words, f"output_dir={folder}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not has_trained(folder) and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    stopped_at = state_of(folder)["step"]
+    assert f"Stopped after step {stopped_at}" in error
+    assert f"output_dir={folder}" in error
+    before = losses(folder)
+    assert before[-1][1] == stopped_at
+
+    config = state_of(folder)["config"]
+    assert config["steps"] == 100000
+    assert train([*words, f"steps={stopped_at + 2}"], folder) == 0
+    after = losses(folder)
+    assert after[: len(before)] == before
+    assert [x[1] for x in after if x[0] == "train"] == list(range(1, stopped_at + 3))
+
+
+def has_trained(folder):
+    path = folder / "metrics.jsonl"
+    return path.is_file() and any(r["event"] == "train" for r in read_metrics(path))
+
+
+def test_a_finished_run_is_not_trained_further(tiny, tmp_path):
+    words = [*tiny, "optimizer=adamw", "steps=3"]
+    assert train(words, tmp_path) == 0
+    before = losses(tmp_path)
+    assert train(words, tmp_path) == 0
+    assert losses(tmp_path) == before
+    assert train([*words, "resume=false"], tmp_path) == 0
+    assert losses(tmp_path) == before
+    assert not any(r["event"] == "resume" for r in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_resume_refuses_another_run(tiny, tmp_path, capsys):
+    words = [*tiny, "optimizer=adamw", "steps=2"]
+    assert train([*words, "resume=true"], tmp_path) == 2
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert train(words, tmp_path) == 0
+    for change in ("model.width=32", "seed=1", "batch_size=8"):
+        assert train([*words, change], tmp_path) == 2
+        error = capsys.readouterr().err
+        assert change.split("=")[0].split(".")[0] + "=" in error
+        assert "resume=false" in error
+    assert train([*words, "optimizer=dash_eigen"], tmp_path) == 2
+
+
+def test_a_diverged_run_stops(tiny, tmp_path, capsys):
+    words = [*tiny, "optimizer=adamw", "optimizer.lr=1e30", "steps=9", "clip_grad_norm=null"]
+    assert train(words, tmp_path) == 1
+    assert "smaller optimizer.lr" in capsys.readouterr().err
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert json.loads(text.splitlines()[-1])["loss"] is None
+
+
+def test_token_outside_of_the_vocabulary(tiny, tmp_path, capsys):
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(bytes([200, 0]) * 400)
+    own = [word for word in tiny if not word.startswith("data.")]
+    words = [*own, "data=token_files", f"data.train={path}", f"data.validation={path}", "steps=1"]
+    assert train([*words, "data.vocab_size=100"], tmp_path / "bad") == 2
+    assert "token 200, outside of its vocabulary of 100" in capsys.readouterr().err
+    assert train([*words, "data.vocab_size=201", "optimizer=adamw"], tmp_path / "good") == 0
+
+
+def test_old_checkpoints_are_removed(tiny, tmp_path):
+    words = [*tiny, "optimizer=adamw", "steps=5", "checkpoint_every=1", "keep_checkpoints=2"]
+    assert train(words, tmp_path) == 0
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000004", "step_00000005"]
+
+
+def test_an_unfinished_checkpoint_is_not_seen(tiny, tmp_path, monkeypatch):
+    words = [*tiny, "optimizer=adamw", "steps=2", "checkpoint_every=1"]
+
+    def power_cut(*arguments):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "fsync", power_cut)
+        with pytest.raises(OSError, match="no space left"):
+            train(words, tmp_path)
+    assert checkpoint.find_latest(tmp_path / "checkpoints") is None
+    assert train(words, tmp_path) == 0
+    assert state_of(tmp_path)["step"] == 2
+    assert not list((tmp_path / "checkpoints").glob("tmp_*"))
+
+
+def test_metrics_survive_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    metrics.write("start")
+    for step in (1, 2, 3):
+        metrics.write("train", step=step, loss=float("inf"))
+    metrics.close()
+    with path.open("a") as file:
+        file.write('{"event": "train", "st')
+    resumed = MetricsFile(path, resume_step=2)
+    resumed.write("resume", step=2)
+    resumed.close()
+    assert [(r["event"], r.get("step")) for r in read_metrics(path)] == [
+        ("start", None), ("train", 1), ("train", 2), ("resume", 2),
+    ]  # fmt: skip
+    again = MetricsFile(path, resume_step=2)
+    again.close()
+    assert len(read_metrics(path)) == 3
+
+
+def test_configs_of_the_optimizer_are_not_in_the_file():
+    model = torch.nn.Linear(4, 3)
+    optimizer = dash_shampoo.DashShampoo(
+        model.parameters(), grafting_config=dash_shampoo.AdamPreconditionerConfig()
+    )
+    state = optimizer.state_dict()
+    stripped = checkpoint.without_configs(state)
+    assert "grafting_config" in state["param_groups"][0]
+    assert "grafting_config" not in stripped["param_groups"][0]
+    assert stripped["param_groups"][0]["lr"] == state["param_groups"][0]["lr"]
+    whole = checkpoint.with_configs_of(stripped, state)["param_groups"]
+    assert whole == state["param_groups"]
+    with pytest.raises(ValueError, match="0 parameter groups, the optimizer 1"):
+        checkpoint.with_configs_of({**stripped, "param_groups": []}, state)
