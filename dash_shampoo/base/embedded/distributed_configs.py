@@ -4,13 +4,15 @@ import enum
 import math
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from dash_shampoo.base.embedded.matrix_function_configs import Config, check
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass
@@ -151,7 +153,7 @@ class FSDPDistributedConfig(DistributedConfig):
 class HSDPDistributedConfig(FSDPDistributedConfig, DDPDistributedConfig):
     """Parameters sharded and replicated by FSDP1. Not in the embedded base."""
 
-    device_mesh: DeviceMesh
+    device_mesh: "DeviceMesh"
 
 
 @dataclass(kw_only=True)
@@ -190,7 +192,7 @@ class HybridShardDistributedConfig(FullyShardDistributedConfig, DDPDistributedCo
             (Default: -1)
     """
 
-    device_mesh: DeviceMesh
+    device_mesh: "DeviceMesh"
 
 
 def compile_fsdp_parameter_metadata(

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.blocking import merge_small_dims, multi_dim_split
 from dash_shampoo.base.embedded.configs import DefaultShampooRuntimeConfig, ShampooRuntimeConfig
+from dash_shampoo.base.embedded.state import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Distributor:
     def _select_params(self, params: Sequence[Tensor]) -> Iterator[Tensor]:
         """The parameters that have blocks in this process."""
         for param in params:
-            if isinstance(param, DTensor):
+            if is_dtensor(param):
                 raise ValueError(
                     f"A parameter of shape {tuple(param.shape)} is a DTensor: "
                     "SingleDeviceDistributedConfig needs plain tensors. Use "

@@ -53,6 +53,7 @@ from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditioner
 from dash_shampoo.base.embedded.state import check_aliased, copy_nested, native_config, plan_loading
 from dash_shampoo.base.embedded.step import (
     StepSettings,
+    call,
     is_averaging,
     mask_state_lists,
     search_directions,
@@ -328,10 +329,13 @@ class DistributedShampoo(Optimizer):
         state_lists[list_key] = state_lists[masked_list_key] = tuple(buffers)
 
     def _instantiate_per_group_step(self) -> None:
+        self._run_preconditioners: Callable[..., Any] = call
         self._per_group_step: Callable[[dict[str, Any], StepSettings], None] = self._update_group
         if self._shampoo_pt2_compile_config is not None:
             options = asdict(self._shampoo_pt2_compile_config)
             self._per_group_step = torch.compile(self._update_group, **options)
+            disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+            self._run_preconditioners = disable(call)
         on_cuda = all(group[keys.PARAMS][0].device.type == "cuda" for group in self.param_groups)
         self._use_cuda_streams = (
             on_cuda and self._concurrency_config.enable_cuda_stream_for_param_groups
@@ -401,7 +405,7 @@ class DistributedShampoo(Optimizer):
     def _update_group(self, state_lists: dict[str, Any], settings: StepSettings) -> None:
         has_grads = bool(state_lists[keys.MASKED_BLOCKED_GRADS])
         state_lists[keys.DISTRIBUTOR].update_params(
-            search_directions(state_lists, settings) if has_grads else ()
+            search_directions(state_lists, settings, self._run_preconditioners) if has_grads else ()
         )
 
     def train(self) -> None:

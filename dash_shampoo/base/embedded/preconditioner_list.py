@@ -1,23 +1,15 @@
 """Preconditioners of a parameter group's blocks: the interface, SGD and the AdaGrad family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.distributor import BlockInfo
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def eager_only(function: _F) -> _F:
-    """Keeps a function out of compiled steps."""
-    disable: Callable[[_F], _F] = torch.compiler.disable
-    return disable(function)
 
 
 class PreconditionerValueError(ValueError):

@@ -19,7 +19,6 @@ from dash_shampoo.base.embedded.matrix_functions import check_supported, matrix_
 from dash_shampoo.base.embedded.preconditioner_list import (
     PreconditionerList,
     PreconditionerValueError,
-    eager_only,
 )
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,6 @@ class RootInvShampooKroneckerFactors:
             torch._foreach_mul_(self.factor_matrices, beta2)
         torch._foreach_add_(self.factor_matrices, outer_products, alpha=weight)
 
-    @eager_only
     def amortized_computation(self, bias_correction2: float | Tensor) -> None:
         """R ← (F / bias_correction2)^(-1/p); where the solver fails, R stays.
 

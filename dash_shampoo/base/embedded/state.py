@@ -3,13 +3,15 @@
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dash_shampoo.base.embedded import keys
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _MAX_NAMED = 5
 # One tensor for all parameters of a group.
@@ -118,9 +120,14 @@ def _match(
     copies.append((target, source))
 
 
+def is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether a tensor is a DTensor, without the import of what takes a second to import."""
+    return hasattr(tensor, "to_local")
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """The local part of a DTensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def check_aliased(copies: Sequence[tuple[Tensor, Tensor]], aliased: Sequence[Tensor]) -> None:

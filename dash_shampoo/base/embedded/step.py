@@ -3,6 +3,7 @@
 W: parameters, G: gradients, P: search directions, Z: the unaveraged sequence of primal averaging.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -18,7 +19,7 @@ from dash_shampoo.base.embedded.configs import (
     ScheduleFreeConfig,
     WeightDecayType,
 )
-from dash_shampoo.base.embedded.preconditioner_list import eager_only, scalar_of
+from dash_shampoo.base.embedded.preconditioner_list import scalar_of
 
 # Keeps the grafting's quotient of norms finite for a direction of zeros.
 _SMALLEST_NORM = 1e-16
@@ -105,12 +106,21 @@ def set_interpolation_coefficients(
             state_lists[keys.EVAL_INTERP_COEFF].copy_(1.0 - power / state_lists[keys.LR_SUM])
 
 
-def search_directions(state_lists: dict[str, Any], settings: StepSettings) -> tuple[Tensor, ...]:
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function: what `torch.compiler.disable` is applied to where a step is compiled."""
+    return function(*args)
+
+
+def search_directions(
+    state_lists: dict[str, Any], settings: StepSettings, run: Callable[..., Any] = call
+) -> tuple[Tensor, ...]:
     """Computes what is added to the blocks that have a gradient, and updates their state.
 
     Args:
-        state_lists: The group's lists, with the blocked gradients in keys.MASKED_BLOCKED_GRADS.
+        state_lists: The group's lists, with the blocked gradients in MASKED_BLOCKED_GRADS.
         settings: The step's settings.
+        run: Calls the preconditioners, which stay out of a compiled step: their lists change with
+            the selection of gradients, and their matmuls gain nothing. (Default: call)
 
     Returns:
         The increments of the blocks, in new memory.
@@ -125,23 +135,14 @@ def search_directions(state_lists: dict[str, Any], settings: StepSettings) -> tu
     # Preconditioners of Shampoo and of the grafting:
     #   F_k <- beta2 * F_k + w * G_(k) G_(k)^T,   R_k <- F_k^(-1/p_k) when due
     #   V <- beta2 * V + w * G^2
-    step = state_lists[keys.STEP]
-    state_lists[keys.SHAMPOO_PRECONDITIONER_LIST].update_preconditioners(
-        masked_grad_list=grads,
-        step=step,
-        perform_amortized_computation=settings.perform_amortized_computation,
-    )
-    if settings.use_grafting:
-        state_lists[keys.GRAFTING_PRECONDITIONER_LIST].update_preconditioners(
-            masked_grad_list=grads, step=step
-        )
+    run(_update_preconditioners, state_lists, grads, settings)
 
     # Filtered gradient, with a beta of its own for this step (as Lion and NAdam have):
     #   G_bar <- beta3 * G_tilde + (1 - beta3) * G,   G_tilde <- beta1 * G_tilde + (1 - beta1) * G
-    grads = _filtered(state_lists, grads, step, settings)
+    grads = _filtered(state_lists, grads, settings)
 
     #   P <- R_1 x G_bar x R_2 ..., with the norm of the grafting's direction
-    directions = precondition_and_graft(state_lists, grads, settings)
+    directions: tuple[Tensor, ...] = run(_precondition_and_graft, state_lists, grads, settings)
 
     # Decoupled weight decay:
     #   P <- P + alpha * W, or with averaging Z <- (1 - lr * alpha) * Z
@@ -161,8 +162,22 @@ def search_directions(state_lists: dict[str, Any], settings: StepSettings) -> tu
     return directions
 
 
+def _update_preconditioners(
+    state_lists: dict[str, Any], grads: tuple[Tensor, ...], settings: StepSettings
+) -> None:
+    state_lists[keys.SHAMPOO_PRECONDITIONER_LIST].update_preconditioners(
+        masked_grad_list=grads,
+        step=state_lists[keys.STEP],
+        perform_amortized_computation=settings.perform_amortized_computation,
+    )
+    if settings.use_grafting:
+        state_lists[keys.GRAFTING_PRECONDITIONER_LIST].update_preconditioners(
+            masked_grad_list=grads, step=state_lists[keys.STEP]
+        )
+
+
 def _filtered(
-    state_lists: dict[str, Any], grads: tuple[Tensor, ...], step: Tensor, settings: StepSettings
+    state_lists: dict[str, Any], grads: tuple[Tensor, ...], settings: StepSettings
 ) -> tuple[Tensor, ...]:
     beta1, beta3 = settings.beta1, settings.beta3
     if beta1 == 0.0:
@@ -173,15 +188,12 @@ def _filtered(
         filtered = tuple(torch._foreach_lerp(averages, grads, weight=1 - beta3))
     torch._foreach_lerp_(averages, grads, weight=1 - beta1)
     if settings.use_bias_correction:
-        bias_correction1 = 1.0 - beta3 * beta1 ** (step - 1)
+        bias_correction1 = 1.0 - beta3 * beta1 ** (state_lists[keys.STEP] - 1)
         filtered = tuple(torch._foreach_div(filtered, scalar_of(bias_correction1)))
     return filtered
 
 
-# The preconditioning is left out of compiled steps, as on Meta's base: its lists change with every
-# selection of gradients, and its matmuls gain nothing.
-@eager_only
-def precondition_and_graft(
+def _precondition_and_graft(
     state_lists: dict[str, Any], grads: tuple[Tensor, ...], settings: StepSettings
 ) -> tuple[Tensor, ...]:
     """P = P_shampoo · ‖P_grafting‖ / ‖P_shampoo‖ by block; P_grafting before the start step."""
