@@ -41,9 +41,9 @@ def chebyshev(
 
     The fit is at `num_nodes` Chebyshev nodes of x in [δ, 1 + δ], δ = `relative_epsilon`, with
     S = 2(x - δ) - 1, so the target is ((A + epsilon·I)/s + δ·I)^(-1/p). Eigenvalues of A/s must be
-    at most 1: beyond it the polynomial grows without bound, within it the error is that of the
-    fit, about (1 - 2√δ)^degree for δ far above degree^-2, and of order 1 at the small eigenvalues
-    for δ far below it.
+    at most 1: beyond it the polynomial grows without bound. Within it the error falls like
+    ρ^(-degree), ρ = 1 + 2δ + 2√(δ(1 + δ)): fast for δ >= 0.01, while for δ far below degree^-2 the
+    small eigenvalues are off by a factor.
 
     Args:
         A: (B, N, N) stack, finite, float32 or float64. Not modified.

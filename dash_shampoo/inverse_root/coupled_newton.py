@@ -54,8 +54,9 @@ def coupled_newton(
     after `max_iterations` steps; its result is what it would be alone.
 
     The iteration converges where the eigenvalues of M_0 lie in (0, p + 1), which the scale ensures,
-    quadratically once they are near 1; an eigenvalue λ needs about p·log(s/λ)/log(1 + 1/p)/p steps
-    to get there. Half-precision products stop short of a tolerance of 1e-6.
+    quadratically once they are near 1; a small eigenvalue m of M grows by (1 + 1/p)^p a step, so it
+    takes log(1/m)/(p·log(1 + 1/p)) steps to get there. With half-precision products the tolerance
+    of 1e-6 is out of reach, and `max_iterations` ends it.
 
     Args:
         A: (B, N, N) stack, finite, float32 or float64. Not modified.
