@@ -59,7 +59,7 @@ COUNTS = [
     (ChebyshevConfig(degree=40), 4, 11, 2, "5 baby steps"),
     (ChebyshevConfig(degree=60), 4, 14, 3, "6 baby steps"),
     (ChebyshevConfig(degree=100), 4, 18, 5, "10 baby steps"),
-    (ChebyshevConfig(degree=200), 4, 27, 7, "14 baby steps"),
+    (ChebyshevConfig(degree=200), 4, 27, 6, "13 baby steps"),
     *(
         (ChebyshevConfig(degree=degree, evaluation="clenshaw"), 4, degree - 1, 0, "degree - 1")
         for degree in (20, 40, 60, 100, 200)
@@ -84,7 +84,9 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize(("config", "root", "total", "symmetric", "why"), COUNTS, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("config", "root", "total", "symmetric", "why"), COUNTS, ids=lambda x: str(x)[:60]
+)
 def test_matmul_counts(config, root: int, total: float, symmetric: float, why: str) -> None:
     result = inverse_root(_spd(), root, config)
     assert math.isclose(result.num_matmuls, total), why
@@ -172,7 +174,9 @@ def test_writing_to_out_and_rounding_before_change_nothing(precision) -> None:
 
 
 @pytest.mark.parametrize("is_allowed", [False, True])
-@pytest.mark.parametrize("program", ["untouched", "legacy_true", "legacy_medium", "new_tf32", "new_ieee"])
+@pytest.mark.parametrize(
+    "program", ["untouched", "legacy_true", "legacy_medium", "new_tf32", "new_ieee"]
+)
 def test_the_tf32_switch_is_put_back(program: str, is_allowed: bool) -> None:
     """torch has one process-wide switch with an older and a newer interface; both come back as found."""
     matmul = torch.backends.cuda.matmul

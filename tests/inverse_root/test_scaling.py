@@ -28,7 +28,11 @@ def _scale(A: torch.Tensor, config) -> torch.Tensor:
 
 @each_scaling
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**31), size=st.sampled_from([1, 2, 7, 32]), condition=st.sampled_from([1.0, 1e3]))
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([2, 7, 32]),
+    condition=st.sampled_from([1.0, 1e3]),
+)
 def test_the_scale_is_above_lambda_max(config, seed: int, size: int, condition: float) -> None:
     """λ_max of the test matrices is 1. Frobenius is a bound; 2× a power iteration was never below."""
     A = random_spd(4, size, condition, torch.Generator().manual_seed(seed)).float()
@@ -49,9 +53,7 @@ def test_more_vectors_never_estimate_less_with_the_same_first_ones() -> None:
     """The paper's 16 vectors guard against one start vector that misses the leading eigenvector."""
     generator = torch.Generator().manual_seed(0)
     A = random_spd(50, 24, 3.0, generator)
-    few, many = (
-        _scale(A, PowerIterationScaling(num_vectors=k, num_iterations=3)) for k in (1, 16)
-    )
+    few, many = (_scale(A, PowerIterationScaling(num_vectors=k, num_iterations=3)) for k in (1, 16))
     assert float(many.mean()) > float(few.mean())
     assert bool((many <= 2.0 + 1e-12).all())
 
@@ -69,7 +71,9 @@ def test_zero_blocks_have_scale_one(config) -> None:
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 def test_extreme_entries_neither_overflow_nor_vanish(config, factor: float) -> None:
     A = random_spd(3, 12, 10.0, torch.Generator().manual_seed(0)).float()
-    torch.testing.assert_close(_scale(A * factor, config), _scale(A, config) * factor, rtol=2e-3, atol=0.0)
+    torch.testing.assert_close(
+        _scale(A * factor, config), _scale(A, config) * factor, rtol=2e-3, atol=0.0
+    )
 
 
 @each_scaling
