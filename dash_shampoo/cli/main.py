@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 # Subcommand: (module that has `run(words) -> exit status`, one line of help).
 COMMANDS = {
     "train": ("dash_shampoo.cli.train_command", "train a Llama-style model; settings by YAML"),
+    "plan": ("dash_shampoo.cli.plan", "memory, work and balance on many ranks, before running"),
     "demo": ("dash_shampoo.cli.demo", "compare optimizers on a tiny model: table and plots"),
 }
 # What `pip install dash-shampoo[cli]` brings.

@@ -1,0 +1,244 @@
+"""What every block of a parameter is and stores, read off the base's own optimizer.
+
+The base builds its real optimizer on parameters of the meta device: the same code merges and splits
+them, chooses the preconditioned dimensions and roots, and allocates the state, but no memory is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dash_shampoo.base import (
+    SHAMPOO_PRECONDITIONER_LIST,
+    DistributedShampoo,
+    EigenConfig,
+    PseudoInverseConfig,
+    RootInvConfig,
+    RootInvShampooPreconditionerConfig,
+    SingleDeviceDistributedConfig,
+)
+from dash_shampoo.config import DashShampooPreconditionerConfig
+from dash_shampoo.inverse_root import check_supported
+from dash_shampoo.stacks import BlockSpec
+
+_PARAMS = ("params", "param_names")
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What a plan must know of a parameter.
+
+    Attributes:
+        shape: Its shape, or that of a local shard.
+        dtype: Its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block and its state.
+
+    Attributes:
+        spec: Shape, preconditioned dimensions, roots and dtype.
+        state_bytes: Bytes of its state by the key in the optimizer's state ("factor_matrices", …).
+    """
+
+    spec: BlockSpec
+    state_bytes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class GroupProfile:
+    """The settings of a parameter group, and the blocks of every shape that occurs in it.
+
+    Attributes:
+        options: The group's options as the base completed them.
+        preconditioner_config: As it was given, with the solver.
+        shared_bytes: Bytes of state that all parameters of the group share (the step count, …).
+        blocks: The blocks of each parameter, in order.
+    """
+
+    options: Mapping[str, Any]
+    preconditioner_config: RootInvShampooPreconditionerConfig
+    shared_bytes: int
+    blocks: Mapping[ParameterSpec, tuple[BlockCost, ...]]
+
+    @property
+    def solver(self) -> RootInvConfig:
+        """The config of the inverse roots."""
+        return self.preconditioner_config.amortized_computation_config
+
+
+def read_groups(params: Iterable[Any]) -> list[tuple[list[ParameterSpec], dict[str, Any]]]:
+    """Shapes and dtypes of the parameters, group by group.
+
+    Args:
+        params: What an optimizer takes: tensors, pairs (name, tensor), or dicts of groups. Only
+            shapes and dtypes are looked at, so the tensors may lie on the meta device.
+
+    Returns:
+        For each group its parameters and its other options.
+
+    Raises:
+        ValueError: If there is no parameter.
+    """
+    entries = list(params)
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    result = []
+    for group in groups:
+        members = group["params"]
+        listed = [members] if isinstance(members, Tensor) else list(members)
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in listed]
+        if not tensors:
+            raise ValueError("params has a group without parameters.")
+        specs = [ParameterSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        result.append((specs, {key: value for key, value in group.items() if key not in _PARAMS}))
+    return result
+
+
+def profile_groups(
+    shapes: Sequence[Iterable[ParameterSpec]],
+    group_options: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> list[GroupProfile]:
+    """Builds the base's optimizer on the meta device and reads off what it made.
+
+    Args:
+        shapes: For each group the (local) parameters that occur, each once.
+        group_options: For each group the options that differ from `options`.
+        options: Arguments of `DistributedShampoo`, apart from the parameters.
+
+    Returns:
+        One profile per group.
+
+    Raises:
+        ValueError: If an option is out of its range, the solver cannot do a root, or the
+            preconditioner is not one of inverse roots.
+        NotImplementedError: If the base lacks an option.
+    """
+    configs = [_preconditioner_config({**options, **own}) for own in group_options]
+    distinct = [list(dict.fromkeys(group)) for group in shapes]
+    groups = [
+        {
+            **own,
+            "params": [
+                nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device=META), False)
+                for spec in specs
+            ],
+            "preconditioner_config": _on_the_base(config),
+            "distributed_config": _single_device({**options, **own}),
+        }
+        for specs, own, config in zip(distinct, group_options, configs, strict=True)
+    ]
+    replaced = ("preconditioner_config", "distributed_config")
+    optimizer = DistributedShampoo(
+        groups, **{key: value for key, value in options.items() if key not in replaced}
+    )
+    return [
+        _read_profile(optimizer, number, specs, config)
+        for number, (specs, config) in enumerate(zip(distinct, configs, strict=True))
+    ]
+
+
+def _preconditioner_config(options: Mapping[str, Any]) -> RootInvShampooPreconditionerConfig:
+    config = options.get("preconditioner_config", RootInvShampooPreconditionerConfig())
+    if type(config) not in (RootInvShampooPreconditionerConfig, DashShampooPreconditionerConfig):
+        raise ValueError(
+            f"preconditioner_config={type(config).__name__} can't be planned: it must be a "
+            "RootInvShampooPreconditionerConfig or a DashShampooPreconditionerConfig."
+        )
+    assert isinstance(config, RootInvShampooPreconditionerConfig)
+    return config
+
+
+def _on_the_base(config: RootInvShampooPreconditionerConfig) -> RootInvShampooPreconditionerConfig:
+    """The same state with a solver that every base has; the solver leaves no trace in the state."""
+    solver = config.amortized_computation_config
+    repair = getattr(solver, "rank_deficient_stability_config", None)
+    eigen = EigenConfig()
+    if isinstance(repair, PseudoInverseConfig):  # demands another epsilon
+        eigen = replace(eigen, rank_deficient_stability_config=repair)
+    plain = {
+        field.name: getattr(config, field.name)
+        for field in fields(RootInvShampooPreconditionerConfig)
+    }
+    return RootInvShampooPreconditionerConfig(**{**plain, "amortized_computation_config": eigen})
+
+
+def _single_device(options: Mapping[str, Any]) -> SingleDeviceDistributedConfig:
+    given = options.get("distributed_config", SingleDeviceDistributedConfig())
+    return SingleDeviceDistributedConfig(
+        target_parameter_dimensionality=given.target_parameter_dimensionality
+    )
+
+
+def _read_profile(
+    optimizer: DistributedShampoo,
+    number: int,
+    specs: Sequence[ParameterSpec],
+    config: RootInvShampooPreconditionerConfig,
+) -> GroupProfile:
+    group = optimizer.param_groups[number]
+    preconditioners = optimizer._per_group_state_lists[number][SHAMPOO_PRECONDITIONER_LIST]
+    saved = optimizer.state_dict()
+    ids, state = saved["param_groups"][number]["params"], saved["state"]
+    lists = zip(
+        preconditioners._dims_list,
+        preconditioners._local_preconditioned_dims_selector_list,
+        preconditioners._local_kronecker_factors_unwrapped,
+        strict=True,
+    )
+    blocks = {}
+    shared: dict[int, Tensor] = {}
+    for spec, identifier, param in zip(specs, ids, group["params"], strict=True):
+        costs = []
+        for value in state[identifier].values():
+            if not isinstance(value, Mapping):
+                continue
+            shape, selector, factors = next(lists)
+            costs.append(
+                BlockCost(
+                    BlockSpec(tuple(shape), tuple(selector), factors.roots, spec.dtype, META),
+                    tuple(_bytes_by_kind(value).items()),
+                )
+            )
+        blocks[spec] = tuple(costs)
+        shared.update((id(v), v) for v in optimizer.state[param].values() if isinstance(v, Tensor))
+    for root in {root for costs in blocks.values() for block in costs for root in block.spec.roots}:
+        check_supported(config.amortized_computation_config, root)
+    return GroupProfile(
+        options={key: value for key, value in group.items() if key != "params"},
+        preconditioner_config=config,
+        shared_bytes=sum(map(_num_bytes, shared.values())),
+        blocks=blocks,
+    )
+
+
+def _bytes_by_kind(state: Mapping[Any, Any]) -> dict[str, int]:
+    """Bytes of a nested state by the innermost name above each tensor."""
+    result: dict[str, int] = {}
+    for kind, tensor in _leaves(state, ""):
+        result[kind] = result.get(kind, 0) + _num_bytes(tensor)
+    return result
+
+
+def _leaves(state: Mapping[Any, Any], name: str) -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items():
+        inner = name if str(key).isdigit() else str(key)
+        if isinstance(value, Mapping):
+            yield from _leaves(value, inner)
+        elif isinstance(value, Tensor):
+            yield inner, value
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,148 @@
+"""`dash-shampoo plan`: tables, JSON, and messages for mistakes."""
+
+import json
+
+import pytest
+
+from dash_shampoo.cli.main import main
+from dash_shampoo.cli.settings import config_dir, options
+
+SMALL = ["model=tiny", "vocab_size=256", "max_preconditioner_dim=64"]
+
+
+def call(capsys, *words):
+    status = main(["plan", *words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def record(capsys, *words):
+    status, out, err = call(capsys, *words, "format=json")
+    assert (status, err) == (0, "")
+    return json.loads(out)
+
+
+def test_tables(capsys):
+    status, out, err = call(capsys, *SMALL, "world_size=3")
+    assert (status, err) == (0, "")
+    assert "tiny, dash_newton_db: 590,464 parameters, ddp on 3 ranks" in out
+    for title in (
+        "Inverse roots of all ranks",
+        "Blocks and work, per rank and step",
+        "Optimizer state, GiB per rank",
+        "Matmuls, TFLOP per rank and step",
+        "Roofline on H100, ms per rank and step",
+        "Balance over ranks (max / mean)",
+        "Stacks of rank 0",
+    ):
+        assert title in out
+    assert max(map(len, out.splitlines())) < 130
+
+
+def test_json_holds_what_the_tables_are_made_of(capsys):
+    plan = record(capsys, *SMALL, "world_size=3")
+    assert plan["strategy"] == "ddp"
+    assert plan["world_size"] == len(plan["ranks"]) == 3
+    for kind, total in plan["state_bytes"].items():
+        assert total == sum(rank["state_bytes"][kind] for rank in plan["ranks"])
+    assert plan["total_flops"] == pytest.approx(sum(r["matmul_flops"] for r in plan["ranks"]))
+    assert set(plan["state_bytes"]) >= {"factor_matrices", "inv_factor_matrices", "adagrad"}
+    assert plan["inverse_roots"][0]["cost"]["num_matmuls"] > 20
+
+
+def test_sweep(capsys):
+    status, out, _ = call(capsys, *SMALL, "sweep=true", "world_size=12")
+    assert status == 0
+    sizes = [line.split()[1] for line in out.splitlines() if line.startswith("|")][2:]
+    assert sizes == ["1", "2", "4", "8", "12"]
+    plans = record(capsys, *SMALL, "sweep=true", "world_size=1024")
+    assert [plan["world_size"] for plan in plans] == [2**power for power in range(11)]
+    assert plans[-1]["num_idle"] > 0
+    # A few bytes of every rank are shared, the rest is shared out.
+    factors = {plan["state_bytes"]["factor_matrices"] for plan in plans}
+    assert len(factors) == 1
+
+
+def test_precondition_frequency_and_dots(capsys):
+    often = record(capsys, *SMALL)
+    by_name = record(capsys, *SMALL, "precondition_frequency=10")
+    by_path = record(capsys, *SMALL, "optimizer.precondition_frequency=10")
+    assert by_name == by_path
+    (rank,), (rarely,) = often["ranks"], by_name["ranks"]
+    saved = rank["step"]["inverse_root_flops"] - rarely["step"]["inverse_root_flops"]
+    assert saved == pytest.approx(0.9 * rank["step"]["inverse_root_flops"])
+    packed = record(capsys, *SMALL, "optimizer.preconditioner_config.use_symmetric_packing=true")
+    ratio = packed["state_bytes"]["factor_matrices"] / often["state_bytes"]["factor_matrices"]
+    assert 0.5 < ratio < 0.52
+    double = record(capsys, *SMALL, "precision=fp64")
+    assert double["state_bytes"]["adagrad"] == 2 * often["state_bytes"]["adagrad"]
+
+
+@pytest.mark.parametrize("name", options("parallelism"))
+def test_every_parallelism_can_be_planned(capsys, name):
+    plan = record(capsys, *SMALL, "world_size=4", f"parallelism={name}")
+    assert plan["strategy"] == name
+    assert len(plan["ranks"]) == 4
+
+
+def test_every_shampoo_can_be_planned(capsys):
+    refused = []
+    for name in options("optimizer"):
+        status, _, err = call(capsys, *SMALL, f"optimizer={name}")
+        if status:
+            refused.append(name)
+            assert "can't be planned: only DashShampoo" in err
+    assert refused == ["adamw"]
+
+
+def test_the_model_of_the_paper(capsys):
+    plan = record(capsys, "model=llama_953m", "world_size=8", "max_preconditioner_dim=1024")
+    assert plan["num_parameters"] == 953_223_168
+    assert sum(rank["num_blocks"] for rank in plan["ranks"]) == 1026
+    assert plan["flops_balance"] < 1.05
+
+
+MISTAKES = {
+    "wrold_size=2": "no setting 'wrold_size'. Did you mean world_size",
+    "world_size=0": "world_size=0 must be an integer of at least 1",
+    "world_size=many": "world_size=many must be an integer",
+    "sweep=perhaps": "sweep=perhaps must be true or false",
+    "device=H300": "device=H300 must be one of A100, H100, H200",
+    "format=xml": "format=xml must be text or json",
+    "world_size": "'world_size' is not of the form key=value",
+    "model=llama_1b": "There is no model=llama_1b. Available: llama_100m",
+    "max_preconditioner_dim=0": "0",
+    "optimizer.max_preconditioner_dims=8": "max_preconditioner_dims",
+    "parallelism.distributed_config.num_trainers_per_group=3": "num_trainers_per_group=3 must be",
+}
+
+
+@pytest.mark.parametrize("word", MISTAKES)
+def test_mistakes_are_named(capsys, word):
+    more = ["parallelism=ddp"] if word.startswith("parallelism") else []
+    status, out, err = call(capsys, "model=tiny", *more, word)
+    assert (status, out) == (2, "")
+    assert err.startswith("dash-shampoo: error: ")
+    assert MISTAKES[word] in err
+    assert "Traceback" not in err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    out = capsys.readouterr().out
+    for word in ("world_size", "sweep", "H200", "fully_shard", "format", "tf32", "vocab_size"):
+        assert word in out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "plan" in capsys.readouterr().out
+
+
+def test_own_configs(capsys, tmp_path):
+    (tmp_path / "model").mkdir()
+    text = (
+        (config_dir() / "model" / "tiny.yaml").read_text().replace("num_layers: 2", "num_layers: 3")
+    )
+    (tmp_path / "model" / "mine.yaml").write_text(text)
+    plan = record(capsys, "--config-dir", str(tmp_path), "model=mine", "vocab_size=256")
+    assert plan["num_parameters"] > 590_464
