@@ -1,11 +1,10 @@
 """What README.md and the other documents show is run, or at least exists."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 
+from dash_shampoo.cli.main import COMMANDS
 from tests.docs.markdown import ROOT, Block, blocks, commands, make_targets, table
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "patches/README.md")
@@ -54,7 +53,7 @@ def unknown_commands(text: str, targets: set[str]) -> list[str]:
             names = [a for a in arguments if "=" not in a and a[0] not in "-$"]
             wrong += [f"make {name}" for name in names if name not in targets]
         elif program == "dash-shampoo" and arguments and not arguments[0].startswith("-"):
-            if not has_subcommand(arguments[0]):
+            if arguments[0] not in COMMANDS:
                 wrong.append(f"dash-shampoo {arguments[0]}")
             wrong += [a for a in arguments[1:] if not has_option_file(a)]
         elif program in ("python", "bash"):
@@ -68,18 +67,6 @@ def has_option_file(argument: str) -> bool:
     group, _, name = argument.lstrip("+").partition("=")
     folder = ROOT / "configs" / group
     return not name or not folder.is_dir() or (folder / f"{name}.yaml").is_file()
-
-
-_SUBCOMMANDS: dict[str, bool] = {}
-
-
-def has_subcommand(name: str) -> bool:
-    if name not in _SUBCOMMANDS:
-        script = "import sys; from dash_shampoo.cli.main import main; sys.exit(main())"
-        command = [sys.executable, "-c", script, name, "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        _SUBCOMMANDS[name] = done.returncode == 0
-    return _SUBCOMMANDS[name]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
