@@ -24,6 +24,7 @@ from dash_shampoo.planning import (
 from dash_shampoo.planning.devices import precision_of
 from dash_shampoo.planning.solver_cost import measure_solver
 from dash_shampoo.planning.spread import local_shards
+from tests.state_bytes import real_bytes
 
 SHAPES = [(40, 24), (16, 16), (33, 7), (16,), (8, 3, 3, 3), (1,), (16, 16), (5, 1, 20)]
 
@@ -38,36 +39,6 @@ def config(solver=None, **options):
     return ds.RootInvShampooPreconditionerConfig(
         amortized_computation_config=solver or ds.EigenConfig(), **options
     )
-
-
-def tensors_of(value):
-    """All tensors of a nested state, with the innermost name above each."""
-    found = []
-
-    def visit(value, name):
-        if isinstance(value, torch.Tensor):
-            found.append((name, value))
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                visit(inner, name if str(key).isdigit() else str(key))
-
-    visit(value, "")
-    return found
-
-
-def real_bytes(optimizer):
-    """Bytes of the state by kind; what parameters share counts once."""
-    state = optimizer.state_dict()["state"]
-    shared, kinds = {}, {}
-    for param_state in state.values():
-        for key, value in param_state.items():
-            if isinstance(value, torch.Tensor):
-                shared[value.data_ptr()] = value
-                continue
-            for kind, tensor in tensors_of({key: value}):
-                kinds[kind] = kinds.get(kind, 0) + tensor.numel() * tensor.element_size()
-    kinds[SHARED] = sum(t.numel() * t.element_size() for t in shared.values())
-    return kinds
 
 
 def stacks_of(optimizer):
