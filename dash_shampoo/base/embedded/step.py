@@ -23,6 +23,7 @@ from dash_shampoo.base.embedded.preconditioner_list import scalar_of
 
 # Keeps the grafting's quotient of norms finite for a direction of zeros.
 _SMALLEST_NORM = 1e-16
+_SMALLEST_LR_SUM = torch.finfo(torch.float32).tiny
 
 
 def is_averaging(config: IterateAveragingConfig | None) -> bool:
@@ -100,10 +101,10 @@ def set_interpolation_coefficients(
     elif isinstance(config, ScheduleFreeConfig):
         state_lists[keys.TRAIN_INTERP_COEFF].fill_(config.train_interp_coeff)
         if is_step:
-            # μ_x = 1 - lr_t^r / Σ_{i≤t} lr_i^r; a learning rate of zero so far leaves the average.
+            # μ_x = 1 - lr_t^r / Σ_{i≤t} lr_i^r, and 1 as long as a warm-up has learning rate zero.
             power = torch.pow(state_lists[keys.LR_TENSOR], config.eval_coeff_lr_power)
-            state_lists[keys.LR_SUM].add_(power)
-            state_lists[keys.EVAL_INTERP_COEFF].copy_(1.0 - power / state_lists[keys.LR_SUM])
+            lr_sum = state_lists[keys.LR_SUM].add_(power).clamp(min=_SMALLEST_LR_SUM)
+            state_lists[keys.EVAL_INTERP_COEFF].copy_(1.0 - power / lr_sum)
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:

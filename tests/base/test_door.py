@@ -1,0 +1,151 @@
+"""The door: which base is taken, that both have the same names, what is said if one is missing."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dash_shampoo.base as door
+import dash_shampoo.base.embedded as embedded
+from tests.base.cases import meta, meta_types
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIABLE = "DASH_SHAMPOO_BASE"
+
+# What the rest of the project may use; both bases have it, and nothing else is exported.
+NAMES = """
+AdaGradPreconditionerConfig AdamPreconditionerConfig AlignedMemoryCostModel
+BaseShampooPreconditionerConfig ClassicMomentumConfig ClassicShampooPreconditionerConfig
+ConcurrencyConfig CostModel CoupledHigherOrderConfig CoupledNewtonConfig DDPDistributedConfig
+DISTRIBUTOR DefaultConcurrencyConfig DefaultEigenConfig DefaultEigendecompositionConfig
+DefaultEigenvalueCorrectedShampooConfig DefaultNewtonSchulzOrthogonalizationConfig
+DefaultPerturbationConfig DefaultSOAPConfig DefaultShampooConfig DefaultShampooRuntimeConfig
+DefaultSignDescentPreconditionerConfig DefaultSingleDeviceDistributedConfig
+DefaultSpectralDescentPreconditionerConfig DistributedConfig DistributedShampoo EigenConfig
+EigendecomposedKLShampooPreconditionerConfig EigendecomposedShampooPreconditionerConfig
+EigendecompositionConfig EigenvalueCorrectedShampooPreconditionerConfig EighEigendecompositionConfig
+FSDPDistributedConfig FSDPParamAssignmentStrategy FullyShardDistributedConfig
+GeneralizedPrimalAveragingConfig HSDPDistributedConfig HybridShardDistributedConfig
+IterateAveragingConfig LoadBalancingConfig MatrixFunctionConfig NewtonSchulzOrthogonalizationConfig
+OrthogonalizationConfig PerturbationConfig PolynomialComputationalCostModel PreconditionerConfig
+PreconditionerValueError PseudoInverseConfig QREigendecompositionConfig RMSpropPreconditionerConfig
+RankDeficientStabilityConfig RootInvConfig RootInvKLShampooPreconditionerConfig
+RootInvShampooPreconditionerConfig RootInvShampooPreconditionerList SGDPreconditionerConfig
+SHAMPOO_PRECONDITIONER_LIST SVDOrthogonalizationConfig ScheduleFreeConfig ShampooPT2CompileConfig
+ShampooRuntimeConfig SignDescentPreconditionerConfig SingleDeviceDistributedConfig
+SpectralDescentPreconditionerConfig WeightDecayType compile_fsdp_parameter_metadata
+name native_config
+"""
+EXPORTED = tuple(NAMES.split())
+
+
+def base_taken(choice):
+    """The base that a fresh interpreter takes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DASH_SHAMPOO_BASE": choice}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    tell = "import dash_shampoo.base as b; print(b.name, b.DistributedShampoo.__module__)"
+    command = [sys.executable, "-W", "ignore", "-c", tell]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_exported_names_are_pinned():
+    assert sorted(door.__all__) == sorted(EXPORTED)
+    assert sorted([*embedded.__all__, "name", "native_config"]) == sorted(EXPORTED)
+    for name in EXPORTED:
+        assert hasattr(door, name), name
+
+
+def test_both_bases_have_all_names():
+    meta()
+    from_meta = door._load("meta")
+    from_embedded = door._load("embedded")
+    assert from_meta.keys() == from_embedded.keys() == set(EXPORTED) - {"name", "native_config"}
+    assert set(meta().__all__) <= from_meta.keys()
+    for name, value in from_embedded.items():
+        assert isinstance(value, type) == isinstance(from_meta[name], type), name
+        if isinstance(value, str):
+            assert value == from_meta[name]
+
+
+@pytest.mark.parametrize("variables", [{}, {VARIABLE: "auto"}, {VARIABLE: "embedded"}])
+def test_without_metas_package_the_embedded_base_is_taken(variables, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed_shampoo", None)
+    assert door._choose(variables) == "embedded"
+
+
+def test_meta_without_its_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed_shampoo", None)
+    with pytest.raises(ImportError, match=r"pip install git\+https://github.com/facebookresearch"):
+        door._choose({VARIABLE: "meta"})
+
+
+def test_other_values_are_refused():
+    with pytest.raises(
+        ValueError, match="DASH_SHAMPOO_BASE='maybe': must be auto, meta or embedded"
+    ):
+        door._choose({VARIABLE: "maybe"})
+
+
+def test_a_broken_package_is_not_a_missing_one(tmp_path, monkeypatch):
+    package = tmp_path / "distributed_shampoo"
+    package.mkdir()
+    (package / "__init__.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "distributed_shampoo", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        door._choose({VARIABLE: "auto"})
+
+
+def test_with_metas_package_the_variable_chooses():
+    meta()
+    assert door._choose({}) == door._choose({VARIABLE: "auto"}) == "meta"
+    assert door._choose({VARIABLE: "embedded"}) == "embedded"
+    assert base_taken("meta")[0] == "meta"
+
+
+def test_a_fresh_interpreter_takes_the_embedded_base_if_told():
+    assert base_taken("embedded") == ["embedded", "dash_shampoo.base.embedded.optimizer"]
+
+
+def test_configs_of_the_other_base_become_native():
+    namespace = {**vars(meta()), **vars(meta_types())}
+    ours = embedded.RootInvShampooPreconditionerConfig(
+        amortized_computation_config=embedded.EigenConfig(
+            rank_deficient_stability_config=embedded.PseudoInverseConfig(rank_atol=0.5)
+        ),
+        inverse_exponent_override={2: 0.5},
+    )
+    theirs = embedded.state.native_config(ours, namespace)
+    assert type(theirs) is meta().RootInvShampooPreconditionerConfig
+    stability = theirs.amortized_computation_config.rank_deficient_stability_config
+    assert type(stability) is meta().PseudoInverseConfig
+    assert stability.rank_atol == 0.5
+    assert embedded.state.native_config(theirs, vars(embedded)) == ours
+    decay = embedded.state.native_config(embedded.WeightDecayType.L2, namespace)
+    assert decay is meta().WeightDecayType.L2
+
+
+def test_native_configs_and_other_values_stay():
+    config = door.EigenConfig()
+    for value in (config, None, 0.5, "a string", door.WeightDecayType.L2):
+        assert door.native_config(value) is value
+
+
+def picklable():
+    names = [n for n in embedded.__all__ if n.startswith("Default")]
+    return [getattr(embedded, name) for name in names]
+
+
+def test_configs_can_be_pickled_copied_and_compared():
+    assert len(picklable()) >= 10
+    for config in picklable():
+        assert pickle.loads(pickle.dumps(config)) == config
+        assert copy.deepcopy(config) == config
