@@ -8,12 +8,11 @@ by name, so that a checkpoint can be read where the package that wrote it is not
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import is_dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dash_shampoo import base, config
@@ -42,7 +41,9 @@ def safe_globals() -> list[type | tuple[type, str]]:
         `torch.serialization.safe_globals` or `add_safe_globals`.
 
     Note:
-        Configs that hold functions (spectral and sign descent) need ``weights_only=False``.
+        Configs that hold functions (spectral and sign descent) need ``weights_only=False``. Where
+        other tools read the file, such as ``torch.distributed.checkpoint``, leave the configs out of
+        the groups that they save: `DashShampoo` then keeps those that it was constructed with.
 
     Example:
         >>> import io
@@ -61,59 +62,54 @@ def safe_globals() -> list[type | tuple[type, str]]:
     return [*_config_classes(config).values(), *aliases]
 
 
-def native_configs(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict whose groups hold the base's own config classes.
+def native_groups(
+    saved_groups: Sequence[Mapping[str, Any]], param_groups: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Saved parameter groups as the base in use needs them.
 
     Args:
-        state_dict: An optimizer's state dict; configs of the other base are looked up by name.
+        saved_groups: The groups of a state dict.
+        param_groups: The optimizer's groups.
 
     Returns:
-        A new dict with new groups; the state itself is shared.
+        New groups, whose configs are of the base's classes. What a saved group lacks is as it was.
     """
-    groups = [
-        {key: base.native_config(value) for key, value in group.items()}
-        for group in state_dict["param_groups"]
+    # Another number of groups is for the base to refuse.
+    present = [*param_groups, *({} for _ in saved_groups)]
+    return [
+        {**now, **{key: base.native_config(value) for key, value in saved.items()}}
+        for saved, now in zip(saved_groups, present, strict=False)
     ]
-    return {**state_dict, "param_groups": groups}
 
 
-@torch.no_grad()
-def restore_precision(
-    param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any], saved: Mapping[str, Any]
-) -> None:
-    """Copies anew what `Optimizer.load_state_dict` rounded to the parameters' dtypes.
+def without_cast(
+    cast: Mapping[Tensor, Any],
+    saved: Mapping[str, Any],
+    param_groups: Sequence[Mapping[str, Any]],
+    known: Container[Tensor],
+) -> dict[Tensor, Any]:
+    """The state of parameters as it was saved.
 
-    torch casts floating-point state to the dtype of its parameter before the optimizer sees it: fp32
-    factor matrices of bf16 parameters come back with 8 bits.
+    `Optimizer.load_state_dict` casts floating-point state to the dtype of its parameter before the
+    optimizer sees it: fp32 factor matrices of bf16 parameters would come back with 8 bits.
 
     Args:
-        param_groups: The optimizer's groups.
-        state: The optimizer's state, after loading; written in place.
-        saved: The state dict that was loaded.
+        cast: What torch made of the state, by parameter.
+        saved: The state dict that is being loaded.
+        param_groups: The optimizer's groups, which have the parameters in the saved order.
+        known: Parameters whose state exists, so that it is copied in place, to its dtype and device.
+
+    Returns:
+        `cast`, with the saved state for every known parameter.
     """
-    ids = [i for group in saved["param_groups"] for i in group["params"]]
-    params = [p for group in param_groups for p in group["params"]]
-    for identifier, param in zip(ids, params, strict=True):
-        if identifier in saved["state"]:
-            _copy_where_rounded(state[param], saved["state"][identifier], param.dtype)
-
-
-def _copy_where_rounded(current: Any, saved: Any, dtype: torch.dtype) -> None:
-    if callable(getattr(current, "state_dict", None)):
-        current = current.state_dict()
-    if isinstance(current, Mapping) and isinstance(saved, Mapping):
-        for key, value in current.items():
-            # Tools that flatten a state turn the numbers of the factor matrices into strings.
-            found = key if key in saved else str(key)
-            if found in saved:
-                _copy_where_rounded(value, saved[found], dtype)
-    elif (
-        isinstance(current, Tensor)
-        and isinstance(saved, Tensor)
-        and saved.is_floating_point()
-        and saved.dtype != dtype
-    ):
-        current.copy_(saved)
+    ids = [identifier for group in saved["param_groups"] for identifier in group["params"]]
+    params = [param for group in param_groups for param in group["params"]]
+    exact = {
+        param: saved["state"][identifier]
+        for identifier, param in zip(ids, params, strict=True)
+        if identifier in saved["state"] and param in known
+    }
+    return {**cast, **exact}
 
 
 def _config_classes(module: ModuleType) -> dict[str, type]:

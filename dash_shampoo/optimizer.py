@@ -21,7 +21,7 @@ from dash_shampoo.base import (
     RootInvShampooPreconditionerList,
 )
 from dash_shampoo.base import name as base_name
-from dash_shampoo.checkpoint import native_configs, restore_precision
+from dash_shampoo.checkpoint import native_groups, without_cast
 from dash_shampoo.config import DashShampooPreconditionerConfig
 from dash_shampoo.inverse_root import check_supported
 from dash_shampoo.preconditioner import (
@@ -77,6 +77,8 @@ class DashShampoo(DistributedShampoo):
         >>> optimizer.step()
     """
 
+    _state_to_load: dict[str, Any] | None = None
+
     def _preconditioner_config_to_list_cls(
         self,
         state_lists: dict[str, Any],
@@ -120,25 +122,27 @@ class DashShampoo(DistributedShampoo):
         """Loads a state that this class or the base's `DistributedShampoo` saved, of either base.
 
         The state is copied in place and keeps its precision: fp32 factor matrices of bf16 parameters
-        are restored bit for bit. Configs in the parameter groups become those of the base in use; see
-        `safe_globals` for reading a file.
+        are restored bit for bit. Configs in the parameter groups become those of the base in use, and
+        what a saved group lacks stays as it is; see `safe_globals` for reading a file.
 
         Args:
             state_dict: As returned by `state_dict()`.
         """
-        loaded: dict[str, Any] = {}
-
-        def keep(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(native_configs(final))
-            return loaded
-
         # Registered now, so that it sees what the hooks of others have made of the state.
-        handle = self.register_load_state_dict_pre_hook(keep)
+        handle = self.register_load_state_dict_pre_hook(_keep_state_to_load)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        restore_precision(self.param_groups, self.state, loaded)
+            self._state_to_load = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if self._state_to_load is not None and "state" in state:
+            exact = without_cast(
+                state["state"], self._state_to_load, self.param_groups, known=self.state
+            )
+            state = {**state, "state": exact}
+        super().__setstate__(state)
 
     def failure_counts(self) -> dict[str, int]:
         """How many inverse roots were not accepted since the start, by the name of their parameter.
@@ -156,6 +160,15 @@ class DashShampoo(DistributedShampoo):
                 for name, count in preconditioners.failure_counts().items():
                     counts[name] = counts.get(name, 0) + count
         return counts
+
+
+def _keep_state_to_load(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    assert isinstance(optimizer, DashShampoo)
+    groups = native_groups(state_dict["param_groups"], optimizer.param_groups)
+    optimizer._state_to_load = {**state_dict, "param_groups": groups}
+    return optimizer._state_to_load
 
 
 def _config_for_base(

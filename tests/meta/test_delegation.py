@@ -1,4 +1,4 @@
-"""Every preconditioner of Meta's works through DashShampoo: stacked, or delegated with one line that says so."""
+"""Every preconditioner of Meta's works: stacked, or delegated with one line that says so."""
 
 from __future__ import annotations
 
