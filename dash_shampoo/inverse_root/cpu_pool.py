@@ -1,7 +1,8 @@
-"""Chunks of a stack on several CPU threads, for LAPACK calls that torch runs one after another.
+"""Chunks of a stack on several CPU threads, each small enough to stay in a core's cache.
 
-torch's batched `eigh` on the CPU loops over the blocks on one thread, but releases the
-interpreter's lock meanwhile; so chunks of the stack can run side by side.
+torch's batched `eigh` on the CPU loops over the blocks on one thread, and elementwise passes over a
+large stack wait for memory. Both release the interpreter's lock meanwhile, so chunks of the stack
+can run side by side.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _T = TypeVar("_T")
 
 # More chunks than threads, so that a thread that was held up leaves less behind.
 _CHUNKS_PER_THREAD = 4
-# Below this many N³ in all, about a millisecond, a second thread saves nothing.
+# A chunk and the solver's workspace of a few of them should fit a core's cache.
+_MAX_CHUNK_BYTES = 2**19
+# Below this many N³ in all, about a millisecond, a chunk of its own costs more than it saves.
 _MIN_WORK = 2**20
 
 _lock = threading.Lock()
@@ -43,26 +46,27 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
         return _pools[num_threads]
 
 
-def chunk_rows(num_blocks: int, size: int, num_threads: int) -> list[slice]:
-    """Cut the rows of a stack into chunks for the threads; one chunk where that pays more.
+def chunk_rows(num_blocks: int, size: int, element_size: int, num_threads: int) -> list[slice]:
+    """Cut the rows of a stack into chunks; one chunk where that pays more.
 
     Args:
         num_blocks: B.
         size: N.
+        element_size: Bytes of an entry.
         num_threads: Threads that will work.
 
     Returns:
         Consecutive slices that cover range(B).
 
     Examples:
-        >>> chunk_rows(num_blocks=64, size=64, num_threads=2)[:2]
+        >>> chunk_rows(num_blocks=64, size=64, element_size=4, num_threads=2)[:2]
         [slice(0, 8, None), slice(8, 16, None)]
-        >>> chunk_rows(num_blocks=64, size=64, num_threads=1)
-        [slice(0, 64, None)]
+        >>> chunk_rows(num_blocks=8, size=16, element_size=4, num_threads=2)
+        [slice(0, 8, None)]
     """
-    if num_threads == 1 or num_blocks * size**3 < _MIN_WORK:
-        return [slice(0, num_blocks)]
-    rows = -(-num_blocks // (num_threads * _CHUNKS_PER_THREAD))
+    rows = -(-num_blocks // (num_threads * _CHUNKS_PER_THREAD)) if num_threads > 1 else num_blocks
+    rows = max(min(rows, _MAX_CHUNK_BYTES // (size * size * element_size)), 1)
+    rows = max(rows, -(-_MIN_WORK // size**3))
     if size % 2 == 1:
         # Keep every block's alignment to 16 bytes what it is in the whole stack: MKL's kernels
         # sum in another order where it differs, and results would depend on the threads.
@@ -70,19 +74,17 @@ def chunk_rows(num_blocks: int, size: int, num_threads: int) -> list[slice]:
     return [slice(start, min(start + rows, num_blocks)) for start in range(0, num_blocks, rows)]
 
 
-def map_chunks(function: Callable[[slice], _T], num_blocks: int, size: int) -> list[_T]:
-    """Call a function for chunks of rows, on `torch.get_num_threads()` threads.
+def map_chunks(function: Callable[[slice], _T], chunks: list[slice]) -> list[_T]:
+    """Call a function for each chunk of rows, on `torch.get_num_threads()` threads.
 
     Args:
         function: Takes the rows of one chunk. Must not call `map_chunks` itself.
-        num_blocks: B, the rows of the stack.
-        size: N, for the guess at the work.
+        chunks: Rows.
 
     Returns:
-        The results in the order of the rows.
+        The results in the order of the chunks.
     """
     num_threads = torch.get_num_threads()
-    chunks = chunk_rows(num_blocks, size, num_threads)
-    if len(chunks) == 1:
-        return [function(chunks[0])]
+    if num_threads == 1 or len(chunks) == 1:
+        return [function(chunk) for chunk in chunks]
     return list(_pool(num_threads).map(function, chunks))

@@ -8,6 +8,7 @@ by the identity, and their results discarded). It may not write to `A`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -29,7 +30,13 @@ from dash_shampoo.inverse_root import (
     eigen,
     newton_db,
 )
-from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
+from dash_shampoo.inverse_root.cpu_pool import chunk_rows, map_chunks
+from dash_shampoo.inverse_root.result import (
+    InverseRootResult,
+    InverseRootStatus,
+    concatenate_results,
+    make_result,
+)
 
 SolverFunction = Callable[[Tensor, Fraction, Any, float], InverseRootResult]
 
@@ -41,14 +48,18 @@ class Solver:
     Attributes:
         function (SolverFunction): The solver itself.
         check (Callable): check(config, root) raises ValueError where it can't do them.
+        max_chunked_size (float): The largest N for which a stack on the CPU is cut into chunks on
+            several threads. Above about 192 a single product keeps all threads busy by itself;
+            an eigendecomposition never does.
     """
 
     function: SolverFunction
     check: Callable[[Any, Fraction], None]
+    max_chunked_size: float = 192
 
 
 _SOLVERS: dict[type[RootInvConfig], Solver] = {
-    EigenConfig: Solver(eigen.eigen, eigen.check),
+    EigenConfig: Solver(eigen.eigen, eigen.check, max_chunked_size=float("inf")),
     CoupledNewtonConfig: Solver(coupled_newton.coupled_newton, coupled_newton.check),
     ScaledCoupledNewtonConfig: Solver(coupled_newton.coupled_newton, coupled_newton.check),
     CoupledHigherOrderConfig: Solver(
@@ -174,14 +185,36 @@ def inverse_root(
         raise ValueError(f"{epsilon=} must be finite and at least 0.")
     if stack.numel() == 0:
         return replace(make_result(stack.clone()), value=stack.reshape(A.shape).clone())
+
+    def solve(rows: slice) -> InverseRootResult:
+        return _solve(solver, stack[rows], fraction, config, float(epsilon))
+
+    result = concatenate_results(map_chunks(solve, _chunks(stack, solver)))
+    return replace(result, value=result.value.reshape(A.shape))
+
+
+def _chunks(stack: Tensor, solver: Solver) -> list[slice]:
+    """The parts in which a stack is solved: on the CPU such that threads and caches serve best."""
+    num_blocks, size, _ = stack.shape
+    if stack.device.type != "cpu" or size > solver.max_chunked_size:
+        return [slice(0, num_blocks)]
+    return chunk_rows(num_blocks, size, stack.element_size(), torch.get_num_threads())
+
+
+def _solve(
+    solver: Solver, stack: Tensor, root: Fraction, config: RootInvConfig, epsilon: float
+) -> InverseRootResult:
+    """Solve a stack with bad blocks replaced by the identity, then mark them."""
+    device_type = stack.device.type
     is_finite = _is_finite_block(stack)
-    if _is_all(is_finite):
-        result = solver.function(stack, fraction, config, float(epsilon))
-    else:
+    if not _is_all(is_finite):
         identity = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
-        clean = torch.where(is_finite[:, None, None], stack, identity)
-        result = solver.function(clean, fraction, config, float(epsilon))
-    return _finish(result, is_finite, A.shape)
+        stack = torch.where(is_finite[:, None, None], stack, identity)
+    # Autocast would take the products of a step inside it down to half precision, unasked.
+    can_autocast = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():
+        result = solver.function(stack, root, config, epsilon)
+    return _finish(result, is_finite)
 
 
 def _as_stack(A: Tensor) -> Tensor:
@@ -208,10 +241,8 @@ def _is_all(flags: Tensor) -> bool:
     return flags.device.type == "cpu" and bool(flags.all())
 
 
-def _finish(
-    result: InverseRootResult, is_finite_input: Tensor, shape: torch.Size
-) -> InverseRootResult:
-    """Give every block that can't be used its status and NaN, and restore the input's shape."""
+def _finish(result: InverseRootResult, is_finite_input: Tensor) -> InverseRootResult:
+    """Give every block that can't be used its status and NaN."""
     status, value = result.status, result.value
     is_finite = _is_finite_block(value)
     if not (_is_all(is_finite) and _is_all(is_finite_input)):
@@ -227,4 +258,4 @@ def _finish(
     )
     if not _is_all(~is_bad):
         value = value.masked_fill(is_bad[:, None, None], torch.nan)
-    return replace(result, value=value.reshape(shape), status=status)
+    return replace(result, value=value, status=status)

@@ -15,7 +15,6 @@ from torch import Tensor
 from dash_shampoo.base import EigenConfig, PerturbationConfig, PseudoInverseConfig
 from dash_shampoo.config import SpectrumRepairConfig
 from dash_shampoo.inverse_root.blocks import damped, power
-from dash_shampoo.inverse_root.cpu_pool import map_chunks
 from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
 
@@ -148,7 +147,7 @@ def _repaired_inverse_power(
 
 
 def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose A = Vᵀ·diag(L)·V, on several threads where that runs on the CPU.
+    """Decompose A = Vᵀ·diag(L)·V.
 
     Args:
         A_BNN: (B, N, N) stack.
@@ -157,21 +156,12 @@ def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Ten
     Returns:
         Eigenvalues (B, N), eigenvectors in rows (B, N, N), and the blocks (B,) that failed.
     """
-    num_blocks, size, _ = A_BNN.shape
-    A_BNN_there = A_BNN.to(device=config.eigendecomposition_offload_device or A_BNN.device)
-    L_BN, V_BNN = torch.empty_like(A_BNN_there[:, 0]), torch.empty_like(A_BNN_there)
-    is_failed = torch.zeros(num_blocks, dtype=torch.bool)
-
-    def decompose(rows: slice) -> None:
-        L, Q, failed = _eigh_or_bisect(A_BNN_there[rows], config.retry_double_precision)
-        L_BN[rows] = L
-        V_BNN[rows] = Q.mT
-        is_failed[rows][failed] = True
-
-    if A_BNN_there.device.type == "cpu":
-        map_chunks(decompose, num_blocks, size)
-    else:
-        decompose(slice(0, num_blocks))
+    there = A_BNN.to(device=config.eigendecomposition_offload_device or A_BNN.device)
+    L_BN, Q_BNN, failed = _eigh_or_bisect(there, config.retry_double_precision)
+    is_failed = torch.zeros(A_BNN.shape[0], dtype=torch.bool, device="cpu")
+    is_failed[failed] = True
+    # LAPACK and cuSOLVER leave the eigenvectors in columns of column-major memory.
+    V_BNN = Q_BNN.mT.contiguous()
     return L_BN.to(A_BNN.device), V_BNN.to(A_BNN.device), is_failed.to(A_BNN.device)
 
 

@@ -6,6 +6,7 @@ A numerical failure is a value, not an exception: one bad block must not stop th
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,4 +130,31 @@ def make_result(
         residual=residual,
         num_matmuls=num_matmuls,
         num_symmetric_matmuls=num_symmetric_matmuls,
+    )
+
+
+def concatenate_results(results: Sequence[InverseRootResult]) -> InverseRootResult:
+    """Join the results of consecutive parts of a stack.
+
+    Args:
+        results: At least one, in the order of the rows, each with a (B, N, N) value.
+
+    Returns:
+        The result of the whole stack; matmuls count by the parts' shares of it.
+    """
+    if len(results) == 1:
+        return results[0]
+    rows = [len(result.status) for result in results]
+
+    def weighted(counts: Sequence[float]) -> float:
+        products = sum(count * num for count, num in zip(counts, rows, strict=True))
+        return products / max(sum(rows), 1)
+
+    return InverseRootResult(
+        value=torch.cat([result.value for result in results]),
+        status=torch.cat([result.status for result in results]),
+        iterations=torch.cat([result.iterations for result in results]),
+        residual=torch.cat([result.residual for result in results]),
+        num_matmuls=weighted([result.num_matmuls for result in results]),
+        num_symmetric_matmuls=weighted([result.num_symmetric_matmuls for result in results]),
     )

@@ -93,7 +93,9 @@ def multi_power_iteration(
 @lru_cache(maxsize=32)
 def _start_vectors(size: int, num_vectors: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(N, K) unit start vectors, the same on every rank: from a generator of their own."""
-    generator = torch.Generator().manual_seed(_START_VECTOR_SEED)
-    V: Tensor = torch.randn(size, num_vectors, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(_START_VECTOR_SEED)
+    V: Tensor = torch.randn(
+        size, num_vectors, generator=generator, dtype=torch.float64, device="cpu"
+    )
     V /= torch.linalg.vector_norm(V, dim=0)
     return V.to(dtype=dtype, device=device)

@@ -25,8 +25,8 @@ class WorkingSet:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self.rows = torch.arange(num_blocks)
-        self.is_running = torch.ones(num_blocks, dtype=torch.bool)
+        self.rows = torch.arange(num_blocks, device="cpu")
+        self.is_running = torch.ones(num_blocks, dtype=torch.bool, device="cpu")
 
     def retire(self, wants_more: Tensor) -> tuple[Tensor, Tensor]:
         """Mark as done the running rows that do not want another step.

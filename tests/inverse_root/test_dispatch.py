@@ -265,3 +265,15 @@ def test_configs_refuse_bad_values_and_name_them(make, message: str) -> None:
 def test_the_abstract_scaling_cannot_be_built() -> None:
     with pytest.raises(TypeError):
         ScalingConfig()  # type: ignore[abstract]
+
+
+@each_row
+def test_autocast_and_default_device_have_no_say(row) -> None:
+    A = _spd(3, 8, 8)
+    expected = inverse_root(A, row.roots[0], row.config).value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(inverse_root(A, row.roots[0], row.config).value, expected)
+    with torch.device("meta"):
+        assert torch.equal(inverse_root(A, row.roots[0], row.config).value, expected)
+    with torch.inference_mode():
+        assert torch.equal(inverse_root(A, row.roots[0], row.config).value, expected)

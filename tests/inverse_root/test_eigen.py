@@ -1,4 +1,4 @@
-"""The eigen solver: failures of single blocks, threads, repairs of the spectrum, pseudo-inverse."""
+"""The eigen solver: failures of single blocks, repairs of the spectrum, pseudo-inverse."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import torch
 
 from dash_shampoo.base import EigenConfig, PerturbationConfig, PseudoInverseConfig
 from dash_shampoo.config import SpectrumRepairConfig
-from dash_shampoo.inverse_root import InverseRootStatus, cpu_pool, inverse_root
-from dash_shampoo.inverse_root.cpu_pool import chunk_rows, map_chunks
+from dash_shampoo.inverse_root import InverseRootStatus, inverse_root
 from tests.reference.inverse_root import random_orthogonal, random_spd, relative_error
 
 REAL_EIGH = torch.linalg.eigh
@@ -69,51 +68,6 @@ def test_running_out_of_memory_is_not_a_numerical_failure(monkeypatch) -> None:
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     with pytest.raises(torch.OutOfMemoryError):
         inverse_root(_marked_stack(2, []), 2)
-
-
-@pytest.mark.parametrize(("num_blocks", "size"), [(37, 64), (9, 101), (2, 128), (500, 17)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_splitting_the_stack_changes_nothing(
-    monkeypatch, num_blocks: int, size: int, dtype
-) -> None:
-    """Compared at one number of threads: MKL's own results depend on that, split or not."""
-    A = random_spd(num_blocks, size, 1e2, torch.Generator().manual_seed(0)).to(dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert len(chunk_rows(num_blocks, size, 2)) > 1
-        split = inverse_root(A, 4).value
-        monkeypatch.setattr(cpu_pool, "chunk_rows", lambda num_blocks, *_: [slice(0, num_blocks)])
-        assert torch.equal(inverse_root(A, 4).value, split)
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("num_blocks", [1, 2, 7, 64, 1001])
-@pytest.mark.parametrize("size", [1, 31, 64])
-@pytest.mark.parametrize("num_threads", [1, 2, 16])
-def test_chunks_cover_the_rows_once_and_keep_alignment(
-    num_blocks: int, size: int, num_threads: int
-) -> None:
-    chunks = chunk_rows(num_blocks, size, num_threads)
-    rows = [row for chunk in chunks for row in range(chunk.start, chunk.stop)]
-    assert rows == list(range(num_blocks))
-    assert all(chunk.start * size * size * 4 % 16 == 0 for chunk in chunks)
-    if num_threads == 1:
-        assert len(chunks) == 1
-
-
-def test_results_come_in_the_order_of_the_rows_and_errors_come_out() -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        chunks = map_chunks(lambda rows: rows.start, 100, 64)
-        assert len(chunks) > 3
-        assert chunks == sorted(chunks)
-        with pytest.raises(ZeroDivisionError):
-            map_chunks(lambda rows: 1 // 0, 100, 64)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _diagonal(*eigenvalues: float) -> torch.Tensor:
