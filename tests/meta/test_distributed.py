@@ -1,4 +1,4 @@
-"""The examples of Meta's README that need several processes, against Meta's optimizer."""
+"""Several processes: the examples of Meta's README, and checkpoints under DDP, against Meta's optimizer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -116,21 +122,87 @@ def errors(kind):
     ]
 
 
-def errors_of(kinds):
+def ddp_run(namespace, optimizer_class):
+    network = torch.nn.parallel.DistributedDataParallel(model())
+    config = namespace.DDPDistributedConfig(num_trainers_per_group=2)
+    settings = adamw(namespace) | {
+        "epsilon": 1e-6,
+        "max_preconditioner_dim": 8,
+        "precondition_frequency": 2,
+        "distributed_config": config,
+    }
+    return network, optimizer_class(network.parameters(), **settings)
+
+
+def train(network, optimizer, steps):
+    for step in steps:
+        for index, p in enumerate(network.parameters()):
+            set_gradient(p, 100 * step + index)
+        optimizer.step()
+
+
+def through_a_file(source, target, folder):
+    """From (model, optimizer) to (model, optimizer); returns the size of this process's file."""
+    path = folder / f"rank_{dist.get_rank()}.pt"
+    torch.save(source[1].state_dict(), path)
+    with torch.serialization.safe_globals(ds.safe_globals()):
+        target[1].load_state_dict(torch.load(path, weights_only=True))
+    return path.stat().st_size
+
+
+def through_dcp(source, target, folder):
+    dcp.save({"optim": get_optimizer_state_dict(*source)}, checkpoint_id=folder)
+    loaded = {"optim": get_optimizer_state_dict(*target)}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_optimizer_state_dict(*target, loaded["optim"])
+    return 0
+
+
+def interchange(transfer, folder):
+    """The relative errors after going over to DashShampoo and (on Meta's base) back, and file sizes."""
+    straight = ddp_run(META, meta.DistributedShampoo)
+    train(*straight, range(12))
+
+    run = ddp_run(META, meta.DistributedShampoo)
+    train(*run, range(4))
+    sizes = []
+    kinds = [(ds, ds.DashShampoo), (META, meta.DistributedShampoo)]
+    if ds.base.name != "meta":  # no file gives Meta's optimizer its configs then
+        kinds[1] = kinds[0]
+    for kind, first in zip(kinds, (4, 8), strict=True):
+        following = ddp_run(*kind)
+        following[0].load_state_dict(run[0].state_dict())
+        sizes.append(transfer(run, following, folder / str(first)))
+        run = following
+        train(*run, range(first, first + 4))
+    errors = [
+        float(torch.linalg.vector_norm(q - p) / torch.linalg.vector_norm(p))
+        for p, q in zip(straight[0].parameters(), run[0].parameters(), strict=True)
+    ]
+    return errors, sizes
+
+
+def everything(kinds, folder):
+    tasks = {kind: (errors, kind) for kind in kinds}
+    for transfer in (through_a_file, through_dcp):
+        for first in (4, 8):
+            (folder / transfer.__name__ / str(first)).mkdir(parents=True, exist_ok=True)
+        tasks[transfer.__name__] = (interchange, transfer, folder / transfer.__name__)
     results = {}
-    for kind in kinds:
+    for name, (function, *args) in tasks.items():
         try:
-            results[kind] = errors(kind)
-        except Exception:  # the other kinds have a right to be tested
-            results[kind] = traceback.format_exc()
+            results[name] = function(*args)
+        except Exception:  # the others have a right to be tested
+            results[name] = traceback.format_exc()
     return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """By rank, then by kind; in one go, since starting processes takes longer than all the rest."""
+    """By rank, then by name; in one go, since starting processes takes longer than all the rest."""
     kinds = [kind for kind in KINDS if ds.base.name == "meta" or kind not in ONLY_META]
-    return run_in_processes(errors_of, NUM_PROCESSES, tmp_path_factory.mktemp("examples"), kinds)
+    folder = tmp_path_factory.mktemp("processes")
+    return run_in_processes(everything, NUM_PROCESSES, folder, kinds, folder)
 
 
 @pytest.mark.distributed
@@ -143,3 +215,15 @@ def test_example(kind, results):
     found = [error for result in results for error in result[kind]]
     assert len(found) >= 3
     assert max(found) <= TOLERANCE
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("transfer", ["through_a_file", "through_dcp"])
+def test_checkpoints_interchange_under_ddp(transfer, results):
+    for result in results:
+        assert isinstance(result[transfer], tuple), result[transfer]
+        errors, (of_meta, of_dash) = result[transfer]
+        assert len(errors) == 3
+        assert max(errors) <= TOLERANCE
+        # A view that dragged its whole stack along would show here.
+        assert of_dash <= 1.05 * of_meta
