@@ -17,13 +17,14 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from dash_shampoo.cli.builders import build_data
 from dash_shampoo.cli.main import fail
 from dash_shampoo.cli.metrics import FILE_NAME, read_metrics
 from dash_shampoo.cli.parallel import Process, process_group
 from dash_shampoo.cli.plots import Curve, plot_losses, plot_step_times
 from dash_shampoo.cli.report import environment, markdown_table
 from dash_shampoo.cli.settings import SettingsError, compose_train, train_settings
-from dash_shampoo.cli.train import DivergedError, Trainer, build_data
+from dash_shampoo.cli.train import DivergedError, Trainer
 
 # Left out of the mean times: the first step allocates states.
 _WARM_UP_STEPS = 1

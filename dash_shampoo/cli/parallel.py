@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dash_shampoo.cli.settings import SettingsError
@@ -189,6 +189,27 @@ def parallelise(
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model, distributed_config
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether the backward pass in this context averages gradients over the processes.
+
+    Args:
+        model: What `parallelise` returned.
+        enabled: False for all but the last micro-batch of a step: one communication suffices.
+
+    Yields:
+        Nothing.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not enabled:
+        with model.no_sync():
+            yield
+    else:
+        yield
 
 
 def build(config: DictConfig, key: str, **arguments: Any) -> Any:

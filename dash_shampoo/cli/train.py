@@ -1,10 +1,8 @@
 """The training loop of ``dash-shampoo train``."""
 
-import inspect
 import math
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from dash_shampoo.cli import checkpoint
+from dash_shampoo.cli.builders import build_data, build_optimizer, optimizer_family
 from dash_shampoo.cli.data import BatchSampler, TokenData
 from dash_shampoo.cli.metrics import FILE_NAME, MetricsFile, Stopwatch, peak_memory_mib
 from dash_shampoo.cli.model import count_parameters
-from dash_shampoo.cli.parallel import Process, build, parallelise
+from dash_shampoo.cli.parallel import Process, build, gradient_sync, parallelise
 from dash_shampoo.cli.report import environment
 from dash_shampoo.cli.schedule import LearningRate
 from dash_shampoo.cli.settings import SettingsError, TrainSettings, plain
@@ -52,38 +50,6 @@ class TrainResult:
     seconds: float
     signal_number: int | None
     checkpoint: Path | None
-
-
-def build_optimizer(
-    config: DictConfig,
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    distributed_config: Any | None = None,
-) -> Optimizer:
-    """Make the optimizer that the group ``optimizer`` describes.
-
-    Args:
-        config: A ``_target_`` with the constructor's arguments beside it.
-        parameters: Named parameters, so that an optimizer's messages can tell their names.
-        distributed_config: Passed on if the constructor has a parameter of this name.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        SettingsError: If the target does not exist or refuses its arguments.
-    """
-    constructor = build(config, "optimizer", _partial_=True)
-    arguments: dict[str, Any] = {}
-    accepted = inspect.signature(constructor.func).parameters
-    if distributed_config is not None and "distributed_config" in accepted:
-        arguments["distributed_config"] = distributed_config
-    try:
-        optimizer = constructor(list(parameters), **arguments)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise SettingsError(f"optimizer: {error}") from error
-    if not isinstance(optimizer, Optimizer):
-        raise SettingsError(f"optimizer._target_={config._target_} is not an optimizer of torch.")
-    return optimizer
 
 
 class Trainer:
@@ -175,7 +141,7 @@ class Trainer:
             return None
         try:
             state = checkpoint.read(latest)
-            self._check_same_run(state["config"], latest)
+            self._check_same_run(state, latest)
             self.train_sampler.load_state_dict(state["sampler"])
             checkpoint.restore(latest, state, self.model, self.optimizer)
         except ValueError as error:
@@ -185,13 +151,15 @@ class Trainer:
         self.validation_loss = state["validation_loss"]
         return latest
 
-    def _check_same_run(self, saved: dict[str, Any], path: Path) -> None:
-        current = plain(self.config)
-        for key in _FIXED_ON_RESUME:
-            if saved[key] != current[key]:
+    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
+        saved, current = state["config"], plain(self.config)
+        pairs = [(key, saved[key], current[key]) for key in _FIXED_ON_RESUME]
+        pairs.append(("optimizer", state["optimizer_family"], optimizer_family(self.optimizer)))
+        for key, before, now in pairs:
+            if before != now:
                 raise SettingsError(
-                    f"{path} was written with {key}={saved[key]}, this run has "
-                    f"{key}={current[key]}. Use the same, another output_dir, or resume=false."
+                    f"{path} was written with {key}={before}, this run has {key}={now}. Use the "
+                    "same, another output_dir, or resume=false."
                 )
 
     def save(self) -> Path:
@@ -210,6 +178,7 @@ class Trainer:
                 "validation_loss": self.validation_loss,
                 "sampler": dict(self.train_sampler.state_dict()),
                 "rng": torch.get_rng_state(),
+                "optimizer_family": optimizer_family(self.optimizer),
                 "config": plain(self.config),
             },
         )
@@ -262,7 +231,7 @@ class Trainer:
                 done = self.step == settings.steps
                 if done or _is_due(self.step, settings.evaluate_every):
                     self._validate(bar)
-                stopped = self.process.any(stop.signal_number is not None)
+                stopped = self._is_logged() and self.process.any(stop.signal_number is not None)
                 if done or stopped or _is_due(self.step, settings.checkpoint_every):
                     self.save()
                 if stopped:
@@ -291,19 +260,19 @@ class Trainer:
         pieces = torch.split(batch, min(settings.micro_batch_size or share, share))
         loss = torch.zeros((), device=process.device)
         self.optimizer.zero_grad()
-        for piece in pieces:
-            weight = piece.shape[0] / share
-            with watch.measure("forward"):
-                piece_loss = self._loss(piece) * weight
-            with watch.measure("backward"):
-                torch.autograd.backward(piece_loss)
+        for index, piece in enumerate(pieces):
+            with gradient_sync(self.model, enabled=index == len(pieces) - 1):
+                with watch.measure("forward"):
+                    piece_loss = self._loss(piece) * (piece.shape[0] / share)
+                with watch.measure("backward"):
+                    torch.autograd.backward(piece_loss)
             loss += piece_loss.detach()
         grad_norm = self._clip()
         with watch.measure("optimizer"):
             self.optimizer.step()
         self.step += 1
         self._unlogged_steps += 1
-        if not (_is_due(self.step, settings.log_every) or self.step == settings.steps):
+        if not self._is_logged():
             self.seconds += time.perf_counter() - start
             return
         value = process.mean(loss).item()  # waits for the device
@@ -324,6 +293,10 @@ class Trainer:
                 f"The loss of step {self.step} is {value}. The last checkpoint is "
                 f"{self.last_checkpoint}; try a smaller optimizer.lr."
             )
+
+    def _is_logged(self) -> bool:
+        """Whether this step ends with a record, for which the host waits for the device."""
+        return _is_due(self.step, self.settings.log_every) or self.step == self.settings.steps
 
     def _clip(self) -> Tensor | None:
         if self.settings.clip_grad_norm is None:
@@ -367,24 +340,6 @@ class Trainer:
         if self.metrics is not None:
             tokens = self.step * self.settings.batch_size * self.settings.sequence_length
             self.metrics.write(event, step=self.step, **values, seconds=self.seconds, tokens=tokens)
-
-
-def build_data(config: DictConfig) -> TokenData:
-    """Load the tokens that the group ``data`` describes.
-
-    Args:
-        config: The composed configuration.
-
-    Returns:
-        The data.
-
-    Raises:
-        SettingsError: If it can't be loaded.
-    """
-    data = build(config.data, "data")
-    if not isinstance(data, TokenData):
-        raise SettingsError(f"data._target_={config.data._target_} does not return TokenData.")
-    return data
 
 
 def _is_due(step: int, every: int) -> bool:

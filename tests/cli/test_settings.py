@@ -132,7 +132,7 @@ def test_help(capsys):
     assert all(name in text for group in GROUPS for name in options(group)[:2])
     assert "warmup_fraction" in text
     assert main(["nothing"]) == 2
-    assert "one of train, demo" in capsys.readouterr().err
+    assert f"one of {', '.join(COMMANDS)}." in capsys.readouterr().err
     assert main(["--version"]) == 0
 
 

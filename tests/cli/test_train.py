@@ -230,12 +230,18 @@ def test_resume_refuses_another_run(tiny, tmp_path, capsys):
     assert train([*words, "resume=true"], tmp_path) == 2
     assert "there is no checkpoint" in capsys.readouterr().err
     assert train(words, tmp_path) == 0
-    for change in ("model.width=32", "seed=1", "batch_size=8"):
+    for change in ("model.width=32", "seed=1", "batch_size=8", "optimizer=dash_eigen"):
         assert train([*words, change], tmp_path) == 2
         error = capsys.readouterr().err
         assert change.split("=")[0].split(".")[0] + "=" in error
         assert "resume=false" in error
-    assert train([*words, "optimizer=dash_eigen"], tmp_path) == 2
+
+
+def test_a_run_may_go_on_with_another_solver(tiny, tmp_path):
+    words = [*tiny, "optimizer.precondition_frequency=2"]
+    assert train([*words, "optimizer=distributed_shampoo", "steps=3"], tmp_path) == 0
+    assert train([*words, "optimizer=dash_newton_db", "steps=6"], tmp_path) == 0
+    assert [x[1] for x in losses(tmp_path) if x[0] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_diverged_run_stops(tiny, tmp_path, capsys):

@@ -1,0 +1,128 @@
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from dash_shampoo.cli.main import main
+from dash_shampoo.cli.metrics import read_metrics
+from tests.cli.test_train import losses, tensors
+
+UNSUPPORTED = "is not in the embedded base"
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def train_together(world_size, words):
+    """Run `dash-shampoo train` in several processes, with the environment that torchrun gives."""
+    environment = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dash_shampoo.cli", "train", *words],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        errors = [worker.communicate(timeout=240)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    if any(UNSUPPORTED in error for error in errors):
+        pytest.skip("the embedded base lacks this parallelism")
+    assert [worker.returncode for worker in workers] == [0] * world_size, "\n".join(errors)
+
+
+@pytest.fixture
+def words(tiny):
+    # A large epsilon: without it the few gradients so far leave the factor matrices singular, and
+    # their roots would blow fp32 rounding up to 1e-3 of the loss.
+    return [
+        *tiny,
+        "optimizer=dash_eigen",
+        "optimizer.lr=0.01",
+        "optimizer.precondition_frequency=2",
+        "optimizer.epsilon=1e-4",
+        "precision=fp64",
+        "steps=6",
+    ]
+
+
+def check_same_losses(folder, other):
+    one, two = losses(folder), losses(other)
+    assert [x[:2] for x in one] == [x[:2] for x in two]
+    # The factor matrices and the communication are fp32.
+    assert [x[2] for x in one] == pytest.approx([x[2] for x in two], rel=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fully_shard"])
+def test_a_run_of_two_processes_continues_exactly(strategy, words, tmp_path):
+    straight, continued = tmp_path / "straight", tmp_path / "continued"
+    own = [*words, f"parallelism={strategy}"]
+    train_together(2, [*own, "checkpoint_every=3", f"output_dir={straight}"])
+    shutil.copytree(straight, continued)
+    shutil.rmtree(continued / "checkpoints" / "step_00000006")
+    train_together(2, [*own, "micro_batch_size=2", "resume=true", f"output_dir={continued}"])
+    assert losses(straight) == losses(continued)
+    events = [r["event"] for r in read_metrics(continued / "metrics.jsonl")]
+    assert events.count("resume") == 1
+
+    states = []
+    for folder in (straight, continued):
+        dcp_to_torch_save(folder / "checkpoints/step_00000006/shards", folder / "whole.pt")
+        # Written a moment ago by ourselves; not all that DCP keeps beside tensors is plain.
+        states.append(dict(tensors(torch.load(folder / "whole.pt", weights_only=False))))
+    assert states[0].keys() == states[1].keys()
+    assert any("factor_matrices" in key for key in states[0])
+    different = [k for k, v in states[0].items() if not torch.equal(v, states[1][k])]
+    assert different == []
+
+    if strategy == "ddp":  # FSDP2 preconditions shards of the parameters: other matrices
+        assert main(["train", *words, f"output_dir={tmp_path / 'alone'}"]) == 0
+        check_same_losses(tmp_path / "alone", straight)
+
+
+@pytest.mark.distributed
+def test_two_replicas_do_what_one_process_does(words, tmp_path):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    own = [*words, "parallelism=hybrid_shard", "micro_batch_size=1"]
+    train_together(2, [*own, f"output_dir={together}"])
+    assert main(["train", *words, f"output_dir={alone}"]) == 0
+    check_same_losses(alone, together)
+
+
+def test_torchrun_needs_a_parallelism(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", *tiny, f"output_dir={tmp_path}"]) == 2
+    assert "torchrun started 2 processes. Choose parallelism=ddp" in capsys.readouterr().err
+
+
+def test_an_unsharded_checkpoint_is_refused_by_several_processes(tmp_path, monkeypatch):
+    from dash_shampoo.cli import checkpoint
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    assert checkpoint.read(path)["step"] == 1
+    monkeypatch.setattr(checkpoint, "_is_distributed", lambda: True)
+    with pytest.raises(ValueError, match="was written without"):
+        checkpoint.read(path)
