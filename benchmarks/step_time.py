@@ -81,6 +81,7 @@ class Variant:
 
     solver: str
     is_base: bool
+    initial: Sequence[Tensor]
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     times: list[float] = field(default_factory=list)
@@ -128,7 +129,7 @@ def make_variant(
             use_symmetric_packing=options.use_symmetric_packing,
         ),
     )
-    return Variant(solver, is_base, parameters, optimizer)
+    return Variant(solver, is_base, values, parameters, optimizer)
 
 
 def milliseconds(function: Callable[[], object], device: str, repetitions: int) -> float:
@@ -186,12 +187,12 @@ def ratio(numerator: Variant | None, denominator: Variant | None) -> str:
 
 @torch.no_grad()
 def difference(base: Variant | None, ours: Variant | None) -> str:
-    """Largest relative distance of the parameters after the run: the same steps were computed."""
+    """Largest relative distance of what a parameter has moved: both computed the same steps."""
     if base is None or ours is None:
         return "–"
     worst = max(
-        float((a - b).norm() / a.norm())
-        for a, b in zip(base.parameters, ours.parameters, strict=True)
+        float((a - b).norm() / (a - start).norm())
+        for a, b, start in zip(base.parameters, ours.parameters, base.initial, strict=True)
     )
     return f"{worst:.0e}"
 
@@ -242,7 +243,8 @@ def preface(options: argparse.Namespace) -> str:
         "the rounds' ratios, with quartiles. fp32, Adam grafting; roots every "
         f"{options.precondition_frequency} step(s), symmetric packing "
         f"{'on' if options.use_symmetric_packing else 'off'}.",
-        "- Difference: largest relative distance of a parameter from the base's after the run.",
+        "- Difference: of what a parameter has moved in all rounds, ours from the base's, relative, the "
+        "largest of all parameters.",
         "",
         *(f"- `{name}`: {CASES[name].description}" for name in options.cases),
         *(f"- `{name}`: {SOLVERS[name].make()}" for name in options.solvers),
