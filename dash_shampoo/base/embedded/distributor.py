@@ -67,7 +67,12 @@ class Distributor:
     Args:
         param_group: The parameter group.
         runtime_config: Whether gradients are checked.
+
+    Attributes:
+        is_communicating: Whether `update_params` is a collective operation.
     """
+
+    is_communicating = False
 
     def __init__(
         self,
@@ -115,12 +120,10 @@ class Distributor:
         """One per block of this process."""
         return self._local_block_info_list
 
-    def all_block_keys(self, param: Tensor) -> frozenset[str]:
-        """Keys of the parameter's blocks, of whatever process."""
-        for plan in self._plans:
-            if plan.param is param:
-                return frozenset(self._block_key(i) for i in range(plan.num_blocks))
-        return frozenset()
+    def is_foreign_block(self, param: Tensor, key: str) -> bool:
+        """Whether a key of the parameter's state is a block that is kept by another process."""
+        del param, key
+        return False
 
     @torch.no_grad()
     def merge_and_block_gradients(self) -> tuple[Tensor, ...]:

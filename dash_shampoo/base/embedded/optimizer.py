@@ -37,8 +37,12 @@ from dash_shampoo.base.embedded.configs import (
     WeightDecayType,
 )
 from dash_shampoo.base.embedded.distributed_configs import (
+    DDPDistributedConfig,
     DefaultSingleDeviceDistributedConfig,
     DistributedConfig,
+    FSDPParamAssignmentStrategy,
+    FullyShardDistributedConfig,
+    HybridShardDistributedConfig,
     SingleDeviceDistributedConfig,
     not_implemented,
 )
@@ -190,8 +194,26 @@ class DistributedShampoo(Optimizer):
         Raises:
             NotImplementedError: If the embedded base has none.
         """
-        if isinstance(distributed_config, SingleDeviceDistributedConfig):
+        config = distributed_config
+        if isinstance(config, SingleDeviceDistributedConfig):
             return Distributor
+        is_default = (
+            getattr(config, "param_assignment_strategy", FSDPParamAssignmentStrategy.DEFAULT)
+            == FSDPParamAssignmentStrategy.DEFAULT
+        )
+        # DTensor takes a while to import, which a single device need not wait for.
+        if isinstance(config, HybridShardDistributedConfig) and is_default:
+            from dash_shampoo.base.embedded.gathering import HybridShardDistributor
+
+            return HybridShardDistributor
+        if isinstance(config, FullyShardDistributedConfig) and is_default:
+            from dash_shampoo.base.embedded.fully_shard import FullyShardDistributor
+
+            return FullyShardDistributor
+        if type(config) is DDPDistributedConfig:
+            from dash_shampoo.base.embedded.gathering import DDPDistributor
+
+            return DDPDistributor
         raise not_implemented(f"distributed_config={distributed_config!r}")
 
     def _preconditioner_config_to_list_cls(
@@ -329,13 +351,13 @@ class DistributedShampoo(Optimizer):
         state_lists[list_key] = state_lists[masked_list_key] = tuple(buffers)
 
     def _instantiate_per_group_step(self) -> None:
-        self._run_preconditioners: Callable[..., Any] = call
+        self._run_eagerly: Callable[..., Any] = call
         self._per_group_step: Callable[[dict[str, Any], StepSettings], None] = self._update_group
         if self._shampoo_pt2_compile_config is not None:
             options = asdict(self._shampoo_pt2_compile_config)
             self._per_group_step = torch.compile(self._update_group, **options)
             disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
-            self._run_preconditioners = disable(call)
+            self._run_eagerly = disable(call)
         on_cuda = all(group[keys.PARAMS][0].device.type == "cuda" for group in self.param_groups)
         self._use_cuda_streams = (
             on_cuda and self._concurrency_config.enable_cuda_stream_for_param_groups
@@ -403,10 +425,14 @@ class DistributedShampoo(Optimizer):
         state_lists[keys.MASKED_BLOCKED_GRADS] = None
 
     def _update_group(self, state_lists: dict[str, Any], settings: StepSettings) -> None:
-        has_grads = bool(state_lists[keys.MASKED_BLOCKED_GRADS])
-        state_lists[keys.DISTRIBUTOR].update_params(
-            search_directions(state_lists, settings, self._run_preconditioners) if has_grads else ()
-        )
+        run, distributor = self._run_eagerly, state_lists[keys.DISTRIBUTOR]
+        directions: tuple[Tensor, ...] = ()
+        if state_lists[keys.MASKED_BLOCKED_GRADS]:
+            directions = search_directions(state_lists, settings, run)
+        if distributor.is_communicating:
+            run(distributor.update_params, directions)
+        else:
+            distributor.update_params(directions)
 
     def train(self) -> None:
         """Puts the parameters to the training sequence Y; without averaging does nothing."""
@@ -472,7 +498,7 @@ class DistributedShampoo(Optimizer):
             list(zip(ids, params, strict=True)),
             self.state,
             state_dict["state"],
-            self._all_block_keys,
+            self._is_foreign_block,
         )
         aliased = [
             lists[key]
@@ -506,12 +532,12 @@ class DistributedShampoo(Optimizer):
                 f"have {saved_sizes} parameters, the optimizer's {sizes}."
             )
 
-    def _all_block_keys(self, param: Tensor) -> frozenset[str]:
-        for lists in self._per_group_state_lists:
-            distributor: Distributor = lists[keys.DISTRIBUTOR]
-            if block_keys := distributor.all_block_keys(param):
-                return block_keys
-        return frozenset()
+    def _is_foreign_block(self, param: Tensor, key: str) -> bool:
+        return any(
+            lists[keys.DISTRIBUTOR].is_foreign_block(param, key)
+            for lists, group in self._groups()
+            if any(param is own for own in group[keys.PARAMS])
+        )
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -55,7 +55,7 @@ def plan_loading(
     params: Sequence[tuple[Any, Tensor]],
     state: Mapping[Tensor, Mapping[str, Any]],
     saved: Mapping[Any, Any],
-    all_block_keys: Callable[[Tensor], frozenset[str]],
+    is_foreign_block: Callable[[Tensor, str], bool],
 ) -> list[tuple[Tensor, Tensor]]:
     """Checks a saved state against the current one, changing nothing.
 
@@ -63,8 +63,8 @@ def plan_loading(
         params: Identifier in the saved state and parameter, in order.
         state: Current state.
         saved: State to load.
-        all_block_keys: Keys of a parameter's blocks of all processes; those may be in the saved
-            state without being in the current one.
+        is_foreign_block: Whether a key of a parameter's state is a block of another process; that
+            may be in the saved state without being in the current one.
 
     Returns:
         Pairs of local tensors: into which to copy and which.
@@ -80,8 +80,11 @@ def plan_loading(
         if not isinstance(saved_param, Mapping):
             problems.append(f"{path} is missing")
             continue
-        foreign = all_block_keys(param) - state[param].keys()
-        local = {key: value for key, value in saved_param.items() if key not in foreign}
+        local = {
+            key: value
+            for key, value in saved_param.items()
+            if key in state[param] or not is_foreign_block(param, str(key))
+        }
         problems.extend(_match(state[param], local, path, copies))
     known = {identifier for identifier, _ in params}
     problems.extend(f"state[{key!r}] is not known here" for key in saved if key not in known)
