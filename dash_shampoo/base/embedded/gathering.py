@@ -1,0 +1,314 @@
+"""Replicated parameters whose blocks are spread over processes: owners, their state, one all-gather.
+
+A *replica group* holds the same parameters. It is cut into groups of `num_trainers_per_group` processes;
+within each, every block has one owner, which keeps its state and computes its update.
+"""
+
+import heapq
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, compress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from dash_shampoo.base.embedded import keys
+from dash_shampoo.base.embedded.distributed_configs import (
+    AlignedMemoryCostModel,
+    CostModel,
+    DDPDistributedConfig,
+    HybridShardDistributedConfig,
+)
+from dash_shampoo.base.embedded.distributor import BlockInfo, Distributor
+from dash_shampoo.base.embedded.state import is_dtensor, local_tensor
+
+# Names of the dimensions of the meshes below.
+_REPLICATE, _DISTRIBUTE, _SHARD = "replicate", "distribute", "shard"
+
+
+def assign_owners(blocks: Sequence[Tensor], num_owners: int, cost_model: CostModel) -> list[int]:
+    """Shares blocks out: the costliest block first, each to whoever has the least so far.
+
+    Args:
+        blocks: The blocks, on any device.
+        num_owners: How many processes share them.
+        cost_model: What a block costs.
+
+    Returns:
+        The owner of each block, the same on every process.
+    """
+    costs = [cost_model.cost(block) for block in blocks]
+    loads = [(0.0, owner) for owner in range(num_owners)]
+    owners = [0] * len(blocks)
+    for index in sorted(range(len(blocks)), key=costs.__getitem__, reverse=True):
+        load, owner = heapq.heappop(loads)
+        owners[index] = owner
+        heapq.heappush(loads, (load + costs[index], owner))
+    return owners
+
+
+@dataclass(kw_only=True, eq=False)
+class DTensorBlockInfo(BlockInfo):
+    """A block whose state consists of DTensors on the processes that own it.
+
+    Attributes:
+        mesh: The owners: one process of every group that the replicas are cut into.
+    """
+
+    mesh: DeviceMesh
+
+    def allocate_zeros_tensor(
+        self, size: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Zeros for the optimizer's state, as a DTensor."""
+        local = torch.zeros(tuple(size), dtype=dtype, device=device)
+        tensor: Tensor = DTensor.from_local(local, self.mesh, [Replicate()], run_check=False)
+        return tensor
+
+    def get_tensor(self, tensor: Tensor) -> Tensor:
+        """The local tensor itself; outside of `no_grad`, torch would return a view."""
+        with torch.no_grad():
+            return local_tensor(tensor)
+
+
+class DDPDistributor(Distributor):
+    """Blocks of replicated parameters, each with one owner in a group (as ZeRO-1).
+
+    Parameters are plain tensors (DistributedDataParallel) or replicated DTensors (`replicate`).
+
+    Args:
+        *args: As for Distributor; the group's distributed config is a DDPDistributedConfig.
+        **kwargs: Likewise.
+
+    Raises:
+        ValueError: If the processes cannot be cut into groups of num_trainers_per_group, or if a
+            parameter is sharded.
+    """
+
+    is_communicating = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("Distributed configs need torch.distributed to be initialized.")
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _config(self) -> DDPDistributedConfig:
+        config: DDPDistributedConfig = self._param_group[keys.DISTRIBUTED_CONFIG]
+        return config
+
+    @torch.no_grad()
+    def update_params(
+        self, blocked_search_directions: tuple[Tensor, ...], use_masked_tensors: bool = True
+    ) -> None:
+        """Adds the search directions to the blocks of all processes; all must call this.
+
+        Args:
+            blocked_search_directions: One per own block that has a gradient, or of all own blocks.
+            use_masked_tensors: Whether only the blocks with a gradient are updated.
+        """
+        params = self._targets(blocked_search_directions, use_masked_tensors)
+        if self._config.communicate_params:
+            if params:
+                torch._foreach_add_(params, blocked_search_directions)
+            if self._local_buffers:
+                torch._foreach_copy_(self._local_buffers, self._local_blocked_params)
+            self._gather()
+            selector = self._global_grad_selector if use_masked_tensors else None
+            self._receive(selector)
+        else:
+            # What has no gradient at its owner gets zeros, and everybody adds all: so replicas stay
+            # equal even if they disagree on which parameters have a gradient.
+            buffers = self._local_buffers
+            if use_masked_tensors:
+                buffers = tuple(compress(self._local_buffers, self._local_grad_selector))
+                if len(buffers) < len(self._local_buffers):
+                    torch._foreach_zero_(self._local_buffers)
+            if buffers:
+                torch._foreach_copy_(buffers, blocked_search_directions)
+            self._gather()
+            if self._global_blocked_params:
+                torch._foreach_add_(self._global_blocked_params, self._global_buffers)
+        self._write_back()
+
+    def is_foreign_block(self, param: Tensor, key: str) -> bool:
+        """Whether a key of the state is a block of the parameter that another process owns."""
+        num_blocks = next((p.num_blocks for p in self._plans if p.param is param), 0)
+        return key in map(self._block_key, range(num_blocks))
+
+    # ------------------------------------------------------- what other distributors override
+
+    def _select_params(self, params: Sequence[Tensor]) -> Iterator[Tensor]:
+        for param in params:
+            if is_dtensor(param) and not all(p.is_replicate() for p in param.placements):
+                raise ValueError(
+                    f"A parameter of shape {tuple(param.shape)} is sharded ({param.placements}), but "
+                    "DDPDistributedConfig is for replicated parameters. Use "
+                    "FullyShardDistributedConfig or HybridShardDistributedConfig for fully_shard; "
+                    "tensor-parallel parameters are not supported."
+                )
+            yield param
+
+    def _mesh_of_replicas(self) -> tuple[Tensor, tuple[str, ...]]:
+        """The ranks as (replicate, distribute) or (replicate, distribute, shard), and the names."""
+        ranks = torch.arange(dist.get_world_size())
+        size = self._group_size(len(ranks))
+        return ranks.view(-1, size), (_REPLICATE, _DISTRIBUTE)
+
+    def _local_tensor(self, tensor: Tensor) -> Tensor:
+        return local_tensor(tensor)
+
+    def _make_block_info(self, **fields: Any) -> BlockInfo:
+        return DTensorBlockInfo(mesh=self._owners_mesh, **fields)
+
+    def _assign_blocks(self) -> tuple[bool, ...]:
+        layout, names = self._mesh_of_replicas()
+        device_type = self._param_group[keys.PARAMS][0].device.type
+        mesh = DeviceMesh(device_type, layout, mesh_dim_names=names)
+        self._owners_mesh = mesh[_REPLICATE]
+        self._communication_group: dist.ProcessGroup = mesh.get_group(_DISTRIBUTE)
+        rank, size = mesh.get_local_rank(_DISTRIBUTE), mesh.size(1)
+
+        # The cost is that of what is sent: blocks in the communication dtype.
+        dtype = self._config.communication_dtype
+        sent = [
+            torch.empty(block.shape, dtype=dtype, device="meta")
+            for block in self._global_blocked_params
+        ]
+        owners = assign_owners(sent, size, self._config.load_balancing_config.cost_model)
+        self._allocate_buffers(sent, owners, rank, size)
+        selector = tuple(owner == rank for owner in owners)
+        self._local_buffers = tuple(compress(self._global_buffers, selector))
+        return selector
+
+    # ------------------------------------------------------------------------------ helpers
+
+    def _group_size(self, num_replicas: int) -> int:
+        size = self._config.num_trainers_per_group
+        if size == -1:
+            return num_replicas
+        if size < 1 or num_replicas % size != 0:
+            raise ValueError(
+                f"Invalid num_trainers_per_group={size}: must be -1 or a divisor of the number of "
+                f"replicas, {num_replicas}."
+            )
+        return size
+
+    def _allocate_buffers(
+        self, sent: Sequence[Tensor], owners: Sequence[int], rank: int, size: int
+    ) -> None:
+        """One buffer for all processes, in equal parts, with a view for every block."""
+        # Blocks start at multiples of 64 bytes, for the sake of vectorised copies.
+        aligned = AlignedMemoryCostModel()
+        lengths = [int(aligned.cost(block)) // block.element_size() for block in sent]
+        totals = [sum(compress(lengths, (o == r for o in owners))) for r in range(size)]
+        dtype = self._config.communication_dtype
+        device = self._param_group[keys.PARAMS][0].device
+        self._global_buffer = torch.zeros(size, max(totals), dtype=dtype, device=device)
+        self._local_buffer = self._global_buffer[rank]
+        views: list[Tensor] = list(sent)
+        for owner in range(size):
+            own = [index for index, o in enumerate(owners) if o == owner]
+            starts = accumulate((lengths[index] for index in own), initial=0)
+            for index, start in zip(own, starts, strict=False):
+                row = self._global_buffer[owner]
+                views[index] = row[start : start + sent[index].numel()].view(sent[index].shape)
+        self._global_buffers = tuple(views)
+
+    def _gather(self) -> None:
+        if self._global_buffer.numel() > 0:
+            dist.all_gather_into_tensor(
+                self._global_buffer.view(-1), self._local_buffer, group=self._communication_group
+            )
+
+    def _receive(self, selector: tuple[bool, ...] | None) -> None:
+        params, buffers = self._global_blocked_params, self._global_buffers
+        if selector is not None:
+            params = tuple(compress(params, selector))
+            buffers = tuple(compress(buffers, selector))
+        if params:
+            torch._foreach_copy_(params, buffers)
+
+
+class HybridShardDistributor(DDPDistributor):
+    """Blocks of local shards, each with one owner among the replicas of that shard (HSDP2).
+
+    Args:
+        *args: As for Distributor; the group's distributed config is a HybridShardDistributedConfig.
+        **kwargs: Likewise.
+
+    Raises:
+        ValueError: If the mesh is not 2D, if it cannot be cut into groups of
+            num_trainers_per_group replicas, or if a parameter is placed otherwise.
+    """
+
+    @property
+    def _config(self) -> HybridShardDistributedConfig:
+        config: HybridShardDistributedConfig = self._param_group[keys.DISTRIBUTED_CONFIG]
+        return config
+
+    def is_foreign_block(self, param: Tensor, key: str) -> bool:
+        """Whether a key of the state is a block of another process, of this shard or another."""
+        return is_foreign_shard(key, self._shard_rank()) or super().is_foreign_block(param, key)
+
+    def _select_params(self, params: Sequence[Tensor]) -> Iterator[Tensor]:
+        if self._config.device_mesh.ndim != 2:
+            raise ValueError(
+                f"Invalid device_mesh={self._config.device_mesh}: must have two dimensions, "
+                "(replicate, shard)."
+            )
+        return select_shards(params, (Replicate, Shard), "HybridShardDistributedConfig")
+
+    def _mesh_of_replicas(self) -> tuple[Tensor, tuple[str, ...]]:
+        layout = self._config.device_mesh.mesh
+        num_replicas, num_shards = layout.shape
+        size = self._group_size(num_replicas)
+        return layout.reshape(-1, size, num_shards), (_REPLICATE, _DISTRIBUTE, _SHARD)
+
+    def _shard_rank(self) -> int:
+        return self._config.device_mesh.get_local_rank(1)
+
+    def _block_key(self, block_index: int) -> str:
+        return f"rank_{self._shard_rank()}-block_{block_index}"
+
+
+def select_shards(
+    params: Sequence[Tensor], expected: tuple[type, ...], config_name: str
+) -> Iterator[Tensor]:
+    """The parameters of which this process has a part.
+
+    Args:
+        params: The group's parameters.
+        expected: How every parameter must be placed, by dimension of its mesh.
+        config_name: The config, for messages.
+
+    Yields:
+        Those with a local shard that is not empty.
+
+    Raises:
+        ValueError: If a parameter is placed otherwise.
+    """
+    names = ", ".join(kind.__name__ for kind in expected)
+    for param in params:
+        placements = param.placements if is_dtensor(param) else ()
+        # By exact type: a shard of a tensor-parallel shard is a subclass of Shard.
+        if tuple(type(placement) for placement in placements) != expected:
+            placed = f"a DTensor placed {placements}" if placements else "a plain tensor"
+            raise ValueError(
+                f"A parameter of shape {tuple(param.shape)} is {placed}, but {config_name} needs "
+                f"parameters placed ({names}) by fully_shard; tensor-parallel parameters are not "
+                "supported."
+            )
+        if local_tensor(param).numel() > 0:
+            yield param
+
+
+def is_foreign_shard(key: str, rank: int) -> bool:
+    """Whether a key of the state is a block of another rank's shard."""
+    match = re.fullmatch(r"rank_(\d+)-block_\d+", key)
+    return match is not None and int(match[1]) != rank
