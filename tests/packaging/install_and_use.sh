@@ -17,4 +17,5 @@ pip=("$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet 
 "$work/venv/bin/python" "$here/use_installed.py"
 "${pip[@]}" "$wheel[cli]"
 "$work/venv/bin/dash-shampoo" --help
+"$work/venv/bin/dash-shampoo" train steps=2 batch_size=2 sequence_length=16 validation_batches=1 output_dir=run
 echo "The installed wheel works: $(basename "$wheel")"
