@@ -10,8 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from dash_shampoo.base import CoupledHigherOrderConfig
-from dash_shampoo.config import MatmulPrecision
+from dash_shampoo.config import CoupledHigherOrderConfig, MatmulPrecision
 from dash_shampoo.inverse_root.blocks import (
     affine_identity_,
     damped,

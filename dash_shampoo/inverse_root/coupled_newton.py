@@ -10,8 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from dash_shampoo.base import CoupledNewtonConfig
-from dash_shampoo.config import ScaledCoupledNewtonConfig
+from dash_shampoo.config import CoupledNewtonConfig, ScaledCoupledNewtonConfig
 from dash_shampoo.inverse_root.blocks import (
     affine_identity_,
     damped,

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_shampoo.base import (
+from dash_shampoo.config import (
+    ChebyshevConfig,
     CoupledHigherOrderConfig,
     CoupledNewtonConfig,
     EigenConfig,
+    NewtonDBConfig,
     RootInvConfig,
+    ScaledCoupledNewtonConfig,
 )
-from dash_shampoo.config import ChebyshevConfig, NewtonDBConfig, ScaledCoupledNewtonConfig
 from dash_shampoo.inverse_root import (
     chebyshev,
     coupled_higher_order,

@@ -12,8 +12,12 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from dash_shampoo.base import EigenConfig, PerturbationConfig, PseudoInverseConfig
-from dash_shampoo.config import SpectrumRepairConfig
+from dash_shampoo.config import (
+    EigenConfig,
+    PerturbationConfig,
+    PseudoInverseConfig,
+    SpectrumRepairConfig,
+)
 from dash_shampoo.inverse_root.blocks import damped, power
 from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result

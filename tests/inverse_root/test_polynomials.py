@@ -9,10 +9,11 @@ import torch
 
 from dash_shampoo.base import CoupledNewtonConfig
 from dash_shampoo.config import ChebyshevConfig, NewtonDBConfig, PowerIterationScaling
-from dash_shampoo.inverse_root import inverse_root
+from dash_shampoo.inverse_root import check_supported, inverse_root
 from dash_shampoo.inverse_root.chebyshev import (
     baby_step_giant_step,
     clenshaw,
+    fit_error,
     fit_inverse_root,
     split_coefficients,
 )
@@ -132,3 +133,22 @@ def test_chebyshev_returns_the_true_root_not_that_of_the_scaled_matrix() -> None
     A = 1e4 * torch.eye(4, dtype=torch.float64)[None]
     value = inverse_root(A, 4, ChebyshevConfig(degree=60, relative_epsilon=1e-2)).value
     assert float((value - 0.1 * torch.eye(4)).abs().max()) < 1e-3
+
+
+def test_a_polynomial_that_misses_its_target_is_warned_of_once(caplog) -> None:
+    """The paper's 1e-10 serves root 4, but with root 2 the fit is off by 4 times everywhere."""
+    bad, fine = ChebyshevConfig(degree=59), ChebyshevConfig(degree=59, relative_epsilon=1e-3)
+    with caplog.at_level("WARNING", logger="dash_shampoo"):
+        check_supported(fine, 2)
+        check_supported(bad, 4)
+        assert not caplog.records
+        for _ in range(3):
+            check_supported(bad, 2)
+    assert len(caplog.records) == 1
+    assert "relative_epsilon" in caplog.text
+
+
+@pytest.mark.parametrize(("relative_epsilon", "error"), [(1e-2, 2e-6), (1e-3, 0.01), (1e-4, 0.21)])
+def test_the_errors_that_the_config_promises(relative_epsilon: float, error: float) -> None:
+    for root in (2.0, 4.0):
+        assert fit_error(root, 60, relative_epsilon, 10_000) < error
