@@ -79,7 +79,6 @@ class GroupCost:
         self._device = device
         self._use_tf32 = use_tf32
         self.precondition_frequency: int = profile.options["precondition_frequency"]
-        self._factor_dtype = config.factor_matrix_dtype
         self._inverse_dtype = config.inv_factor_matrix_dtype
         is_wide = config.factor_matrix_dtype == torch.float64
         compute_dtype = torch.float64 if is_wide else torch.float32

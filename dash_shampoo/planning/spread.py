@@ -8,13 +8,11 @@ among the owners of a group of replicas, and the updates gathered.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from dash_shampoo.base import (
     AlignedMemoryCostModel,
@@ -22,6 +20,7 @@ from dash_shampoo.base import (
     FSDPParamAssignmentStrategy,
     LoadBalancingConfig,
 )
+from dash_shampoo.base.embedded.gathering import assign_owners
 from dash_shampoo.planning.blocks import META, BlockCost, ParameterSpec
 
 Strategy = Literal["none", "ddp", "fully_shard", "hybrid_shard"]
@@ -152,20 +151,6 @@ def check_assignment(distributed_config: object) -> None:
         raise ValueError(f"param_assignment_strategy={strategy} can't be planned: only DEFAULT.")
 
 
-def distribute_buffer_sizes(
-    blocks: tuple[Tensor, ...], group_size: int, load_balancing_config: LoadBalancingConfig
-) -> tuple[tuple[int, int], ...]:
-    """Bytes in the buffer and owner of each block: the costliest block first, to the least loaded."""
-    costs = [load_balancing_config.cost_model.cost(block) for block in blocks]
-    loads = [(0.0, owner) for owner in range(group_size)]
-    owners = [0] * len(blocks)
-    for index in sorted(range(len(blocks)), key=costs.__getitem__, reverse=True):
-        load, owners[index] = loads[0]
-        heapq.heapreplace(loads, (load + costs[index], owners[index]))
-    sizes = [int(AlignedMemoryCostModel().cost(block)) for block in blocks]
-    return tuple(zip(sizes, owners, strict=True))
-
-
 @dataclass(frozen=True)
 class Sharing:
     """Blocks shared out among owners.
@@ -183,7 +168,7 @@ class Sharing:
 def share(
     blocks: Sequence[BlockCost], num_owners: int, distributed_config: DistributedConfig
 ) -> Sharing:
-    """Shares out blocks by the base's own rule.
+    """Shares out blocks by the base's own rule, which both bases have in common.
 
     Args:
         blocks: All blocks of a group, in order.
@@ -194,14 +179,13 @@ def share(
         Who owns what.
     """
     dtype = getattr(distributed_config, "communication_dtype", torch.float32)
-    balancing = getattr(distributed_config, "load_balancing_config", None)
-    tensors = [torch.empty(block.spec.shape, dtype=dtype, device=META) for block in blocks]
-    sizes_and_owners = distribute_buffer_sizes(
-        tuple(tensors), num_owners, balancing or LoadBalancingConfig()
-    )
+    balancing = getattr(distributed_config, "load_balancing_config", None) or LoadBalancingConfig()
+    sent = [torch.empty(block.spec.shape, dtype=dtype, device=META) for block in blocks]
+    owners = assign_owners(sent, num_owners, balancing.cost_model)
     owned: list[list[BlockCost]] = [[] for _ in range(num_owners)]
     buffers = [0] * num_owners
-    for block, (size, owner) in zip(blocks, sizes_and_owners, strict=True):
+    aligned = AlignedMemoryCostModel()
+    for block, tensor, owner in zip(blocks, sent, owners, strict=True):
         owned[owner].append(block)
-        buffers[owner] += size
+        buffers[owner] += int(aligned.cost(tensor))
     return Sharing(tuple(map(tuple, owned)), max(buffers))
