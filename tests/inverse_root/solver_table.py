@@ -69,6 +69,13 @@ class Row:
     finite_at_zero: bool = False
     adds_epsilon: bool = True
 
+    @property
+    def is_free_of_syncs(self) -> bool:
+        """Whether the solver never waits for the device: all but those with a stopping rule, and eigh."""
+        return not isinstance(
+            self.config, (EigenConfig, CoupledNewtonConfig, CoupledHigherOrderConfig)
+        )
+
     def tolerance(self, dtype: torch.dtype) -> float:
         return self.float64 if dtype == torch.float64 else self.float32
 

@@ -15,6 +15,7 @@ from dash_shampoo.config import (
     ScaledCoupledNewtonConfig,
 )
 from dash_shampoo.inverse_root import inverse_root
+from dash_shampoo.inverse_root import matmul as matmul_module
 from dash_shampoo.inverse_root.matmul import (
     Matmul,
     MatmulCounter,
@@ -199,3 +200,35 @@ def test_the_tf32_switch_is_put_back(program: str, is_allowed: bool) -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        NewtonDBConfig(matmul_precision="fp16"),
+        NewtonDBConfig(matmul_precision="bf16", use_fused_matmul=True),
+        ScaledCoupledNewtonConfig(matmul_precision="fp16", max_iterations=10),
+        ChebyshevConfig(degree=20, matmul_precision="bf16"),
+        ChebyshevConfig(degree=20, matmul_precision="fp16", evaluation="clenshaw"),
+        NewtonDBConfig(scaling=PowerIterationScaling(num_vectors=4, matmul_precision="bf16")),
+    ],
+    ids=lambda config: str(config)[:70],
+)
+def test_half_operands_as_on_cuda_give_what_the_emulation_gives(monkeypatch, config) -> None:
+    """CUDA multiplies half operands into float32; here a stand-in for that product does, on the CPU."""
+    A = _spd()
+    expected = inverse_root(A, 4, config)
+    bmm, operand_dtypes = torch.bmm, set()
+
+    def cuda_bmm(A: torch.Tensor, B: torch.Tensor, out_dtype=None, *, out=None) -> torch.Tensor:
+        assert A.dtype == B.dtype
+        operand_dtypes.add(A.dtype)
+        assert (out_dtype == torch.float32) == (A.dtype in (torch.float16, torch.bfloat16))
+        product = bmm(A.float(), B.float())
+        return product if out is None else out.copy_(product)
+
+    monkeypatch.setattr(torch, "bmm", cuda_bmm)
+    monkeypatch.setattr(matmul_module, "_can_use_half_operands", lambda A: A.dtype == torch.float32)
+    result = inverse_root(A, 4, config)
+    assert torch.equal(result.value, expected.value)
+    assert operand_dtypes & {torch.float16, torch.bfloat16}

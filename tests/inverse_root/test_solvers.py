@@ -231,3 +231,19 @@ def test_epsilon_damps(row: Row) -> None:
         value = inverse_root(A, root, row.config, epsilon=0.5).value
         expected = row.reference(A + 0.5 * torch.eye(8, dtype=torch.float64), root)
         assert relative_error(value, expected) <= row.float64
+
+
+@each_row
+def test_solvers_of_fixed_steps_never_look_at_values(row: Row) -> None:
+    """On the meta device there are no values: reading one, which on a GPU would wait for it, raises."""
+    if not row.is_free_of_syncs:
+        return
+    A = torch.empty(3, 8, 8, device="meta")
+    for root in row.roots:
+        result = inverse_root(A, root, row.config, epsilon=1e-3)
+        assert result.value.shape == A.shape
+        assert result.num_matmuls > 0
+
+
+def test_some_solvers_are_free_of_syncs_and_some_are_not() -> None:
+    assert len({row.is_free_of_syncs for row in SOLVERS}) == 2
