@@ -137,7 +137,6 @@ def test_epsilons_that_are_refused(epsilon: float) -> None:
         (CoupledHigherOrderConfig(rel_epsilon=0.0, abs_epsilon=0.0), math.pi, "root="),
         (CoupledHigherOrderConfig(rel_epsilon=0.0, abs_epsilon=0.0, order=1), 2, "order=1"),
     ],
-    ids=str,
 )
 def test_configs_and_roots_without_a_solver(config, root: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
