@@ -1,7 +1,8 @@
 """From nodes of the configuration to the optimizer and the data."""
 
 import inspect
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig
@@ -15,14 +16,14 @@ from dash_shampoo.cli.settings import SettingsError
 
 def build_optimizer(
     config: DictConfig,
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    groups: Sequence[dict[str, Any]],
     distributed_config: Any | None = None,
 ) -> Optimizer:
     """Make the optimizer that the group ``optimizer`` describes.
 
     Args:
         config: A ``_target_`` with the constructor's arguments beside it.
-        parameters: Named parameters, so that an optimizer's messages can tell their names.
+        groups: Parameter groups, as of `parameter_groups`.
         distributed_config: Passed on if the constructor has a parameter of this name.
 
     Returns:
@@ -37,12 +38,48 @@ def build_optimizer(
     if distributed_config is not None and "distributed_config" in accepted:
         arguments["distributed_config"] = distributed_config
     try:
-        optimizer = constructor(list(parameters), **arguments)
+        optimizer = constructor(list(groups), **arguments)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise SettingsError(f"optimizer: {error}") from error
     if not isinstance(optimizer, Optimizer):
         raise SettingsError(f"optimizer._target_={config._target_} is not an optimizer of torch.")
     return optimizer
+
+
+def parameter_groups(model: nn.Module, config: DictConfig) -> list[dict[str, Any]]:
+    """Split a model's parameters into groups by rules on their names.
+
+    Args:
+        model: Its parameters keep their names, so that an optimizer's messages can tell them.
+        config: The group ``parameter_groups``: ``rules`` maps names to ``match``, a regular
+            expression, and ``options`` of the group.
+
+    Returns:
+        One dict per rule with ``params`` and its options, after one of the parameters that no
+        rule takes, unless there are none.
+
+    Raises:
+        SettingsError: If a rule takes no parameter, or two rules take the same.
+    """
+    rest = dict(model.named_parameters())
+    groups = []
+    for name, rule in config.rules.items():
+        key = f"parameter_groups.rules.{name}"
+        matched = [n for n, _ in model.named_parameters() if re.search(rule.match, n)]
+        if not matched:
+            raise SettingsError(f"{key}.match={rule.match} matches no parameter's name.")
+        if doubly := [n for n in matched if n not in rest]:
+            raise SettingsError(f"{key} takes {doubly[0]}, which an earlier rule took.")
+        options = {
+            option: build(value, f"{key}.options.{option}") if _has_target(value) else value
+            for option, value in rule.options.items()
+        }
+        groups.append({"params": [(n, rest.pop(n)) for n in matched], **options})
+    return [*([{"params": list(rest.items())}] if rest else []), *groups]
+
+
+def _has_target(value: object) -> bool:
+    return isinstance(value, DictConfig) and "_target_" in value
 
 
 def optimizer_family(optimizer: Optimizer) -> str:

@@ -1,7 +1,7 @@
 """The subcommand ``dash-shampoo demo``: optimizers side by side on a tiny model.
 
-All runs have the same initial weights and the same batches, and take turns of a few steps, so
-that whatever else the machine does slows all of them alike.
+All runs have the same initial weights and the same batches, and take turns, in an order that is
+reversed every round, so that whatever else the machine does slows all of them alike.
 """
 
 import argparse
@@ -110,8 +110,8 @@ def _take_turns(runs: Sequence[Run], steps: int, turn: int, progress: bool) -> i
     """Train all runs, each `turn` steps at a time; returns the signal that stopped them, or 0."""
     total = steps * len(runs)
     with tqdm(total=total, disable=None if progress else True, dynamic_ncols=True) as bar:
-        for until in range(turn, steps + turn, turn):
-            for one in runs:
+        for index, until in enumerate(range(turn, steps + turn, turn)):
+            for one in runs if index % 2 == 0 else runs[::-1]:
                 bar.set_description(one.name, refresh=False)
                 result = one.trainer.run(until=until, bar=bar)
                 if result.signal_number is not None:

@@ -25,6 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 import dash_shampoo
 
 GROUPS = ("optimizer", "model", "data", "parallelism", "experiment")
+# What only `train` and `demo` have beside them.
+TRAIN_GROUPS = (*GROUPS, "parameter_groups")
 _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -183,7 +185,7 @@ def compose_train(overrides: Sequence[str], extra_dir: Path | None = None) -> Di
             composed = compose("train", words, return_hydra_config=True)
     except (HydraException, CompactHydraException, OmegaConfBaseException) as error:
         raise SettingsError(_explain(error, words, extra_dir)) from error
-    choices = {name: composed.hydra.runtime.choices.get(name) for name in GROUPS}
+    choices = {name: composed.hydra.runtime.choices.get(name) for name in TRAIN_GROUPS}
     OmegaConf.set_struct(composed, False)
     del composed["hydra"]
     composed["choices"] = choices
@@ -197,7 +199,7 @@ def _explain(error: Exception, words: Sequence[str], extra_dir: Path | None) -> 
         return f"{error.override!r} is not of the form key=value, or its value is malformed."
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
-        if key in GROUPS and isinstance(error, MissingConfigException):
+        if key in TRAIN_GROUPS and isinstance(error, MissingConfigException):
             known = options(key, extra_dir)
             if value not in known:
                 return f"There is no {key}={value}. Available: {', '.join(known)}."
@@ -213,7 +215,7 @@ def _explain(error: Exception, words: Sequence[str], extra_dir: Path | None) -> 
 
 
 def _all_keys() -> Iterator[str]:
-    yield from GROUPS
+    yield from TRAIN_GROUPS
     with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
         composed = compose("train")
     pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(composed, resolve=False))]

@@ -15,7 +15,12 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from dash_shampoo.cli import checkpoint
-from dash_shampoo.cli.builders import build_data, build_optimizer, optimizer_family
+from dash_shampoo.cli.builders import (
+    build_data,
+    build_optimizer,
+    optimizer_family,
+    parameter_groups,
+)
 from dash_shampoo.cli.data import BatchSampler, TokenData
 from dash_shampoo.cli.metrics import FILE_NAME, MetricsFile, Stopwatch, peak_memory_mib
 from dash_shampoo.cli.model import count_parameters
@@ -26,7 +31,15 @@ from dash_shampoo.cli.settings import SettingsError, TrainSettings, plain
 from dash_shampoo.cli.signals import StopRequest
 
 # A continued run must agree in these, or the batches and the model would be other ones.
-_FIXED_ON_RESUME = ("model", "data", "seed", "sequence_length", "batch_size", "precision")
+_FIXED_ON_RESUME = (
+    "model",
+    "data",
+    "parameter_groups",
+    "seed",
+    "sequence_length",
+    "batch_size",
+    "precision",
+)
 
 
 class DivergedError(Exception):
@@ -98,9 +111,8 @@ class Trainer:
         model.to(device=process.device, dtype=dtype)
         self.num_parameters = count_parameters(model)
         self.model, distributed_config = parallelise(model, config.parallelism, process)
-        self.optimizer = build_optimizer(
-            config.optimizer, model.named_parameters(), distributed_config
-        )
+        groups = parameter_groups(model, config.parameter_groups)
+        self.optimizer = build_optimizer(config.optimizer, groups, distributed_config)
         shape = settings.schedule
         self.learning_rate = LearningRate(
             self.optimizer,

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from dash_shampoo.cli.main import fail
 from dash_shampoo.cli.parallel import process_group
 from dash_shampoo.cli.settings import (
-    GROUPS,
+    TRAIN_GROUPS,
     SettingsError,
     TrainSettings,
     compose_train,
@@ -60,12 +60,12 @@ def parser() -> argparse.ArgumentParser:
 def _epilog() -> str:
     groups = "\n".join(
         textwrap.fill(
-            f"{name:<13}" + ", ".join(options(name)),
+            f"{name:<17}" + ", ".join(options(name)),
             96,
             initial_indent="  ",
-            subsequent_indent=" " * 15,
+            subsequent_indent=" " * 19,
         )
-        for name in GROUPS
+        for name in TRAIN_GROUPS
     )
     text = (config_dir() / "train.yaml").read_text(encoding="utf-8")
     settings = textwrap.indent(text[text.index("\nsteps:") :].strip(), "  ")

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from dash_shampoo.cli.main import COMMANDS, main
 from dash_shampoo.cli.settings import (
-    GROUPS,
+    TRAIN_GROUPS,
     SettingsError,
     TrainSettings,
     compose_train,
@@ -23,12 +23,12 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 def test_the_yaml_and_the_dataclass_agree():
     config = compose_train([])
-    assert {f.name for f in fields(TrainSettings)} == set(config) - {*GROUPS, "choices"}
+    assert {f.name for f in fields(TrainSettings)} == set(config) - {*TRAIN_GROUPS, "choices"}
     assert train_settings(config) == TrainSettings()
     assert config.choices.optimizer == "dash_newton_db"
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", TRAIN_GROUPS)
 def test_each_option_of_each_group_composes(group):
     names = options(group)
     assert names == sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
@@ -129,7 +129,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = capsys.readouterr().out
-    assert all(name in text for group in GROUPS for name in options(group)[:2])
+    assert all(name in text for group in TRAIN_GROUPS for name in options(group)[:2])
     assert "warmup_fraction" in text
     assert main(["nothing"]) == 2
     assert f"one of {', '.join(COMMANDS)}." in capsys.readouterr().err

@@ -131,6 +131,31 @@ def test_micro_batches_add_up(tiny, tmp_path):
         torch.testing.assert_close(weight, pieces[name], rtol=1e-7, atol=1e-9)
 
 
+def test_embeddings_and_norms_can_go_the_way_of_adam(tiny, tmp_path, capsys):
+    words = [*tiny, "optimizer=dash_eigen", "steps=3", "parameter_groups=adam_for_embeddings"]
+    assert train(words, tmp_path / "split") == 0
+    groups = state_of(tmp_path / "split")["optimizer"]["param_groups"]
+    names = [set(group["param_names"]) for group in groups]
+    assert all(name.startswith("blocks.0.") and "norm" not in name for name in names[0])
+    assert {"embedding.weight", "head.weight", "norm.weight"} <= names[1]
+    assert len(names[0]) == 7
+    assert len(names[1]) == 5
+    state = state_of(tmp_path / "split")["optimizer"]["state"]
+    # By index: the first group's are 0 to 6.
+    roots = {k for k, v in state.items() if any("factor_matrices" in p for p, _ in tensors(v))}
+    assert roots == set(range(7))
+
+    rule = "parameter_groups.rules.adam"
+    assert train([*words, f"+{rule}.options.lr=0.5"], tmp_path / "rate") == 0
+    rates = [g["lr"] for g in state_of(tmp_path / "rate")["optimizer"]["param_groups"]]
+    assert rates[1] == pytest.approx(500 * rates[0])
+    assert train([*words, f"{rule}.match=nothing"], tmp_path / "none") == 2
+    assert f"{rule}.match=nothing matches no parameter" in capsys.readouterr().err
+    other = "+parameter_groups.rules.other={match: head, options: {}}"
+    assert train([*words, other], tmp_path / "twice") == 2
+    assert "rules.other takes head.weight, which an earlier rule took" in capsys.readouterr().err
+
+
 RESUMED = [
     ("adamw", "fp32"),
     ("distributed_shampoo", "fp32"),
