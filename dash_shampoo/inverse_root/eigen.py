@@ -91,16 +91,17 @@ def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Inv
     is_damped_before = isinstance(repair, SpectrumRepairConfig) or (
         isinstance(repair, PerturbationConfig) and repair.perturb_before_computation
     )
-    L_BN, V_BNN, is_failed = _eigendecomposition(
-        damped(A, epsilon) if is_damped_before else A, config
-    )
+    L_BN, V_BNN, failed = _eigendecomposition(damped(A, epsilon) if is_damped_before else A, config)
     counter = MatmulCounter(num_blocks=A.shape[0])
     inv_power_BN = _inverse_power(L_BN, float(root), epsilon, config)
     scaled_BNN = V_BNN * inv_power_BN[:, :, None]
     value = Matmul("fp32", counter)(scaled_BNN.mT, V_BNN, is_symmetric=True)
+    status = torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
+    if failed:
+        status[failed] = int(InverseRootStatus.FAILED)
     return make_result(
         value,
-        status=is_failed.to(torch.uint8) * int(InverseRootStatus.FAILED),
+        status=status,
         num_matmuls=counter.total,
         num_symmetric_matmuls=counter.symmetric,
     )
@@ -150,7 +151,7 @@ def _repaired_inverse_power(
     return power(L_BN, exponent)
 
 
-def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, Tensor]:
+def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, list[int]]:
     """Decompose A = Vᵀ·diag(L)·V.
 
     Args:
@@ -158,15 +159,13 @@ def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Ten
         config: Retry and offload device.
 
     Returns:
-        Eigenvalues (B, N), eigenvectors in rows (B, N, N), and the blocks (B,) that failed.
+        Eigenvalues (B, N), eigenvectors in rows (B, N, N), and the rows that failed.
     """
     there = A_BNN.to(device=config.eigendecomposition_offload_device or A_BNN.device)
     L_BN, Q_BNN, failed = _eigh_or_bisect(there, config.retry_double_precision)
-    is_failed = torch.zeros(A_BNN.shape[0], dtype=torch.bool, device="cpu")
-    is_failed[failed] = True
     # LAPACK and cuSOLVER leave the eigenvectors in columns of column-major memory.
     V_BNN = Q_BNN.mT.contiguous()
-    return L_BN.to(A_BNN.device), V_BNN.to(A_BNN.device), is_failed.to(A_BNN.device)
+    return L_BN.to(A_BNN.device), V_BNN.to(A_BNN.device), failed
 
 
 def _eigh_or_bisect(

@@ -228,4 +228,4 @@ class Matmul:
 
 def _can_use_half_operands(A: Tensor) -> bool:
     """Whether torch multiplies half-precision operands into an fp32 result on A's device."""
-    return A.is_cuda and A.dtype == torch.float32
+    return A.is_cuda and A.dtype == torch.float32 and torch.version.hip is None
