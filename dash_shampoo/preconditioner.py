@@ -170,6 +170,9 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         super().compress_preconditioner_list(local_grad_selector)
         self._active = activate(self._plan, local_grad_selector)
 
+    # A handful of batched operations, and plans that Dynamo could only guard on: not worth a graph.
+    @torch.compiler.disable
+    @torch.no_grad()
     def update_preconditioners(
         self,
         masked_grad_list: tuple[Tensor, ...],
@@ -293,8 +296,6 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
 
     # ------------------------------------------------------------------ inverse roots
 
-    @torch.compiler.disable
-    @torch.no_grad()
     def _refresh_inverse_roots(self) -> None:
         """R ← F^(-1/p) on every active stack; rows that went wrong keep their previous root."""
         for active in self._active.stacks:
