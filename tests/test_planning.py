@@ -109,12 +109,18 @@ def test_groups_keep_their_own_options():
         {"params": parameters([(24, 24), (9,)]), "max_preconditioner_dim": 8, "betas": (0.0, 0.9)},
         {"params": parameters([(24, 24)]), "precondition_frequency": 4},
         {"params": parameters([(7, 7)]), "grafting_config": ds.RMSpropPreconditionerConfig()},
+        {"params": parameters([(9, 9)]), "preconditioner_config": ds.AdamPreconditionerConfig()},
+        {"params": parameters([(9, 9)]), "preconditioner_config": ds.SGDPreconditionerConfig()},
     ]
     options = {"lr": 0.1, "betas": (0.9, 0.95)}
     plan = plan_optimizer(groups, **options)
     assert plan.ranks[0].state_bytes == real_bytes(ds.DashShampoo(groups, **options))
     assert [entry.precondition_frequency for entry in plan.inverse_roots] == [1, 1, 1, 4, 1]
     assert [entry.group for entry in plan.inverse_roots] == [0, 0, 0, 1, 2]
+    optimizer = ds.DashShampoo(groups, lr=0.1, betas=(0.9, 0.95), epsilon=1e-3)
+    params = [param for group in groups for param in group["params"]]
+    flops = [counted_flops(optimizer, params) for _ in range(8)]
+    assert sum(flops[4:]) / 4 == pytest.approx(plan.ranks[0].step.matmul_flops)
 
 
 def test_names_and_tensors_do_not_matter():

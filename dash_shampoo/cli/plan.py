@@ -16,11 +16,12 @@ import torch
 from omegaconf import DictConfig
 
 import dash_shampoo
+from dash_shampoo.cli.builders import parameter_groups
 from dash_shampoo.cli.main import fail
 from dash_shampoo.cli.parallel import build
 from dash_shampoo.cli.plan_report import plan_record, plan_text, sweep_record, sweep_text
 from dash_shampoo.cli.settings import (
-    GROUPS,
+    TRAIN_GROUPS,
     SettingsError,
     TrainSettings,
     compose_train,
@@ -93,18 +94,18 @@ def parser() -> argparse.ArgumentParser:
 def _epilog() -> str:
     groups = "\n".join(
         textwrap.fill(
-            f"{name:<13}" + ", ".join(options(name)),
+            f"{name:<18}" + ", ".join(options(name)),
             96,
             initial_indent="  ",
-            subsequent_indent=" " * 15,
+            subsequent_indent=" " * 20,
         )
-        for name in ("model", "optimizer", "parallelism")
+        for name in ("model", "optimizer", "parameter_groups", "parallelism")
     )
     attributes = inspect.getdoc(PlanSettings) or ""
     settings = textwrap.indent(
         textwrap.dedent(attributes.partition("Attributes:\n")[2]).strip(), "  "
     )
-    devices = "\n".join(f"  {d.name:<13}{d.description}" for d in DEVICES.values())
+    devices = "\n".join(f"  {d.name:<18}{d.description}" for d in DEVICES.values())
     return (
         f"{_EXAMPLES}\nsettings:\n{settings}\n\nArguments of the optimizer can be given by their name "
         "alone (precondition_frequency=10).\nparallelism is ddp where it is not given and there is "
@@ -153,7 +154,7 @@ def _split(words: Sequence[str]) -> tuple[PlanSettings, list[str]]:
     """The settings of ``plan`` itself, and the overrides for the configuration of ``train``."""
     own = {field.name for field in fields(PlanSettings)}
     arguments = set(inspect.signature(dash_shampoo.DistributedShampoo).parameters) - {"params"}
-    known = own | arguments | set(GROUPS) | {field.name for field in fields(TrainSettings)}
+    known = own | arguments | set(TRAIN_GROUPS) | {field.name for field in fields(TrainSettings)}
     values: dict[str, Any] = {}
     overrides = []
     for word in words:
@@ -240,7 +241,7 @@ def _plan(
             replicate_degree=replicas,
         )
         return plan_optimizer(
-            model.parameters(),
+            parameter_groups(model, config.parameter_groups),
             parallelism=parallelism,
             device=device,
             use_tf32=settings.tf32,

@@ -22,7 +22,7 @@ _GIB, _MIB, _TERA, _MILLI = 2**30, 2**20, 1e12, 1e-3
 _KINDS = {
     "factor_matrices": "factor matrices",
     "inv_factor_matrices": "inverse factors",
-    "adagrad": "grafting",
+    "adagrad": "grafting, Adam",
     "filtered_grad": "gradient EMA",
     "momentum_buffer": "momentum",
     "weight_buffer": "averaging",

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from dash_shampoo.base import (
+    DISTRIBUTOR,
     SHAMPOO_PRECONDITIONER_LIST,
+    AdaGradPreconditionerConfig,
+    AdamPreconditionerConfig,
     DistributedShampoo,
     EigenConfig,
+    PreconditionerConfig,
     PseudoInverseConfig,
-    RootInvConfig,
+    RMSpropPreconditionerConfig,
     RootInvShampooPreconditionerConfig,
+    SGDPreconditionerConfig,
     SingleDeviceDistributedConfig,
 )
 from dash_shampoo.config import DashShampooPreconditionerConfig
@@ -27,6 +32,14 @@ from dash_shampoo.inverse_root import check_supported
 from dash_shampoo.stacks import BlockSpec
 
 _PARAMS = ("params", "param_names")
+_SHAMPOO = (RootInvShampooPreconditionerConfig, DashShampooPreconditionerConfig)
+# By elements alone: no factor matrices.
+_ELEMENTWISE = (
+    AdaGradPreconditionerConfig,
+    AdamPreconditionerConfig,
+    RMSpropPreconditionerConfig,
+    SGDPreconditionerConfig,
+)
 META = torch.device("meta")
 
 
@@ -62,20 +75,16 @@ class GroupProfile:
 
     Attributes:
         options: The group's options as the base completed them.
-        preconditioner_config: As it was given, with the solver.
+        shampoo: Its preconditioner config as it was given, with the solver; None where a group is
+            preconditioned by elements, as by Adam.
         shared_bytes: Bytes of state that all parameters of the group share (the step count, …).
         blocks: The blocks of each parameter, in order.
     """
 
     options: Mapping[str, Any]
-    preconditioner_config: RootInvShampooPreconditionerConfig
+    shampoo: RootInvShampooPreconditionerConfig | None
     shared_bytes: int
     blocks: Mapping[ParameterSpec, tuple[BlockCost, ...]]
-
-    @property
-    def solver(self) -> RootInvConfig:
-        """The config of the inverse roots."""
-        return self.preconditioner_config.amortized_computation_config
 
 
 def read_groups(params: Iterable[Any]) -> list[tuple[list[ParameterSpec], dict[str, Any]]]:
@@ -122,7 +131,7 @@ def profile_groups(
 
     Raises:
         ValueError: If an option is out of its range, the solver cannot do a root, or the
-            preconditioner is not one of inverse roots.
+            preconditioner is neither one of inverse roots nor by elements.
         NotImplementedError: If the base lacks an option.
     """
     configs = [_preconditioner_config({**options, **own}) for own in group_options]
@@ -149,19 +158,22 @@ def profile_groups(
     ]
 
 
-def _preconditioner_config(options: Mapping[str, Any]) -> RootInvShampooPreconditionerConfig:
+def _preconditioner_config(options: Mapping[str, Any]) -> PreconditionerConfig:
     config = options.get("preconditioner_config", RootInvShampooPreconditionerConfig())
-    if type(config) not in (RootInvShampooPreconditionerConfig, DashShampooPreconditionerConfig):
+    if type(config) not in _SHAMPOO + _ELEMENTWISE:
+        known = ", ".join(cls.__name__ for cls in _SHAMPOO + _ELEMENTWISE)
         raise ValueError(
-            f"preconditioner_config={type(config).__name__} can't be planned: it must be a "
-            "RootInvShampooPreconditionerConfig or a DashShampooPreconditionerConfig."
+            f"preconditioner_config={type(config).__name__} can't be planned: it must be one of "
+            f"{known}."
         )
-    assert isinstance(config, RootInvShampooPreconditionerConfig)
+    assert isinstance(config, PreconditionerConfig)
     return config
 
 
-def _on_the_base(config: RootInvShampooPreconditionerConfig) -> RootInvShampooPreconditionerConfig:
+def _on_the_base(config: PreconditionerConfig) -> PreconditionerConfig:
     """The same state with a solver that every base has; the solver leaves no trace in the state."""
+    if not isinstance(config, RootInvShampooPreconditionerConfig):
+        return config
     solver = config.amortized_computation_config
     repair = getattr(solver, "rank_deficient_stability_config", None)
     eigen = EigenConfig()
@@ -185,42 +197,45 @@ def _read_profile(
     optimizer: DistributedShampoo,
     number: int,
     specs: Sequence[ParameterSpec],
-    config: RootInvShampooPreconditionerConfig,
+    config: PreconditionerConfig,
 ) -> GroupProfile:
     group = optimizer.param_groups[number]
-    preconditioners = optimizer._per_group_state_lists[number][SHAMPOO_PRECONDITIONER_LIST]
     saved = optimizer.state_dict()
     ids, state = saved["param_groups"][number]["params"], saved["state"]
-    lists = zip(
-        preconditioners._dims_list,
-        preconditioners._local_preconditioned_dims_selector_list,
-        preconditioners._local_kronecker_factors_unwrapped,
-        strict=True,
-    )
+    block_specs = _block_specs(optimizer._per_group_state_lists[number])
     blocks = {}
     shared: dict[int, Tensor] = {}
     for spec, identifier, param in zip(specs, ids, group["params"], strict=True):
-        costs = []
-        for value in state[identifier].values():
-            if not isinstance(value, Mapping):
-                continue
-            shape, selector, factors = next(lists)
-            costs.append(
-                BlockCost(
-                    BlockSpec(tuple(shape), tuple(selector), factors.roots, spec.dtype, META),
-                    tuple(_bytes_by_kind(value).items()),
-                )
-            )
-        blocks[spec] = tuple(costs)
+        blocks[spec] = tuple(
+            BlockCost(next(block_specs), tuple(_bytes_by_kind(value).items()))
+            for value in state[identifier].values()
+            if isinstance(value, Mapping)
+        )
         shared.update((id(v), v) for v in optimizer.state[param].values() if isinstance(v, Tensor))
-    for root in {root for costs in blocks.values() for block in costs for root in block.spec.roots}:
-        check_supported(config.amortized_computation_config, root)
+    shampoo = config if isinstance(config, RootInvShampooPreconditionerConfig) else None
+    if shampoo is not None:
+        for root in {r for costs in blocks.values() for block in costs for r in block.spec.roots}:
+            check_supported(shampoo.amortized_computation_config, root)
     return GroupProfile(
         options={key: value for key, value in group.items() if key != "params"},
-        preconditioner_config=config,
+        shampoo=shampoo,
         shared_bytes=sum(map(_num_bytes, shared.values())),
         blocks=blocks,
     )
+
+
+def _block_specs(state_lists: Mapping[str, Any]) -> Iterator[BlockSpec]:
+    """The blocks of a group, in order."""
+    preconditioners = state_lists[SHAMPOO_PRECONDITIONER_LIST]
+    tensors = state_lists[DISTRIBUTOR].local_blocked_params
+    factors = getattr(preconditioners, "_local_kronecker_factors_unwrapped", None)
+    for index, block in enumerate(tensors):
+        selector: tuple[bool, ...] = (False,) * block.dim()
+        roots: tuple[float, ...] = ()
+        if factors is not None:
+            selector = preconditioners._local_preconditioned_dims_selector_list[index]
+            roots = factors[index].roots
+        yield BlockSpec(tuple(block.shape), tuple(selector), tuple(roots), block.dtype, META)
 
 
 def _bytes_by_kind(state: Mapping[Any, Any]) -> dict[str, int]:

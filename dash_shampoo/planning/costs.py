@@ -14,6 +14,7 @@ from itertools import compress
 
 import torch
 
+from dash_shampoo.base import RootInvShampooPreconditionerConfig
 from dash_shampoo.planning.blocks import BlockCost, GroupProfile
 from dash_shampoo.planning.devices import Device, precision_of
 from dash_shampoo.planning.solver_cost import SolverCost, measure_solver
@@ -75,20 +76,20 @@ class GroupCost:
     """
 
     def __init__(self, profile: GroupProfile, device: Device | None, use_tf32: bool) -> None:
-        config = profile.preconditioner_config
         self._device = device
         self._use_tf32 = use_tf32
         self.precondition_frequency: int = profile.options["precondition_frequency"]
-        self._inverse_dtype = config.inv_factor_matrix_dtype
+        # Without factor matrices the defaults are never used.
+        config = profile.shampoo or RootInvShampooPreconditionerConfig()
+        solver = config.amortized_computation_config
         is_wide = config.factor_matrix_dtype == torch.float64
         compute_dtype = torch.float64 if is_wide else torch.float32
+        self._inverse_dtype = config.inv_factor_matrix_dtype
         self._compute_itemsize = compute_dtype.itemsize
-        precision = str(getattr(profile.solver, "matmul_precision", "fp32"))
+        precision = str(getattr(solver, "matmul_precision", "fp32"))
         self._solver_precision = precision_of(compute_dtype) if precision == "fp32" else precision
         self.solver_cost: Callable[[float], SolverCost] = cache(
-            lambda root: measure_solver(
-                profile.solver, root, profile.options["epsilon"], compute_dtype
-            )
+            lambda root: measure_solver(solver, root, profile.options["epsilon"], compute_dtype)
         )
         self.of_block: Callable[[BlockCost], StepCost] = cache(self._of_block)
 

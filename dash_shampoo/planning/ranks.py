@@ -39,7 +39,8 @@ class RankPlan:
 
     Attributes:
         num_blocks: Blocks that it owns.
-        num_buckets: Sets of blocks of one shape: one batched matmul each per step and dimension.
+        num_buckets: Sets of blocks of one shape: one batched matmul each per step and dimension; blocks
+            preconditioned by elements are in none.
         stacks: Their factor matrices: one batched inverse root each.
         state_bytes: Bytes of optimizer state by kind, the keys of the optimizer's state.
         buffer_bytes: Bytes of the buffer that updates are gathered in; not part of the state.
@@ -125,7 +126,8 @@ class GroupPlanner:
             self._sharings[local] = share(blocks, self._num_owners, self._distributed_config)
         sharing = self._sharings[local]
         owned = sharing.blocks[owner]
-        plan = plan_stacks([block.spec for block in owned])
+        stacked = owned if self._profile.shampoo is not None else ()
+        plan = plan_stacks([block.spec for block in stacked])
         state: Counter[str] = Counter({SHARED: self._profile.shared_bytes})
         for block in owned:
             state.update(dict(block.state_bytes))

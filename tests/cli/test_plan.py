@@ -85,6 +85,14 @@ def test_every_parallelism_can_be_planned(capsys, name):
     assert len(plan["ranks"]) == 4
 
 
+@pytest.mark.parametrize("name", options("parameter_groups"))
+def test_every_split_into_groups_can_be_planned(capsys, name):
+    plan = record(capsys, *SMALL, "world_size=4", f"parameter_groups={name}")
+    one = record(capsys, *SMALL, "world_size=4")
+    assert plan["num_parameters"] == one["num_parameters"]
+    assert (plan["total_flops"] < one["total_flops"]) == (name != "one")
+
+
 def test_every_shampoo_can_be_planned(capsys):
     refused = []
     for name in options("optimizer"):
