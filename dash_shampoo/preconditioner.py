@@ -15,7 +15,7 @@ from torch import Tensor
 from dash_shampoo.base import EigenConfig, RootInvConfig, RootInvShampooPreconditionerList
 from dash_shampoo.config import DashShampooPreconditionerConfig
 from dash_shampoo.failures import FailureLedger
-from dash_shampoo.inverse_root import check_supported, inverse_root
+from dash_shampoo.inverse_root import InverseRootResult, check_supported, inverse_root
 from dash_shampoo.stacks import (
     ActiveBucket,
     ActivePlan,
@@ -318,12 +318,19 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         Returns:
             (K,) status of each row. Only rows with a usable root are written.
         """
+        safety = self._options.safety
         result = inverse_root(
             self._bias_corrected(number, rows),
             root=self._plan.stacks[number].root,
             config=config,
             epsilon=self._epsilon,
+            residual_threshold=None if safety is None else safety.residual_threshold,
         )
+        self._write_usable(number, rows, result)
+        return result.status
+
+    def _write_usable(self, number: int, rows: Rows, result: InverseRootResult) -> None:
+        """Writes the roots that can be used; the other rows keep theirs."""
         usable = result.is_usable
         stack = self._inverse_factors[number]
         value = result.value
@@ -331,7 +338,6 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         if usable.is_cuda or not bool(usable.all()):
             value = torch.where(usable[:, None, None], value.to(stack.data.dtype), stack.read(rows))
         stack.write_(rows, value)
-        return result.status
 
     def _bias_corrected(self, number: int, rows: Rows) -> Tensor:
         """The factor matrices (K, N, N) that the roots are taken of; must not be modified."""
@@ -354,12 +360,21 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
             self._solve_again_by_eigen(bad)
 
     def _solve_again_by_eigen(self, bad: list[tuple[int, int]]) -> None:
-        """Replaces bad roots by eigendecompositions, those rows alone and batched by stack."""
+        """Replaces bad roots by eigendecompositions, those rows alone and batched by stack.
+
+        They are damped as the solver would have damped them, which only the solver knows.
+        """
         for number, spec in enumerate(self._plan.stacks):
             wanted = [slot for slot, member in enumerate(spec.slots) if member in set(bad)]
-            if wanted:
-                rows = torch.tensor(wanted, device=spec.device)
-                self._solve(number, rows, EigenConfig())
+            if not wanted:
+                continue
+            rows = torch.tensor(wanted, device=spec.device)
+            matrices = self._bias_corrected(number, rows).clone()
+            config = self._options.amortized_computation_config
+            damping = inverse_root(matrices, spec.root, config, self._epsilon).damping
+            matrices.diagonal(dim1=-2, dim2=-1).add_((damping - self._epsilon)[:, None])
+            again = inverse_root(matrices, spec.root, EigenConfig(), self._epsilon)
+            self._write_usable(number, rows, again)
 
 
 class StackedRootInvKLShampooPreconditionerList(StackedRootInvShampooPreconditionerList):

@@ -1,6 +1,7 @@
 """A^(-1/root) for stacks of factor matrices, by one function and a config that names the solver."""
 
 from dash_shampoo.inverse_root.dispatch import check_supported, inverse_root
+from dash_shampoo.inverse_root.residual import sketched_residual
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus
 
-__all__ = ["InverseRootResult", "InverseRootStatus", "check_supported", "inverse_root"]
+__all__ = ["InverseRootResult", "InverseRootStatus", "check_supported", "inverse_root", "sketched_residual"]

@@ -101,6 +101,7 @@ def chebyshev(
     evaluate = clenshaw if config.evaluation == "clenshaw" else baby_step_giant_step
     return make_result(
         rescaled_symmetric(evaluate(S, coefficients, matmul), s_B, -1.0 / float(root)),
+        damping=epsilon + config.relative_epsilon * s_B,
         num_matmuls=counter.total,
         num_symmetric_matmuls=counter.symmetric,
     )

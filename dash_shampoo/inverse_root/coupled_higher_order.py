@@ -78,7 +78,8 @@ def coupled_higher_order(
 
     Returns:
         Roots, iterations, and residual = the true error per block. Status MAX_ITERATIONS where the
-        cap ended the iteration, FAILED where the true error is above 0.1 or ‖A‖_∞ overflows.
+        cap ended the iteration, FAILED where the true error is above 0.1, ‖A‖_∞ overflows or the
+        root is not finite.
 
     Note:
         Per step order + log2(p) matmuls for p a power of two, floor(log2 p) of them symmetric;
@@ -112,13 +113,19 @@ def coupled_higher_order(
     if q > 1:
         value = matmul.power(value, q)
     status = is_capped.to(torch.uint8) * int(InverseRootStatus.MAX_ITERATIONS)
-    is_failed = (true_error > _MAX_TRUE_ERROR) | ~torch.isfinite(lambda_max_B)
+    # The base raises ArithmeticError for each of these, which counts as a failed computation.
+    is_failed = (
+        (true_error > _MAX_TRUE_ERROR)
+        | ~torch.isfinite(lambda_max_B)
+        | ~torch.isfinite(max_abs(value))
+    )
     status.masked_fill_(is_failed, int(InverseRootStatus.FAILED))
     return make_result(
         value,
         status=status,
         iterations=iterations,
         residual=true_error,
+        damping=epsilon_B,
         num_matmuls=counter.total,
         num_symmetric_matmuls=counter.symmetric,
     )

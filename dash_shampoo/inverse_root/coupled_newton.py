@@ -106,6 +106,7 @@ def coupled_newton(
         status=status.to(torch.uint8),
         iterations=iterations,
         residual=error,
+        damping=epsilon,
         num_matmuls=counter.total,
         num_symmetric_matmuls=counter.symmetric,
     )

@@ -33,6 +33,7 @@ from dash_shampoo.inverse_root import (
     newton_db,
 )
 from dash_shampoo.inverse_root.cpu_pool import chunk_rows, map_chunks
+from dash_shampoo.inverse_root.residual import sketched_residual
 from dash_shampoo.inverse_root.result import (
     InverseRootResult,
     InverseRootStatus,
@@ -53,15 +54,20 @@ class Solver:
         max_chunked_size (float): The largest N for which a stack on the CPU is cut into chunks on
             several threads. Above about 192 a single product keeps all threads busy by itself;
             an eigendecomposition never does.
+        has_residual (bool): Whether a sketched residual tells anything. Of an eigendecomposition it
+            would measure the rounding of eigenvalues below machine precision times λ_max.
     """
 
     function: SolverFunction
     check: Callable[[Any, Fraction], None]
     max_chunked_size: float = 192
+    has_residual: bool = True
 
 
 _SOLVERS: dict[type[RootInvConfig], Solver] = {
-    EigenConfig: Solver(eigen.eigen, eigen.check, max_chunked_size=float("inf")),
+    EigenConfig: Solver(
+        eigen.eigen, eigen.check, max_chunked_size=float("inf"), has_residual=False
+    ),
     CoupledNewtonConfig: Solver(coupled_newton.coupled_newton, coupled_newton.check),
     ScaledCoupledNewtonConfig: Solver(coupled_newton.coupled_newton, coupled_newton.check),
     CoupledHigherOrderConfig: Solver(
@@ -147,6 +153,7 @@ def inverse_root(
     root: int | float | Fraction,
     config: RootInvConfig = _DEFAULT_CONFIG,
     epsilon: float = 0.0,
+    residual_threshold: float | None = None,
 ) -> InverseRootResult:
     """A^(-1/root) for each block of a stack, by the solver of the config.
 
@@ -161,6 +168,8 @@ def inverse_root(
             such as 1/0.3, with solvers that accept it.
         config: The solver and its options. Default: `EigenConfig()`.
         epsilon: Damping: epsilon·I is added to A, as the solver's own formula says. Default: 0.
+        residual_threshold: Test every root by its `sketched_residual`, and give those above this
+            the status INACCURATE; 0.3 is a good value. `eigen` is not tested. Default: no test.
 
     Returns:
         The roots in the shape of `A`, and per block the status, iterations and residual.
@@ -185,11 +194,13 @@ def inverse_root(
     stack = _as_stack(A)
     if not 0.0 <= epsilon < float("inf"):
         raise ValueError(f"{epsilon=} must be finite and at least 0.")
+    if residual_threshold is not None and not residual_threshold > 0.0:
+        raise ValueError(f"{residual_threshold=} must be above 0, or None.")
     if stack.numel() == 0:
         return replace(make_result(stack.clone()), value=stack.reshape(A.shape).clone())
 
     def solve(rows: slice) -> InverseRootResult:
-        return _solve(solver, stack[rows], fraction, config, float(epsilon))
+        return _solve(solver, stack[rows], fraction, config, float(epsilon), residual_threshold)
 
     result = concatenate_results(map_chunks(solve, _chunks(stack, solver)))
     return replace(result, value=result.value.reshape(A.shape))
@@ -204,7 +215,12 @@ def _chunks(stack: Tensor, solver: Solver) -> list[slice]:
 
 
 def _solve(
-    solver: Solver, stack: Tensor, root: Fraction, config: RootInvConfig, epsilon: float
+    solver: Solver,
+    stack: Tensor,
+    root: Fraction,
+    config: RootInvConfig,
+    epsilon: float,
+    residual_threshold: float | None,
 ) -> InverseRootResult:
     """Solve a stack with bad blocks replaced by the identity, then mark them."""
     device_type = stack.device.type
@@ -216,7 +232,19 @@ def _solve(
     can_autocast = torch.amp.is_autocast_available(device_type)
     with torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():
         result = solver.function(stack, root, config, epsilon)
+        if residual_threshold is not None and solver.has_residual:
+            result = _tested(result, stack, root, residual_threshold)
     return _finish(result, is_finite)
+
+
+def _tested(
+    result: InverseRootResult, stack: Tensor, root: Fraction, threshold: float
+) -> InverseRootResult:
+    """The result with the sketched residual, and INACCURATE where that is above the threshold."""
+    residual = sketched_residual(stack, result.value, root, result.damping)
+    is_inaccurate = result.is_usable & (residual > threshold)
+    status = result.status.masked_fill(is_inaccurate, int(InverseRootStatus.INACCURATE))
+    return replace(result, residual=residual, status=status)
 
 
 def _as_stack(A: Tensor) -> Tensor:

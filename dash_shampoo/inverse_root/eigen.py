@@ -102,6 +102,7 @@ def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Inv
     return make_result(
         value,
         status=status,
+        damping=epsilon,
         num_matmuls=counter.total,
         num_symmetric_matmuls=counter.symmetric,
     )

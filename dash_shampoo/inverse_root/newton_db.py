@@ -93,6 +93,7 @@ def newton_db(
     return make_result(
         rescaled_symmetric(Z, s_B, -1.0 / root.numerator),
         iterations=num_passes * config.num_iterations,
+        damping=epsilon,
         num_matmuls=counter.total,
         num_symmetric_matmuls=counter.symmetric,
     )

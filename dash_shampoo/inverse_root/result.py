@@ -73,8 +73,9 @@ class InverseRootResult:
             none of them can be used by mistake.
         status (Tensor): (B,) uint8, one `InverseRootStatus` per block.
         iterations (Tensor): (B,) int32, the iterations that the block took (0 for `eigen`).
-        residual (Tensor): (B,) of the compute dtype: the solver's own final residual where it has
-            one (coupled Newton: max|M - I|), else NaN.
+        residual (Tensor): (B,) of the compute dtype: the sketched residual where one was asked for,
+            else the solver's own where it has one (coupled Newton: max|M - I|), else NaN.
+        damping (Tensor): (B,) of the compute dtype: the value aims at (A + damping·I)^(-1/root).
         num_matmuls (float): Batched matmuls of the whole stack that were performed. A product
             over a part of the stack, or by a few columns, counts by its share.
         num_symmetric_matmuls (float): Those of `num_matmuls` whose product is symmetric by
@@ -85,6 +86,7 @@ class InverseRootResult:
     status: Tensor
     iterations: Tensor
     residual: Tensor
+    damping: Tensor
     num_matmuls: float = 0.0
     num_symmetric_matmuls: float = 0.0
 
@@ -100,6 +102,7 @@ def make_result(
     status: Tensor | None = None,
     iterations: Tensor | int = 0,
     residual: Tensor | None = None,
+    damping: Tensor | float = 0.0,
     num_matmuls: float = 0.0,
     num_symmetric_matmuls: float = 0.0,
 ) -> InverseRootResult:
@@ -110,6 +113,8 @@ def make_result(
         status: (B,) uint8. Default: all SUCCESS.
         iterations: (B,) int32, or one number for every block. Default: 0.
         residual: (B,). Default: all NaN.
+        damping: (B,), or one number for every block: what the solver added to the diagonal.
+            Default: 0.
         num_matmuls: Batched matmuls performed.
         num_symmetric_matmuls: Those of them whose product is symmetric by structure.
 
@@ -123,11 +128,14 @@ def make_result(
         iterations = torch.full((num_blocks,), iterations, dtype=torch.int32, device=device)
     if residual is None:
         residual = torch.full((num_blocks,), torch.nan, dtype=value.dtype, device=device)
+    if not isinstance(damping, Tensor):
+        damping = torch.full((num_blocks,), damping, dtype=value.dtype, device=device)
     return InverseRootResult(
         value=value,
         status=status,
         iterations=iterations,
         residual=residual,
+        damping=damping,
         num_matmuls=num_matmuls,
         num_symmetric_matmuls=num_symmetric_matmuls,
     )
@@ -155,6 +163,7 @@ def concatenate_results(results: Sequence[InverseRootResult]) -> InverseRootResu
         status=torch.cat([result.status for result in results]),
         iterations=torch.cat([result.iterations for result in results]),
         residual=torch.cat([result.residual for result in results]),
+        damping=torch.cat([result.damping for result in results]),
         num_matmuls=weighted([result.num_matmuls for result in results]),
         num_symmetric_matmuls=weighted([result.num_symmetric_matmuls for result in results]),
     )
