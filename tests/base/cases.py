@@ -77,5 +77,5 @@ def flatten(state, prefix=()):
 def relative_error(found, expected):
     """‖found - expected‖ over the norm that the parameters start with: they may have come near zero."""
     found, expected = found.detach().double(), expected.detach().double()
-    scale = max(torch.linalg.vector_norm(expected).item(), expected.numel() ** 0.5)
+    scale = max(torch.linalg.vector_norm(expected).item(), expected.numel() ** 0.5, 1e-30)
     return torch.linalg.vector_norm(found - expected).item() / scale

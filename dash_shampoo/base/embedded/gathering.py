@@ -6,7 +6,7 @@ within each, every block has one owner, which keeps its state and computes its u
 
 import heapq
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, compress
 from typing import Any
@@ -29,6 +29,9 @@ from dash_shampoo.base.embedded.state import is_dtensor, local_tensor
 
 # Names of the dimensions of the meshes below.
 _REPLICATE, _DISTRIBUTE, _SHARD = "replicate", "distribute", "shard"
+
+# Renamed in torch 2.13, where the old name warns.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def assign_owners(blocks: Sequence[Tensor], num_owners: int, cost_model: CostModel) -> list[int]:
@@ -222,7 +225,7 @@ class DDPDistributor(Distributor):
 
     def _gather(self) -> None:
         if self._global_buffer.numel() > 0:
-            dist.all_gather_into_tensor(
+            _all_gather(
                 self._global_buffer.view(-1), self._local_buffer, group=self._communication_group
             )
 

@@ -1,0 +1,1 @@
+"""Tests that start several processes, which talk over gloo on the loopback interface."""
