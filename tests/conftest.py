@@ -1,9 +1,19 @@
 """What holds for the whole suite."""
 
+import logging
 from pathlib import Path
+
+import pytest
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Doctests are looked for in every module, but the helpers and scripts of the tests hold none."""
     is_helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
     return True if is_helper and collection_path.name != "__init__.py" else None
+
+
+@pytest.fixture(autouse=True)
+def every_warning_is_logged() -> None:
+    """Undoes what a test before this one, or a worker's module, has silenced."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger("dash_shampoo").setLevel(logging.NOTSET)
