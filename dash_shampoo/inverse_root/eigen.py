@@ -19,6 +19,7 @@ from dash_shampoo.config import (
     SpectrumRepairConfig,
 )
 from dash_shampoo.inverse_root.blocks import damped, power
+from dash_shampoo.inverse_root.cpu_pool import chunk_rows, map_chunks
 from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
 
@@ -163,10 +164,24 @@ def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Ten
         Eigenvalues (B, N), eigenvectors in rows (B, N, N), and the rows that failed.
     """
     there = A_BNN.to(device=config.eigendecomposition_offload_device or A_BNN.device)
-    L_BN, Q_BNN, failed = _eigh_or_bisect(there, config.retry_double_precision)
+    if there.device.type == "cpu" and A_BNN.device.type != "cpu":
+        L_BN, Q_BNN, failed = _eigh_on_threads(there, config.retry_double_precision)
+    else:  # a stack that is on the CPU was cut into chunks before it came here
+        L_BN, Q_BNN, failed = _eigh_or_bisect(there, config.retry_double_precision)
     # LAPACK and cuSOLVER leave the eigenvectors in columns of column-major memory.
     V_BNN = Q_BNN.mT.contiguous()
     return L_BN.to(A_BNN.device), V_BNN.to(A_BNN.device), failed
+
+
+def _eigh_on_threads(
+    A_BNN: Tensor, retry_double_precision: bool
+) -> tuple[Tensor, Tensor, list[int]]:
+    """`_eigh_or_bisect` of chunks of a stack on the CPU, on several threads."""
+    num_blocks, size, _ = A_BNN.shape
+    chunks = chunk_rows(num_blocks, size, A_BNN.element_size(), torch.get_num_threads())
+    parts = map_chunks(lambda rows: _eigh_or_bisect(A_BNN[rows], retry_double_precision), chunks)
+    failed = [rows.start + row for rows, part in zip(chunks, parts, strict=True) for row in part[2]]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), failed
 
 
 def _eigh_or_bisect(

@@ -8,6 +8,7 @@ import torch
 from dash_shampoo.base import EigenConfig, PerturbationConfig, PseudoInverseConfig
 from dash_shampoo.config import SpectrumRepairConfig
 from dash_shampoo.inverse_root import InverseRootStatus, inverse_root
+from dash_shampoo.inverse_root.eigen import _eigh_on_threads
 from tests.reference.inverse_root import random_orthogonal, random_spd, relative_error
 
 REAL_EIGH = torch.linalg.eigh
@@ -143,3 +144,19 @@ def test_offloading_to_the_cpu_changes_nothing() -> None:
     A = random_spd(3, 6, 10.0, torch.Generator().manual_seed(0)).float()
     config = EigenConfig(eigendecomposition_offload_device="cpu")
     assert torch.equal(inverse_root(A, 4, config).value, inverse_root(A, 4).value)
+
+
+def test_eigendecompositions_offloaded_from_a_gpu_run_on_threads(monkeypatch) -> None:
+    """The part after the copy to the CPU; a failing block is found at its row of the whole stack."""
+    A = _marked_stack(40, [3, 33], size=64)
+    monkeypatch.setattr(torch.linalg, "eigh", _failing_eigh({torch.float32}, calls := []))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        L, Q, failed = _eigh_on_threads(A, retry_double_precision=False)
+    finally:
+        torch.set_num_threads(before)
+    assert failed == [3, 33]
+    assert len(calls) > 8
+    good = [row for row in range(40) if row not in failed]
+    torch.testing.assert_close((Q * L[:, None, :] @ Q.mT)[good], A[good], atol=1e-5, rtol=0.0)
