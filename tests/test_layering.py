@@ -18,10 +18,9 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # A room is a module or a package directly below dash_shampoo; "dash_shampoo" is its __init__.py.
 MAY_IMPORT: dict[str, set[str]] = {
     "base": set(),
-    "kernels": set(),
     "stacks": set(),
     "config": {"base"},
-    "inverse_root": {"config", "kernels"},
+    "inverse_root": {"config"},
     "failures": {"base", "config", "inverse_root"},
     "preconditioner": {"base", "config", "stacks", "inverse_root", "failures"},
     "checkpoint": {"base", "config"},
@@ -32,10 +31,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # What is imported by everyone is torch; the rest by these rooms (or files) alone.
 THIRD_PARTY: dict[str, set[str]] = {
-    "kernels": {"triton"},
     "cli": {"hydra", "omegaconf", "matplotlib", "tqdm", "numpy"},
 }
 DOOR = "dash_shampoo.base"
+# Rooms that have their place in the table before they have their first file.
+PLANNED = {"kernels"}
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
@@ -111,7 +111,7 @@ def violations(files: dict[str, str]) -> list[str]:
 
 def test_discovery_finds_every_room():
     rooms = {room_of(module) for module in sources()}
-    assert rooms == set(MAY_IMPORT), "Give a new room its row in MAY_IMPORT and in CONTRIBUTING.md."
+    assert rooms | PLANNED == set(MAY_IMPORT), "Give a new room its row in MAY_IMPORT and in CONTRIBUTING.md."
     assert len(sources()) >= 15
 
 
@@ -143,8 +143,8 @@ BAD = [
     ("config", "def f():\n    import dash_shampoo.optimizer", "config must not import optimizer"),
     ("config", "import dash_shampoo.base\ndash_shampoo.stacks.plan", "config must not import stacks"),
     ("inverse_root", "from dash_shampoo.base import DistributedShampoo", "must not import base"),
-    ("kernels", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dash_shampoo import config",
-     "kernels must not import config"),
+    ("stacks", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dash_shampoo import config",
+     "stacks must not import config"),
     ("optimizer", "import importlib\nimportlib.import_module('dash_shampoo.stacks.plan')",
      "optimizer must not import stacks"),
     ("cli.main", "import dash_shampoo as ds\nds.stacks.plan_stacks", "cli must not import stacks"),
@@ -181,7 +181,6 @@ GOOD = [
     ),
     ("cli.main", "from dash_shampoo.inverse_root import inverse_root\nimport hydra"),
     ("base", "import importlib\nfrom distributed_shampoo import DistributedShampoo"),
-    ("kernels", "try:\n    import triton\nexcept ModuleNotFoundError:\n    triton = None"),
     ("config", "import math\nfrom collections.abc import Sequence"),
 ]
 
