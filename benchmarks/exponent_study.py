@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,9 @@ from dash_shampoo.cli.model import Llama
 from dash_shampoo.cli.schedule import LearningRate
 
 Optimizer = torch.optim.Optimizer
+Record = dict[str, Any]
+Key = tuple[str, str, int]  # task, method, frequency
+Best = dict[Key, tuple[float, dict[int, float]]]  # learning rate, loss by seed
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class Method:
     lrs: tuple[float, ...]
 
 
-def shampoo(solver: ds.RootInvConfig, exponent: float, epsilon: float = 1e-10) -> Callable[..., Optimizer]:
+def shampoo(
+    solver: ds.RootInvConfig, exponent: float, epsilon: float = 1e-10
+) -> Callable[..., Optimizer]:
     """A constructor of DashShampoo with one solver and one exponent on each side of a matrix."""
 
     def build(params: Iterator[nn.Parameter], lr: float, frequency: int) -> Optimizer:
@@ -91,9 +97,13 @@ METHODS = {
         shampoo(ds.ScaledCoupledNewtonConfig(max_iterations=10), 0.25), _LRS
     ),
     "Newton-DB 10+10, 1/4": Method(shampoo(ds.NewtonDBConfig(scaling=_POWER), 0.25), _LRS),
-    "minimax, 1/4, relative 1e-6": Method(shampoo(ds.MinimaxConfig(relative_epsilon=1e-6), 0.25), _LRS),
+    "minimax, 1/4, relative 1e-6": Method(
+        shampoo(ds.MinimaxConfig(relative_epsilon=1e-6), 0.25), _LRS
+    ),
     "Newton-DB 10, 1/2": Method(shampoo(ds.NewtonDBConfig(scaling=_POWER), 0.5), _LRS),
-    "minimax, 1/2, relative 1e-3": Method(shampoo(ds.MinimaxConfig(relative_epsilon=1e-3), 0.5), _LRS),
+    "minimax, 1/2, relative 1e-3": Method(
+        shampoo(ds.MinimaxConfig(relative_epsilon=1e-3), 0.5), _LRS
+    ),
     "DefaultDashConfig (minimax, 1/2, relative 1e-4)": Method(default_dash, _LRS),
 }
 BASELINE = "eigen, 1/4, absolute 1e-10"
@@ -157,10 +167,12 @@ class DigitsTask:
             return float(F.cross_entropy(model(self.validation[0]), self.validation[1]))
 
 
-TASKS = {"llama": LlamaTask, "digits": DigitsTask}
+TASKS: dict[str, type[LlamaTask] | type[DigitsTask]] = {"llama": LlamaTask, "digits": DigitsTask}
 
 
-def train(task, method: Method, lr: float, frequency: int, seed: int) -> float:
+def train(
+    task: LlamaTask | DigitsTask, method: Method, lr: float, frequency: int, seed: int
+) -> float:
     torch.manual_seed(seed)
     model = task.model()
     optimizer = method.build(model.parameters(), lr, frequency)
@@ -171,7 +183,7 @@ def train(task, method: Method, lr: float, frequency: int, seed: int) -> float:
         loss = task.loss(model, batch)
         if not math.isfinite(float(loss)):
             return math.inf
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     value = task.validation_loss(model)
@@ -207,13 +219,13 @@ def run_all(args: argparse.Namespace, log: Path) -> None:
 KEYS = ("task", "method", "frequency", "lr", "seed")
 
 
-def read(log: Path) -> list[dict]:
+def read(log: Path) -> list[Record]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def best_runs(records: list[dict]) -> dict[tuple[str, str, int], tuple[float, dict[int, float]]]:
+def best_runs(records: list[Record]) -> Best:
     """For each (task, method, frequency) the lr with the lowest mean loss, and its loss by seed."""
-    runs: dict[tuple, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    runs: dict[Key, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in records:
         runs[r["task"], r["method"], r["frequency"]][r["lr"]][r["seed"]] = r["loss"]
     best = {}
@@ -233,7 +245,7 @@ def cell(best: tuple[float, dict[int, float]]) -> str:
     return f"{statistics.fmean(values):.4f} ± {spread:.4f} (lr {lr:g})"
 
 
-def difference(best, key, baseline_key) -> str:
+def difference(best: Best, key: Key, baseline_key: Key) -> str:
     if key not in best or baseline_key not in best or key == baseline_key:
         return "–"
     ours, theirs = best[key][1], best[baseline_key][1]
@@ -241,7 +253,7 @@ def difference(best, key, baseline_key) -> str:
     return f"{statistics.fmean(gaps):+.4f}, {sum(g < 0 for g in gaps)} of {len(gaps)} seeds"
 
 
-def report(records: list[dict], args: argparse.Namespace) -> str:
+def report(records: list[Record]) -> str:
     best = best_runs(records)
     lines = [
         "# Which root trains best",
@@ -268,7 +280,7 @@ def report(records: list[dict], args: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(records: list[dict], path: Path) -> None:
+def plot(records: list[Record], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -282,12 +294,18 @@ def plot(records: list[dict], path: Path) -> None:
             rows = [m for m in METHODS if (task, m, frequency) in best]
             means = [statistics.fmean(best[task, m, frequency][1].values()) for m in rows]
             errors = [
-                statistics.stdev(v) if len(v := list(best[task, m, frequency][1].values())) > 1 else 0.0
+                statistics.stdev(v)
+                if len(v := list(best[task, m, frequency][1].values())) > 1
+                else 0.0
                 for m in rows
             ]
             positions = [list(METHODS).index(m) + (0.1 if frequency == 10 else -0.1) for m in rows]
             axis.errorbar(
-                means, positions, xerr=errors, fmt=marker, capsize=3,
+                means,
+                positions,
+                xerr=errors,
+                fmt=marker,
+                capsize=3,
                 label=f"roots refreshed every {frequency} step{'s' if frequency > 1 else ''}",
             )
         axis.set_yticks(range(len(METHODS)), list(METHODS))
@@ -303,12 +321,18 @@ def plot(records: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", default="benchmarks/results/exponent_study", help="path without ending")
-    parser.add_argument("--only-report", action="store_true", help="draw from the runs that are there")
+    parser.add_argument(
+        "--output", default="benchmarks/results/exponent_study", help="path without ending"
+    )
+    parser.add_argument(
+        "--only-report", action="store_true", help="draw from the runs that are there"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     log = Path(args.output + ".jsonl")
@@ -316,7 +340,7 @@ def main() -> None:
     if not args.only_report:
         run_all(args, log)
     records = read(log)
-    Path(args.output + ".md").write_text(report(records, args))
+    Path(args.output + ".md").write_text(report(records))
     plot(records, Path(args.output + ".png"))
     print(Path(args.output + ".md").read_text())
 

@@ -23,7 +23,6 @@ from dash_shampoo.base import (
 from dash_shampoo.base import name as base_name
 from dash_shampoo.checkpoint import native_groups, without_cast
 from dash_shampoo.config import DashShampooPreconditionerConfig
-from dash_shampoo.inverse_root import check_supported
 from dash_shampoo.preconditioner import (
     StackedRootInvKLShampooPreconditionerList,
     StackedRootInvShampooPreconditionerList,
@@ -101,7 +100,7 @@ class DashShampoo(DistributedShampoo):
         assert isinstance(preconditioner_config, RootInvShampooPreconditionerConfig)
         solver = preconditioner_config.amortized_computation_config
         # The base swallows an unknown solver as a failed computation, so it must be refused here.
-        check_supported(solver)
+        stacked_list.check_solver(solver)
         base_list = cast(
             RootInvShampooPreconditionerList,
             super()._preconditioner_config_to_list_cls(
@@ -116,6 +115,7 @@ class DashShampoo(DistributedShampoo):
             block_list=distributor.local_blocked_params,
             block_names=_block_names(distributor.local_block_info_list, group),
             options=_with_options(preconditioner_config),
+            is_compiled=self._shampoo_pt2_compile_config is not None,
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -92,6 +92,15 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
     _ledger: FailureLedger
     _num_refreshes: int
 
+    @staticmethod
+    def check_solver(solver: RootInvConfig) -> None:
+        """Refuses a solver that is not known.
+
+        Raises:
+            ValueError: If there is none for this config.
+        """
+        check_supported(solver)
+
     @classmethod
     def adopt(
         cls,
@@ -99,6 +108,7 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         block_list: Sequence[Tensor],
         block_names: Sequence[str],
         options: DashShampooPreconditionerConfig,
+        is_compiled: bool = False,
     ) -> Self:
         """Turns the base's list into a stacked one.
 
@@ -107,6 +117,7 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
             block_list: The local blocks of the group's parameters, as given to the base's list.
             block_names: For each block a name for messages.
             options: Solver and options of the stacked computation.
+            is_compiled: Whether the optimizer's step is compiled.
 
         Returns:
             The stacked list, whose stacks hold the state.
@@ -140,6 +151,12 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
             options.num_tolerated_failed_amortized_computations,
             options.safety,
         )
+        if is_compiled:
+            # A handful of batched operations, and plans that Dynamo could only guard on: not worth a
+            # graph. Not a decorator, since that would import the compiler for everyone.
+            self.update_preconditioners = torch.compiler.disable(  # type: ignore[method-assign]
+                self.update_preconditioners
+            )
         return self
 
     def _stack_state(self, name: str) -> tuple[MatrixStack, ...]:
@@ -170,8 +187,6 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         super().compress_preconditioner_list(local_grad_selector)
         self._active = activate(self._plan, local_grad_selector)
 
-    # A handful of batched operations, and plans that Dynamo could only guard on: not worth a graph.
-    @torch.compiler.disable
     @torch.no_grad()
     def update_preconditioners(
         self,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dash_shampoo as ds
+from dash_shampoo.inverse_root import inverse_root
+from dash_shampoo.inverse_root.dispatch import _tested, as_root
 from dash_shampoo.preconditioner import (
     BLOCK_SEAMS,
     LIST_SEAMS,
@@ -286,3 +288,102 @@ def test_without_a_seam_a_solver_of_ours_is_refused(monkeypatch):
     config = ds.RootInvShampooPreconditionerConfig(amortized_computation_config=ds.NewtonDBConfig())
     with pytest.raises(RuntimeError, match=r"TheList\.seam.*NewtonDBConfig"):
         build(config, shapes=[(8, 8)])
+
+
+def inaccurate(which):
+    """An inverse_root whose roots of the matrices `which` of every first attempt are wrong."""
+
+    def solve(A, root, config, epsilon, residual_threshold=None):
+        result = inverse_root(A, root, config, epsilon, residual_threshold)
+        if isinstance(config, ds.EigenConfig) or residual_threshold is None:
+            return result
+        value = result.value.clone()
+        value[which] *= 3.0
+        return _tested(replace(result, value=value), A, as_root(root), residual_threshold)
+
+    return solve
+
+
+def safe(policy="eigen", **options):
+    return ds.DashShampooPreconditionerConfig(
+        amortized_computation_config=ds.CoupledNewtonConfig(),
+        safety=ds.SafetyConfig(policy=policy, **options),
+        use_symmetric_packing=False,
+    )
+
+
+def roots_of(optimizer):
+    return [
+        root.clone()
+        for f in stacked(optimizer)._local_kronecker_factors_unwrapped
+        for root in f.inv_factor_matrices
+    ]
+
+
+SQUARES = {"shapes": [(8, 8)] * 3, "epsilon": 1e-2}
+
+
+def test_inaccurate_roots_are_redone_by_eigen_those_rows_alone(monkeypatch, caplog):
+    sound, params = build(safe(), **SQUARES)
+    step(sound, params)
+    monkeypatch.setattr("dash_shampoo.preconditioner.inverse_root", inaccurate([1, 4]))
+    repaired, params = build(safe(), **SQUARES)
+    with caplog.at_level(logging.WARNING, logger="dash_shampoo"):
+        step(repaired, params)
+        step(repaired, params)
+    assert repaired.failure_counts() == {"parameter 1": 4}
+    assert len([r for r in caplog.records if "inaccurate" in r.message]) == 1
+    step(sound, params)
+    for expected, found in zip(roots_of(sound), roots_of(repaired), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_inaccurate_roots_keep_the_previous_root(monkeypatch):
+    optimizer, params = build(safe("keep"), **SQUARES)
+    step(optimizer, params)
+    before = roots_of(optimizer)
+    monkeypatch.setattr("dash_shampoo.preconditioner.inverse_root", inaccurate([0]))
+    step(optimizer, params, seed=1)
+    after = roots_of(optimizer)
+    assert torch.equal(before[0], after[0])
+    assert not any(torch.equal(b, a) for b, a in zip(before[1:], after[1:], strict=True))
+
+
+def test_inaccurate_roots_can_raise_with_the_name_of_the_parameter(monkeypatch):
+    monkeypatch.setattr("dash_shampoo.preconditioner.inverse_root", inaccurate([2]))
+    optimizer, params = build(safe("raise"), **SQUARES)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ds.PreconditionerValueError, match="inaccurate"):
+        step(optimizer, params)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_the_host_looks_only_every_check_interval(monkeypatch):
+    monkeypatch.setattr("dash_shampoo.preconditioner.inverse_root", inaccurate([0]))
+    optimizer, params = build(safe(check_interval=3), **SQUARES)
+    identity = torch.eye(8)
+    for seed in range(2):
+        step(optimizer, params, seed)
+        assert torch.equal(roots_of(optimizer)[0], identity)
+    step(optimizer, params, seed=2)
+    assert not torch.equal(roots_of(optimizer)[0], identity)
+    assert optimizer.failure_counts() == {"parameter 0": 3}
+
+
+def test_a_redone_root_is_damped_as_the_solver_damps():
+    """Chebyshev of degree 1 is off by far; its eigen substitute aims at Chebyshev's own target."""
+    solver = ds.ChebyshevConfig(degree=1, relative_epsilon=1e-2)
+    config = ds.DashShampooPreconditionerConfig(
+        amortized_computation_config=solver, safety=ds.SafetyConfig(), use_symmetric_packing=False
+    )
+    optimizer, params = build(config, **SQUARES)
+    step(optimizer, params)
+    assert optimizer.failure_counts()
+    for factors in stacked(optimizer)._local_kronecker_factors_unwrapped:
+        for factor, root in zip(factors.factor_matrices, factors.inv_factor_matrices, strict=True):
+            A = factor.double()
+            A += (1e-2 + 1e-2 * A.norm()) * torch.eye(8)
+            values, vectors = torch.linalg.eigh(A)
+            torch.testing.assert_close(
+                root.double(), vectors @ (values**-0.25).diag() @ vectors.T, rtol=1e-4, atol=1e-4
+            )

@@ -59,8 +59,9 @@ def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor) -> 
         result = torch.baddbmm(damping[:, None, None] * result, A, result)
     for _ in range(num_roots // 2):
         result = torch.bmm(X, result)
-    error = torch.linalg.vector_norm(result - V, dim=(-2, -1))
-    return error / torch.linalg.vector_norm(V)
+    residual: Tensor = torch.linalg.vector_norm(result - V, dim=(-2, -1))
+    residual /= torch.linalg.vector_norm(V)
+    return residual
 
 
 @lru_cache(maxsize=64)

@@ -198,7 +198,7 @@ def activate(plan: StackPlan, selector: Sequence[bool]) -> ActivePlan:
         The active buckets and stacks; empty ones are left out. Contiguous rows are slices, so that with
         all blocks active no gather or scatter is needed.
     """
-    position = {}
+    position: dict[int, int] = {}
     for index, active in enumerate(selector):
         if active:
             position[index] = len(position)
@@ -243,7 +243,7 @@ def split_rows(rows: Rows, size: int) -> list[Rows]:
         The chunks in order.
     """
     if isinstance(rows, torch.Tensor):
-        return list(rows.split(size))
+        return list(torch.split(rows, size))
     return [
         slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)
     ]

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from dash_shampoo.stacks.plan import Rows
 
@@ -109,7 +110,7 @@ def bind_(tensor: Tensor, row: Tensor) -> None:
     """
     if row.numel() == 0:
         return
-    alias = torch.from_dlpack(row)
+    alias: Tensor = from_dlpack(row)
     tensor.set_(alias.untyped_storage(), 0, row.size(), row.stride())
 
 
