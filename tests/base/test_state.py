@@ -193,7 +193,7 @@ def test_parameters_with_different_pasts_cannot_share_a_group():
     before = snapshot(optimizer)
     saved = copy.deepcopy(trained()[1].state_dict())
     saved["state"][4]["step"] = torch.tensor(7)
-    with pytest.raises(ValueError, match=r"shared by the parameters of a group.*\(3 and 7\)"):
+    with pytest.raises(ValueError, match=r"\['step'\] is 7, but 3 for others"):
         optimizer.load_state_dict(saved)
     assert_unchanged(optimizer, before)
 

@@ -137,8 +137,8 @@ def test_resuming_on_any_number_of_processes(saving, loading, tmp_path):
     [
         (2, {}),
         (3, {"communicate_params": True}),
-        # Not with several groups: there Meta's processes create groups of different ranks under the same name,
-        # which gloo mixes up now and then.
+        # Not with several groups: there Meta's processes create groups of different ranks under the same
+        # name, which gloo mixes up now and then.
         (2, {"communication_dtype": torch.bfloat16}),
     ],
 )

@@ -83,7 +83,7 @@ class Distributor:
         self._runtime_config = runtime_config
         self._max_dim: int | float = param_group[keys.MAX_PRECONDITIONER_DIM]
         self._staged: list[tuple[Tensor, Tensor]] = []
-        self._plans: list[_ParamPlan] = []
+        self._plans: dict[int, _ParamPlan] = {}
         blocks: list[Tensor] = []
         for param in self._select_params(param_group[keys.PARAMS]):
             blocks.extend(self._plan_param(param))
@@ -91,7 +91,7 @@ class Distributor:
 
         self._distributor_selector = self._assign_blocks()
         local_flags = iter(self._distributor_selector)
-        for plan in self._plans:
+        for plan in self._plans.values():
             plan.local_selector = tuple(next(local_flags) for _ in range(plan.num_blocks))
         self._local_blocked_params = tuple(
             compress(self._global_blocked_params, self._distributor_selector)
@@ -136,7 +136,7 @@ class Distributor:
         self.refresh_blocked_params()
         blocks: list[Tensor] = []
         active = []
-        for plan in self._plans:
+        for plan in self._plans.values():
             grad = self._local_gradient(plan.param)
             has_grad = grad is not None and grad.numel() > 0
             active.append(has_grad)
@@ -205,7 +205,7 @@ class Distributor:
         self._active_params = active_params
         self._global_grad_selector: tuple[bool, ...] = tuple(
             has_grad
-            for plan, has_grad in zip(self._plans, active_params, strict=True)
+            for plan, has_grad in zip(self._plans.values(), active_params, strict=True)
             for _ in range(plan.num_blocks)
         )
         self._local_grad_selector = tuple(
@@ -233,10 +233,8 @@ class Distributor:
             self._staged.append((local, copy))
             merged = copy.view(shape)
         blocks = multi_dim_split(merged, self._max_dim)
-        self._plans.append(
-            _ParamPlan(
-                param=param, index=len(self._plans), merged_shape=shape, num_blocks=len(blocks)
-            )
+        self._plans[id(param)] = _ParamPlan(
+            param=param, index=len(self._plans), merged_shape=shape, num_blocks=len(blocks)
         )
         return blocks
 
@@ -245,7 +243,7 @@ class Distributor:
         name_of = (
             dict(zip(map(id, self._param_group[keys.PARAMS]), names, strict=True)) if names else {}
         )
-        for plan in self._plans:
+        for plan in self._plans.values():
             for block_index in compress(range(plan.num_blocks), plan.local_selector):
                 yield self._make_block_info(
                     param=plan.param,

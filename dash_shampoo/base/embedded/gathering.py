@@ -141,8 +141,8 @@ class DDPDistributor(Distributor):
 
     def is_foreign_block(self, param: Tensor, key: str) -> bool:
         """Whether a key of the state is a block of the parameter that another process owns."""
-        num_blocks = next((p.num_blocks for p in self._plans if p.param is param), 0)
-        return key in map(self._block_key, range(num_blocks))
+        plan = self._plans.get(id(param))
+        return plan is not None and key in map(self._block_key, range(plan.num_blocks))
 
     # ------------------------------------------------------- what other distributors override
 

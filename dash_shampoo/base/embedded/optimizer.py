@@ -14,12 +14,11 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from dash_shampoo.base.embedded import (
     configs,
     distributed_configs,
+    factories,
     keys,
     matrix_function_configs,
 )
 from dash_shampoo.base.embedded.configs import (
-    AdaGradPreconditionerConfig,
-    AdamPreconditionerConfig,
     ClassicMomentumConfig,
     ConcurrencyConfig,
     DefaultConcurrencyConfig,
@@ -28,33 +27,22 @@ from dash_shampoo.base.embedded.configs import (
     GeneralizedPrimalAveragingConfig,
     IterateAveragingConfig,
     PreconditionerConfig,
-    RMSpropPreconditionerConfig,
-    RootInvShampooPreconditionerConfig,
     ScheduleFreeConfig,
-    SGDPreconditionerConfig,
     ShampooPT2CompileConfig,
     ShampooRuntimeConfig,
     WeightDecayType,
 )
 from dash_shampoo.base.embedded.distributed_configs import (
-    DDPDistributedConfig,
     DefaultSingleDeviceDistributedConfig,
     DistributedConfig,
-    FSDPParamAssignmentStrategy,
-    FullyShardDistributedConfig,
-    HybridShardDistributedConfig,
-    SingleDeviceDistributedConfig,
-    not_implemented,
 )
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.hyper_parameters import check_and_complete
 from dash_shampoo.base.embedded.preconditioner_list import (
-    AdagradPreconditionerList,
     PreconditionerList,
-    SGDPreconditionerList,
 )
 from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
-from dash_shampoo.base.embedded.state import check_aliased, copy_nested, native_config, plan_loading
+from dash_shampoo.base.embedded.state import copy_nested, native_config, plan_loading
 from dash_shampoo.base.embedded.step import (
     StepSettings,
     call,
@@ -194,27 +182,7 @@ class DistributedShampoo(Optimizer):
         Raises:
             NotImplementedError: If the embedded base has none.
         """
-        config = distributed_config
-        if isinstance(config, SingleDeviceDistributedConfig):
-            return Distributor
-        is_default = (
-            getattr(config, "param_assignment_strategy", FSDPParamAssignmentStrategy.DEFAULT)
-            == FSDPParamAssignmentStrategy.DEFAULT
-        )
-        # DTensor takes a while to import, which a single device need not wait for.
-        if isinstance(config, HybridShardDistributedConfig) and is_default:
-            from dash_shampoo.base.embedded.gathering import HybridShardDistributor
-
-            return HybridShardDistributor
-        if isinstance(config, FullyShardDistributedConfig) and is_default:
-            from dash_shampoo.base.embedded.fully_shard import FullyShardDistributor
-
-            return FullyShardDistributor
-        if type(config) is DDPDistributedConfig:
-            from dash_shampoo.base.embedded.gathering import DDPDistributor
-
-            return DDPDistributor
-        raise not_implemented(f"distributed_config={distributed_config!r}")
+        return factories.distributor_class(distributed_config)
 
     def _preconditioner_config_to_list_cls(
         self,
@@ -227,42 +195,9 @@ class DistributedShampoo(Optimizer):
         Raises:
             NotImplementedError: If the embedded base has none.
         """
-        distributor: Distributor = state_lists[keys.DISTRIBUTOR]
-        blocks, infos = distributor.local_blocked_params, distributor.local_block_info_list
-        config = preconditioner_config
-        if config is None:
-            return None
-        if isinstance(config, SGDPreconditionerConfig):
-            return SGDPreconditionerList(blocks)
-        if isinstance(config, AdaGradPreconditionerConfig):
-            beta2, weight = 1.0, 1.0
-            if isinstance(config, RMSpropPreconditionerConfig):
-                beta2 = config.beta2
-                weight = 1.0 if config.drop_weighting_factor_on_gsquare else 1 - beta2
-            return AdagradPreconditionerList(
-                blocks,
-                self.state,
-                infos,
-                beta2=beta2,
-                weighting_factor=weight,
-                epsilon=config.epsilon,
-                use_bias_correction=isinstance(config, AdamPreconditionerConfig)
-                and not config.drop_weighting_factor_on_gsquare,
-            )
-        if type(config) is RootInvShampooPreconditionerConfig:
-            beta2 = group[keys.BETAS][1]
-            is_sum = beta2 == 1.0 or config.drop_weighting_factor_on_gsquare
-            return RootInvShampooPreconditionerList(
-                blocks,
-                self.state,
-                infos,
-                preconditioner_config=config,
-                beta2=beta2,
-                weighting_factor=1.0 if is_sum else 1 - beta2,
-                epsilon=group[keys.EPSILON],
-                use_bias_correction=group[keys.USE_BIAS_CORRECTION],
-            )
-        raise not_implemented(f"{keys.PRECONDITIONER_CONFIG}={config!r}")
+        return factories.preconditioner_list(
+            preconditioner_config, self.state, state_lists[keys.DISTRIBUTOR], group
+        )
 
     def _instantiate_distributor(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
         distributor_class = self._select_distributor_class(group[keys.DISTRIBUTED_CONFIG])
@@ -491,53 +426,35 @@ class DistributedShampoo(Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         saved_groups = state_dict["param_groups"]
-        self._check_groups(saved_groups)
-        ids = chain.from_iterable(group[keys.PARAMS] for group in saved_groups)
-        params = chain.from_iterable(group[keys.PARAMS] for group in self.param_groups)
-        copies = plan_loading(
-            list(zip(ids, params, strict=True)),
-            self.state,
-            state_dict["state"],
-            self._is_foreign_block,
+        sizes, saved_sizes = (
+            [len(group[keys.PARAMS]) for group in groups]
+            for groups in (self.param_groups, saved_groups)
         )
-        aliased = [
-            lists[key]
-            for lists in self._per_group_state_lists
-            for key in (keys.STEP, keys.LR_SUM, keys.TRAIN_MODE)
-            if key in lists
-        ]
-        check_aliased(copies, aliased)
-
-        was_train = [
-            bool(lists.get(keys.TRAIN_MODE, True)) for lists in self._per_group_state_lists
-        ]
-        for target, source in copies:
-            target.copy_(source)
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            group.update(
-                (key, native_config(value, _NATIVE_CONFIGS))
-                for key, value in saved.items()
-                if key not in _STRUCTURE
-            )
-        self._switch_mode(is_train=all(was_train))
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _check_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        sizes = [len(group[keys.PARAMS]) for group in self.param_groups]
-        saved_sizes = [len(group[keys.PARAMS]) for group in saved_groups]
         if sizes != saved_sizes:
             raise ValueError(
                 "Cannot load the optimizer's state, nothing was changed: the saved parameter groups "
                 f"have {saved_sizes} parameters, the optimizer's {sizes}."
             )
+        pairs = [
+            list(zip(saved[keys.PARAMS], group[keys.PARAMS], strict=True))
+            for saved, group in zip(saved_groups, self.param_groups, strict=True)
+        ]
+        distributors = [lists[keys.DISTRIBUTOR] for lists in self._per_group_state_lists]
+        copies = plan_loading(pairs, self.state, state_dict["state"], distributors)
+        updates = [
+            {k: native_config(v, _NATIVE_CONFIGS) for k, v in saved.items() if k not in _STRUCTURE}
+            for saved in saved_groups
+        ]
 
-    def _is_foreign_block(self, param: Tensor, key: str) -> bool:
-        return any(
-            lists[keys.DISTRIBUTOR].is_foreign_block(param, key)
-            for lists, group in self._groups()
-            if any(param is own for own in group[keys.PARAMS])
-        )
+        modes = [lists.get(keys.TRAIN_MODE, True) for lists in self._per_group_state_lists]
+        is_train = all(map(bool, modes))
+        for target, source in copies:
+            target.copy_(source)
+        for group, update in zip(self.param_groups, updates, strict=True):
+            group.update(update)
+        self._switch_mode(is_train)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -34,8 +34,6 @@ class PreconditionerList(ABC):
 
     def __init__(self, block_list: tuple[Tensor, ...]) -> None:
         self._dims_list: tuple[torch.Size, ...] = tuple(block.size() for block in block_list)
-        self._numel_list: tuple[int, ...] = (0,) * len(block_list)
-        self._num_bytes_list: tuple[int, ...] = (0,) * len(block_list)
 
     @abstractmethod
     def update_preconditioners(
@@ -53,29 +51,6 @@ class PreconditionerList(ABC):
     @abstractmethod
     def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
         """Restricts the list to the blocks that have a gradient."""
-
-    @property
-    def dims_list(self) -> tuple[torch.Size, ...]:
-        """Shapes of the blocks."""
-        return self._dims_list
-
-    @property
-    def numel_list(self) -> tuple[int, ...]:
-        """Elements of preconditioner state by block."""
-        return self._numel_list
-
-    @property
-    def num_bytes_list(self) -> tuple[int, ...]:
-        """Bytes of preconditioner state by block."""
-        return self._num_bytes_list
-
-    def numel(self) -> int:
-        """Elements of preconditioner state."""
-        return sum(self._numel_list)
-
-    def num_bytes(self) -> int:
-        """Bytes of preconditioner state."""
-        return sum(self._num_bytes_list)
 
 
 class SGDPreconditionerList(PreconditionerList):
@@ -135,8 +110,6 @@ class AdagradPreconditionerList(PreconditionerList):
             preconditioners.append(info.get_tensor(block_state[keys.ADAGRAD]))
         self._local_preconditioner_list: tuple[Tensor, ...] = tuple(preconditioners)
         self._masked_preconditioner_list = self._local_preconditioner_list
-        self._numel_list = tuple(v.numel() for v in preconditioners)
-        self._num_bytes_list = tuple(v.numel() * v.element_size() for v in preconditioners)
 
     def update_preconditioners(
         self,

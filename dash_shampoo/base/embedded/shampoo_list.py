@@ -55,13 +55,11 @@ class RootInvShampooKroneckerFactors:
     param_name: str | None = None
     _failed_amortized_computation_counter: int = field(init=False, default=0)
 
-    def get_unpacked_factor_matrices(self) -> tuple[Tensor, ...]:
-        """The factor matrices as (N, N); new memory if they are packed."""
-        return self._unpacked(self.factor_matrices)
-
     def get_unpacked_inv_factor_matrices(self) -> tuple[Tensor, ...]:
         """The inverse factor matrices as (N, N); new memory if they are packed."""
-        return self._unpacked(self.inv_factor_matrices)
+        if not self.use_symmetric_packing:
+            return self.inv_factor_matrices
+        return tuple(map(unpack_upper_triangular, self.inv_factor_matrices))
 
     def accumulate_(self, outer_products: list[Tensor], beta2: float, weight: float) -> None:
         """F ← beta2·F + weight·GGᵀ."""
@@ -141,11 +139,6 @@ class RootInvShampooKroneckerFactors:
                 f"num_tolerated_failed_amortized_computations={tolerated}. The last error: {error}"
             ) from error
 
-    def _unpacked(self, matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if not self.use_symmetric_packing:
-            return matrices
-        return tuple(unpack_upper_triangular(matrix) for matrix in matrices)
-
     def _named(self, index: str) -> str:
         return index if self.param_name is None else f"{index} (of parameter {self.param_name})"
 
@@ -206,14 +199,6 @@ class RootInvShampooPreconditionerList(PreconditionerList):
             self._local_preconditioned_dims_selector_list
         )
         self._masked_kronecker_factors_unwrapped = self._local_kronecker_factors_unwrapped
-        tensors = [
-            (*factors.factor_matrices, *factors.inv_factor_matrices)
-            for factors in self._local_kronecker_factors_unwrapped
-        ]
-        self._numel_list = tuple(sum(t.numel() for t in block) for block in tensors)
-        self._num_bytes_list = tuple(
-            sum(t.numel() * t.element_size() for t in block) for block in tensors
-        )
 
     def check_supported(self) -> None:
         """Refuses a solver that this list does not have, or roots that it cannot do.

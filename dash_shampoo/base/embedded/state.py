@@ -1,7 +1,8 @@
 """Saving and loading: nested state, configs of the other base, loading all or nothing."""
 
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -13,9 +14,11 @@ from dash_shampoo.base.embedded import keys
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+    from dash_shampoo.base.embedded.distributor import Distributor
+
 _MAX_NAMED = 5
 # One tensor for all parameters of a group.
-_ALIASED = (keys.STEP, keys.LR_SUM, keys.TRAIN_MODE)
+_SHARED = (keys.STEP, keys.LR_SUM, keys.TRAIN_MODE)
 
 
 def copy_nested(state: Any) -> Any:
@@ -52,50 +55,62 @@ def native_config(value: Any, namespace: Mapping[str, Any]) -> Any:
 
 
 def plan_loading(
-    params: Sequence[tuple[Any, Tensor]],
+    groups: Sequence[Sequence[tuple[Any, Tensor]]],
     state: Mapping[Tensor, Mapping[str, Any]],
     saved: Mapping[Any, Any],
-    is_foreign_block: Callable[[Tensor, str], bool],
+    distributors: Sequence["Distributor"],
 ) -> list[tuple[Tensor, Tensor]]:
     """Checks a saved state against the current one, changing nothing.
 
     Args:
-        params: Identifier in the saved state and parameter, in order.
+        groups: For each group its parameters, each with its identifier in the saved state.
         state: Current state.
-        saved: State to load.
-        is_foreign_block: Whether a key of a parameter's state is a block of another process; that
-            may be in the saved state without being in the current one.
+        saved: State to load. Blocks that another process keeps may be in it.
+        distributors: One per group, which know those blocks.
 
     Returns:
         Pairs of local tensors: into which to copy and which.
 
     Raises:
-        ValueError: If keys are missing or unexpected, or shapes differ.
+        ValueError: If keys are missing or unexpected, shapes differ, or the parameters of a group have
+            different values of what they share.
     """
     copies: list[tuple[Tensor, Tensor]] = []
     problems: list[str] = []
-    for identifier, param in params:
-        path = f"state[{identifier!r}]"
-        saved_param = saved.get(identifier)
-        if not isinstance(saved_param, Mapping):
-            problems.append(f"{path} is missing")
-            continue
-        local = {
-            key: value
-            for key, value in saved_param.items()
-            if key in state[param] or not is_foreign_block(param, str(key))
-        }
-        problems.extend(_match(state[param], local, path, copies))
-    known = {identifier for identifier, _ in params}
+    for params, distributor in zip(groups, distributors, strict=True):
+        shared: dict[str, Any] = {}
+        for identifier, param in params:
+            path = f"state[{identifier!r}]"
+            saved_param = saved.get(identifier)
+            if not isinstance(saved_param, Mapping):
+                problems.append(f"{path} is missing")
+                continue
+            local = {
+                key: value
+                for key, value in saved_param.items()
+                if key in state[param] or not distributor.is_foreign_block(param, str(key))
+            }
+            problems.extend(_match(state[param], local, path, copies))
+            problems.extend(_unequal(shared, local, path))
+    known = {identifier for params in groups for identifier, _ in params}
     problems.extend(f"state[{key!r}] is not known here" for key in saved if key not in known)
     if problems:
         named = "; ".join(problems[:_MAX_NAMED])
         more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
         raise ValueError(
             f"Cannot load the optimizer's state, nothing was changed: {named}{more}. Was it saved "
-            "with other parameters, another max_preconditioner_dim, grafting, beta1 or averaging?"
+            "with other parameters or groups, another max_preconditioner_dim, grafting, beta1 or "
+            "averaging?"
         )
     return copies
+
+
+def _unequal(shared: dict[str, Any], saved: Mapping[str, Any], path: str) -> Iterator[str]:
+    for key in _SHARED:
+        if key in saved:
+            value, first = float(saved[key]), float(shared.setdefault(key, saved[key]))
+            if not math.isclose(value, first, rel_tol=1e-6) and value == value:
+                yield f"{path}[{key!r}] is {value:g}, but {first:g} for others of its group"
 
 
 def _match(
@@ -131,27 +146,3 @@ def is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
 def local_tensor(tensor: Tensor) -> Tensor:
     """The local part of a DTensor; a plain tensor itself."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
-def check_aliased(copies: Sequence[tuple[Tensor, Tensor]], aliased: Sequence[Tensor]) -> None:
-    """Refuses states that hold different values for a tensor that a group's parameters share.
-
-    Args:
-        copies: Pairs of tensors, as planned.
-        aliased: The shared tensors.
-
-    Raises:
-        ValueError: If the values differ.
-    """
-    seen: dict[int, Tensor] = {}
-    shared = {id(tensor) for tensor in aliased}
-    for target, source in copies:
-        if id(target) not in shared:
-            continue
-        first = seen.setdefault(id(target), source)
-        if not torch.allclose(first.double(), source.double(), rtol=1e-6, equal_nan=True):
-            raise ValueError(
-                "Cannot load the optimizer's state, nothing was changed: one of "
-                f"{', '.join(_ALIASED)} is shared by the parameters of a group, but differs among "
-                f"the saved ones ({first.item()} and {source.item()}). Were they in several groups?"
-            )

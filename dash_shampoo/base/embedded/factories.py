@@ -1,0 +1,103 @@
+"""Which distributor and which preconditioner list serves which config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dash_shampoo.base.embedded import keys
+from dash_shampoo.base.embedded.configs import (
+    AdaGradPreconditionerConfig,
+    AdamPreconditionerConfig,
+    PreconditionerConfig,
+    RMSpropPreconditionerConfig,
+    RootInvShampooPreconditionerConfig,
+    SGDPreconditionerConfig,
+)
+from dash_shampoo.base.embedded.distributed_configs import (
+    DDPDistributedConfig,
+    DistributedConfig,
+    FSDPParamAssignmentStrategy,
+    FullyShardDistributedConfig,
+    HybridShardDistributedConfig,
+    SingleDeviceDistributedConfig,
+    not_implemented,
+)
+from dash_shampoo.base.embedded.distributor import Distributor
+from dash_shampoo.base.embedded.preconditioner_list import (
+    AdagradPreconditionerList,
+    PreconditionerList,
+    SGDPreconditionerList,
+)
+from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
+
+
+def distributor_class(config: DistributedConfig) -> type[Distributor]:
+    """The distributor for a config.
+
+    Raises:
+        NotImplementedError: If the embedded base has none.
+    """
+    if isinstance(config, SingleDeviceDistributedConfig):
+        return Distributor
+    is_sharded = (
+        isinstance(config, FullyShardDistributedConfig)
+        and config.param_assignment_strategy == FSDPParamAssignmentStrategy.DEFAULT
+    )
+    # DTensor takes a while to import, which a single device need not wait for.
+    if is_sharded and isinstance(config, HybridShardDistributedConfig):
+        from dash_shampoo.base.embedded.gathering import HybridShardDistributor
+
+        return HybridShardDistributor
+    if is_sharded:
+        from dash_shampoo.base.embedded.fully_shard import FullyShardDistributor
+
+        return FullyShardDistributor
+    if type(config) is DDPDistributedConfig:
+        from dash_shampoo.base.embedded.gathering import DDPDistributor
+
+        return DDPDistributor
+    raise not_implemented(f"{keys.DISTRIBUTED_CONFIG}={config!r}")
+
+
+def preconditioner_list(
+    config: PreconditionerConfig | None,
+    state: Mapping[Tensor, Any],
+    distributor: Distributor,
+    group: Mapping[str, Any],
+) -> PreconditionerList | None:
+    """The preconditioner list for a config, of Shampoo or of grafting; None for None.
+
+    Raises:
+        NotImplementedError: If the embedded base has none.
+    """
+    blocks, infos = distributor.local_blocked_params, distributor.local_block_info_list
+    if config is None:
+        return None
+    if isinstance(config, SGDPreconditionerConfig):
+        return SGDPreconditionerList(blocks)
+    if isinstance(config, AdaGradPreconditionerConfig):
+        beta2, weight = 1.0, 1.0
+        is_corrected = isinstance(config, AdamPreconditionerConfig)
+        if isinstance(config, RMSpropPreconditionerConfig):
+            beta2, weight = config.beta2, 1 - config.beta2
+            if config.drop_weighting_factor_on_gsquare:
+                weight, is_corrected = 1.0, False
+        return AdagradPreconditionerList(
+            blocks, state, infos, beta2, weight, config.epsilon, is_corrected
+        )
+    # By exact type: subclasses are other methods, or have options that would be ignored here.
+    if type(config) is RootInvShampooPreconditionerConfig:
+        beta2 = group[keys.BETAS][1]
+        is_sum = beta2 == 1.0 or config.drop_weighting_factor_on_gsquare
+        return RootInvShampooPreconditionerList(
+            blocks,
+            state,
+            infos,
+            preconditioner_config=config,
+            beta2=beta2,
+            weighting_factor=1.0 if is_sum else 1 - beta2,
+            epsilon=group[keys.EPSILON],
+            use_bias_correction=group[keys.USE_BIAS_CORRECTION],
+        )
+    raise not_implemented(f"the preconditioner or grafting config {config!r}")
