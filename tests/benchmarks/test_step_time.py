@@ -54,9 +54,8 @@ def test_a_refresh_interval_is_timed_as_a_whole(monkeypatch, tiny):
     steps = []
     step = ds.DashShampoo.step
     monkeypatch.setattr(ds.DashShampoo, "step", lambda self: (steps.append(1), step(self))[1])
-    main(
-        "--cases tiny --solvers newton_db --rounds 2 --warmup 1 --precondition-frequency 5".split()
-    )
+    words = ["--cases", "tiny", "--solvers", "newton_db", "--rounds", "2", "--warmup", "1"]
+    main([*words, "--precondition-frequency", "5"])
     assert len(steps) == 15
 
 
