@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # What is imported by everyone is torch; the rest by these rooms (or files) alone.
 THIRD_PARTY: dict[str, set[str]] = {
-    "cli": {"hydra", "omegaconf", "matplotlib", "tqdm", "numpy"},
+    "cli": {"hydra", "omegaconf", "matplotlib", "sentencepiece", "tqdm", "numpy"},
 }
 DOOR = "dash_shampoo.base"
 

@@ -72,26 +72,46 @@ def load_stdlib_bytes(validation_percent: int = 5, root: str | None = None) -> T
     Raises:
         ValueError: If `validation_percent` is out of range, or no source files are found.
     """
-    if not 1 <= validation_percent <= 99:
-        raise ValueError(f"data.validation_percent={validation_percent} must lie in [1, 99].")
-    folder = Path(root if root is not None else sysconfig.get_paths()["stdlib"])
-    train, validation = bytearray(), bytearray()
-    for name, path in sorted(_source_files(folder)):
-        part = validation if is_held_out(name, validation_percent) else train
-        part += path.read_bytes() + _END_OF_FILE
-    if not train or not validation:
-        raise ValueError(
-            f"Found too few Python source files under {folder}: {len(train)} bytes for training, "
-            f"{len(validation)} for validation. Point data.root at a folder of text files ending "
-            "in .py."
-        )
+    train, validation = (
+        bytearray(b"".join(text + _END_OF_FILE for text in part))
+        for part in read_stdlib(validation_percent, root)
+    )
     return TokenData(
         train=torch.frombuffer(train, dtype=torch.uint8),
         validation=torch.frombuffer(validation, dtype=torch.uint8),
         vocab_size=BYTE_VOCABULARY,
         name="Python standard library, bytes",
-        digest=_digest(train, validation),
+        digest=digest(train, validation),
     )
+
+
+def read_stdlib(validation_percent: int, root: str | None) -> tuple[list[bytes], list[bytes]]:
+    """The contents of the source files for training and for validation, sorted by name.
+
+    Args:
+        validation_percent: See `load_stdlib_bytes`.
+        root: See `load_stdlib_bytes`.
+
+    Returns:
+        The two lists, neither of them empty.
+
+    Raises:
+        ValueError: If `validation_percent` is out of range, or no source files are found.
+    """
+    if not 1 <= validation_percent <= 99:
+        raise ValueError(f"data.validation_percent={validation_percent} must lie in [1, 99].")
+    folder = Path(root if root is not None else sysconfig.get_paths()["stdlib"])
+    train: list[bytes] = []
+    validation: list[bytes] = []
+    for name, path in sorted(_source_files(folder)):
+        (validation if is_held_out(name, validation_percent) else train).append(path.read_bytes())
+    if not train or not validation:
+        raise ValueError(
+            f"Found too few Python source files under {folder}: {len(train)} for training, "
+            f"{len(validation)} for validation. Point data.root at a folder of text files ending "
+            "in .py."
+        )
+    return train, validation
 
 
 def _source_files(folder: Path) -> list[tuple[str, Path]]:
@@ -103,7 +123,15 @@ def _source_files(folder: Path) -> list[tuple[str, Path]]:
     ]
 
 
-def _digest(*parts: bytes | bytearray) -> str:
+def digest(*parts: bytes | bytearray) -> str:
+    """A short hash of byte strings, for `TokenData`.
+
+    Args:
+        *parts: The strings.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     state = hashlib.sha256()
     for part in parts:
         state.update(len(part).to_bytes(8, "big"))
@@ -141,7 +169,7 @@ def load_token_files(
         vocab_size=vocab_size,
         name=f"tokens of {len(train_files)} + {len(validation_files)} files",
         # Hashing hundreds of gigabytes at every start would be absurd: names and sizes it is.
-        digest=_digest(sizes.encode()),
+        digest=digest(sizes.encode()),
     )
 
 

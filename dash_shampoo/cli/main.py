@@ -12,7 +12,7 @@ COMMANDS = {
     "demo": ("dash_shampoo.cli.demo", "compare optimizers on a tiny model: table and plots"),
 }
 # What `pip install dash-shampoo[cli]` brings.
-_EXTRA = ("hydra", "omegaconf", "tqdm", "matplotlib")
+_EXTRA = ("hydra", "omegaconf", "tqdm", "matplotlib", "sentencepiece")
 
 
 def main(words: Sequence[str] | None = None) -> int:
