@@ -26,9 +26,6 @@ from dash_shampoo.cli.report import environment, markdown_table
 from dash_shampoo.cli.settings import SettingsError, compose_train, train_settings
 from dash_shampoo.cli.train import DivergedError, Trainer
 
-# Left out of the mean times: the first step allocates states.
-_WARM_UP_STEPS = 1
-
 
 @dataclass(frozen=True)
 class Run:
@@ -124,15 +121,34 @@ def _take_turns(runs: Sequence[Run], steps: int, turn: int, progress: bool) -> i
 def _curve(one: Run, folder: Path) -> Curve:
     records = read_metrics(folder / "runs" / one.name / FILE_NAME)
     validations = [r for r in records if r["event"] == "validation"]
-    steps = [r for r in records if r["event"] == "train"][_WARM_UP_STEPS:] or records[-2:-1]
+    steps = [r for r in records if r["event"] == "train"]
+    period = int(one.trainer.config.optimizer.get("precondition_frequency", 1))
     return Curve(
         label=one.label,
         steps=[r["step"] for r in validations],
         seconds=[r["seconds"] for r in validations],
         losses=[r["loss"] for r in validations],
-        model_ms=statistics.fmean(r["forward_ms"] + r["backward_ms"] for r in steps),
-        optimizer_ms=statistics.fmean(r["optimizer_ms"] for r in steps),
+        model_ms=typical([r["forward_ms"] + r["backward_ms"] for r in steps], 1),
+        optimizer_ms=typical([r["optimizer_ms"] for r in steps], period),
     )
+
+
+def typical(times: Sequence[float], period: int) -> float:
+    """Time of a step where every `period`-th does more work: a mean, but robust to outliers.
+
+    The mean over the places in the period of the median of the steps at that place. The first
+    step, which allocates states, is left out where there are others.
+
+    Args:
+        times: One per step.
+        period: Steps from one of the longer ones to the next.
+
+    Returns:
+        The time, in the unit of `times`.
+    """
+    counted = times[1:] or times
+    places = [counted[place::period] for place in range(period)]
+    return statistics.fmean(statistics.median(place) for place in places if place)
 
 
 def _report(

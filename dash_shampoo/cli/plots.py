@@ -35,8 +35,8 @@ class Curve:
         steps: Steps of the validations.
         seconds: Seconds of training until each of them.
         losses: Validation losses.
-        model_ms: Mean milliseconds per step of forward and backward pass.
-        optimizer_ms: Mean milliseconds per step of the optimizer.
+        model_ms: Milliseconds per step of forward and backward pass.
+        optimizer_ms: Milliseconds per step of the optimizer.
     """
 
     label: str
@@ -68,7 +68,7 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
         bottom, top = _loss_range(curves)
         left.set_ylim(bottom, top)
         figure.suptitle(title, fontsize=11)
-        columns = min(len(curves), 3)
+        columns = len(curves) if len(curves) <= 4 else (len(curves) + 1) // 2
         figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, frameon=False)
         figure.tight_layout()
         figure.savefig(path)
@@ -127,7 +127,7 @@ def plot_step_times(curves: Sequence[Curve], path: Path, title: str) -> None:
         axes.invert_yaxis()
         axes.set_xlim(0, widest * 1.13)
         axes.set_xlabel(
-            "mean milliseconds per step: forward and backward pass (grey), optimizer (coloured)"
+            "milliseconds per step: forward and backward pass (grey), optimizer (coloured)"
         )
         axes.set_title(title, fontsize=11, loc="left")
         figure.savefig(path)

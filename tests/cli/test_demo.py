@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from dash_shampoo.cli.demo import demo_table
+from dash_shampoo.cli.demo import demo_table, typical
 from dash_shampoo.cli.main import main
 from dash_shampoo.cli.metrics import read_metrics
 from dash_shampoo.cli.plots import Curve
@@ -59,6 +59,16 @@ def test_the_table_tells_when_the_baseline_was_reached():
     assert rows[2] == ["A", "0.1", "3.000", "100", "3.0", "20", "2.0"]
     assert rows[3] == ["B", "0.02", "2.500", "100", "3.0", "15", "3.0"]
     assert rows[4] == ["C", "0.0003", "4.000", "100", "3.0", "-", "-"]
+
+
+def test_the_typical_time_counts_rare_work_but_not_outliers():
+    cycle = [9.0, 1.0, 1.0]
+    assert typical([500.0, *cycle * 5], period=3) == pytest.approx(11 / 3)
+    disturbed = [500.0, *cycle * 5]
+    disturbed[5] = 1000.0
+    assert typical(disturbed, period=3) == pytest.approx(11 / 3)
+    assert typical([7.0], period=3) == 7.0
+    assert typical([7.0, 2.0], period=3) == 2.0
 
 
 @pytest.mark.parametrize("turn", [1, 3])
