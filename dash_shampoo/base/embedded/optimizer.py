@@ -42,7 +42,7 @@ from dash_shampoo.base.embedded.preconditioner_list import (
     PreconditionerList,
 )
 from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
-from dash_shampoo.base.embedded.state import copy_nested, native_config, plan_loading
+from dash_shampoo.base.embedded.state import copy_nested, native_config, pair_params, plan_loading
 from dash_shampoo.base.embedded.step import (
     StepSettings,
     call,
@@ -50,6 +50,7 @@ from dash_shampoo.base.embedded.step import (
     mask_state_lists,
     search_directions,
     set_interpolation_coefficients,
+    switch_mode,
 )
 
 logger = logging.getLogger(__name__)
@@ -381,22 +382,8 @@ class DistributedShampoo(Optimizer):
     def _switch_mode(self, is_train: bool) -> None:
         for state_lists, group in self._groups():
             averaging = group[keys.ITERATE_AVERAGING_CONFIG]
-            if not is_averaging(averaging) or bool(state_lists[keys.TRAIN_MODE]) == is_train:
-                continue
-            # Y = X + (1 - mu_y) * (Z - X),   X = Y + (1 - 1 / mu_y) * (Z - Y)
-            set_interpolation_coefficients(state_lists, averaging, is_step=False)
-            mu_y = state_lists[keys.TRAIN_INTERP_COEFF]
-            distributor = state_lists[keys.DISTRIBUTOR]
-            distributor.refresh_blocked_params()
-            updates: tuple[Tensor, ...] = ()
-            if state_lists[keys.WEIGHT_BUFFER_LIST]:
-                differences = torch._foreach_sub(
-                    state_lists[keys.WEIGHT_BUFFER_LIST], distributor.local_blocked_params
-                )
-                torch._foreach_mul_(differences, 1 - (mu_y if is_train else mu_y.reciprocal()))
-                updates = tuple(differences)
-            distributor.update_params(updates, use_masked_tensors=False)
-            state_lists[keys.TRAIN_MODE].fill_(is_train)
+            if is_averaging(averaging) and bool(state_lists[keys.TRAIN_MODE]) != is_train:
+                switch_mode(state_lists, averaging, is_train)
 
     # --------------------------------------------------------------------------- checkpoints
 
@@ -426,19 +413,7 @@ class DistributedShampoo(Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         saved_groups = state_dict["param_groups"]
-        sizes, saved_sizes = (
-            [len(group[keys.PARAMS]) for group in groups]
-            for groups in (self.param_groups, saved_groups)
-        )
-        if sizes != saved_sizes:
-            raise ValueError(
-                "Cannot load the optimizer's state, nothing was changed: the saved parameter groups "
-                f"have {saved_sizes} parameters, the optimizer's {sizes}."
-            )
-        pairs = [
-            list(zip(saved[keys.PARAMS], group[keys.PARAMS], strict=True))
-            for saved, group in zip(saved_groups, self.param_groups, strict=True)
-        ]
+        pairs = pair_params(self.param_groups, saved_groups)
         distributors = [lists[keys.DISTRIBUTOR] for lists in self._per_group_state_lists]
         copies = plan_loading(pairs, self.state, state_dict["state"], distributors)
         updates = [

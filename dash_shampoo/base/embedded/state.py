@@ -54,6 +54,26 @@ def native_config(value: Any, namespace: Mapping[str, Any]) -> Any:
     return value
 
 
+def pair_params(
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+) -> list[list[tuple[Any, Tensor]]]:
+    """For each group its parameters, each with its identifier in the saved state.
+
+    Raises:
+        ValueError: If the groups differ in number or size.
+    """
+    sizes, saved_sizes = ([len(g[keys.PARAMS]) for g in gs] for gs in (groups, saved_groups))
+    if sizes != saved_sizes:
+        raise ValueError(
+            "Cannot load the optimizer's state, nothing was changed: the saved parameter groups have "
+            f"{saved_sizes} parameters, the optimizer's {sizes}."
+        )
+    return [
+        list(zip(saved[keys.PARAMS], group[keys.PARAMS], strict=True))
+        for saved, group in zip(saved_groups, groups, strict=True)
+    ]
+
+
 def plan_loading(
     groups: Sequence[Sequence[tuple[Any, Tensor]]],
     state: Mapping[Tensor, Mapping[str, Any]],
@@ -63,7 +83,7 @@ def plan_loading(
     """Checks a saved state against the current one, changing nothing.
 
     Args:
-        groups: For each group its parameters, each with its identifier in the saved state.
+        groups: As returned by `pair_params`.
         state: Current state.
         saved: State to load. Blocks that another process keeps may be in it.
         distributors: One per group, which know those blocks.

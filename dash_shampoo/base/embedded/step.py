@@ -267,3 +267,27 @@ def _average(
     torch._foreach_mul_(directions, 1 - mu_y * mu_x)
     torch._foreach_mul_(differences, 1 - mu_x)
     torch._foreach_add_(directions, differences)
+
+
+def switch_mode(
+    state_lists: dict[str, Any], averaging: IterateAveragingConfig, is_train: bool
+) -> None:
+    """Moves the parameters from the evaluation sequence X to the training sequence Y, or back.
+
+        Y = X + (1 - mu_y) * (Z - X),   X = Y + (1 - 1 / mu_y) * (Z - Y)
+
+    Args:
+        state_lists: The group's lists.
+        averaging: The group's averaging.
+        is_train: Whether to Y.
+    """
+    set_interpolation_coefficients(state_lists, averaging, is_step=False)
+    mu_y = state_lists[keys.TRAIN_INTERP_COEFF]
+    distributor = state_lists[keys.DISTRIBUTOR]
+    distributor.refresh_blocked_params()
+    updates: tuple[Tensor, ...] = ()
+    if buffers := state_lists[keys.WEIGHT_BUFFER_LIST]:
+        updates = tuple(torch._foreach_sub(buffers, distributor.local_blocked_params))
+        torch._foreach_mul_(updates, 1 - (mu_y if is_train else mu_y.reciprocal()))
+    distributor.update_params(updates, use_masked_tensors=False)
+    state_lists[keys.TRAIN_MODE].fill_(is_train)
