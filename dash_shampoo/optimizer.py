@@ -113,10 +113,22 @@ class DashShampoo(DistributedShampoo):
         return stacked_list.adopt(
             base_list,
             block_list=distributor.local_blocked_params,
-            block_names=_block_names(distributor.local_block_info_list, group),
+            block_names=self._block_names(distributor.local_block_info_list),
             options=_with_options(preconditioner_config),
             is_compiled=self._shampoo_pt2_compile_config is not None,
         )
+
+    def _block_names(self, block_infos: tuple[Any, ...]) -> list[str]:
+        """The name of each block's parameter, or its number in the state dict if names are not given."""
+        # Looked up by identity: under FSDP2 the block's own index skips empty local shards.
+        names: dict[int, str] = {}
+        for group in self.param_groups:
+            numbered = (f"parameter {len(names) + i}" for i in range(len(group["params"])))
+            for param, name in zip(
+                group["params"], group.get("param_names", tuple(numbered)), strict=True
+            ):
+                names[id(param)] = name
+        return [names[id(info.param)] for info in block_infos]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state that this class or the base's `DistributedShampoo` saved, of either base.
@@ -205,10 +217,3 @@ def _fall_back(
         )
     logger.warning("%s It runs on the base's own list, block by block.", explanation)
     return base_list
-
-
-def _block_names(block_infos: tuple[Any, ...], group: dict[str, Any]) -> list[str]:
-    """The name of each block's parameter, or its place in the group where names were not given."""
-    names = group.get("param_names")
-    indices = [info.composable_block_ids[0] for info in block_infos]
-    return [names[index] if names else f"parameter {index}" for index in indices]

@@ -160,3 +160,13 @@ def test_the_eager_check_of_gradients_is_that_of_the_base(optimizer_class):
     params[0].grad = torch.full((8, 8), torch.nan)
     with pytest.raises(AssertionError, match=r"(?i)nan"):
         optimizer.step()
+
+
+def test_parameters_of_several_groups_without_names_are_numbered_as_in_the_state_dict():
+    params = [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(3)]
+    optimizer = ds.DashShampoo([{"params": params[:2]}, {"params": params[2:]}])
+    for p in params:
+        p.grad = torch.eye(8)
+    params[2].grad[0, 0] = torch.nan
+    with pytest.raises(ds.PreconditionerValueError, match="of parameter 2:"):
+        optimizer.step()
