@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -14,22 +16,25 @@ from tests.reference.shampoo import Options, ReferenceShampoo
 # whose condition is at most 1e8 or so (epsilon 1e-6).
 TOLERANCE = 1e-10
 
-GRID = pairwise(
-    {
-        "grafting": [None, "SGD", "AdaGrad", "RMSprop", "Adam"],
-        "drop_weighting_factor": [False, True],
-        "weight_decay_type": ["L2", "DECOUPLED", "CORRECTED", "INDEPENDENT"],
-        "betas": [(0.9, 1.0), (0.9, 0.99), (0.0, 0.99)],
-        "beta3": [None, 0.5],
-        "use_bias_correction": [True, False],
-        "averaging": [None, "momentum", "nesterov", "primal", "schedule_free"],
-        "schedule": [(1, 1), (2, 4), (3, 3)],
-        "exponents": [{}, {1: 0.0, 2: 0.5}, {2: {0: 0.3}, 3: {1: 0.0}}],
-        "use_trace_scaling": [False, True],
-        "missing": ["never", "some", "changing"],
-        "peak_lr": [None, 0.4],
-    }
-)
+OPTIONS = {
+    "grafting": [None, "SGD", "AdaGrad", "RMSprop", "Adam"],
+    "drop_weighting_factor": [False, True],
+    "weight_decay_type": ["L2", "DECOUPLED", "CORRECTED", "INDEPENDENT"],
+    "betas": [(0.9, 1.0), (0.9, 0.99), (0.0, 0.99)],
+    "beta3": [None, 0.5],
+    "use_bias_correction": [True, False],
+    "averaging": [None, "momentum", "nesterov", "primal", "schedule_free"],
+    "schedule": [(1, 1), (2, 4), (3, 3)],
+    "exponents": [{}, {1: 0.0, 2: 0.5}, {2: {0: 0.3}, 3: {1: 0.0}}],
+    "use_trace_scaling": [False, True],
+    "missing": ["never", "some", "changing"],
+    "peak_lr": [None, 0.4],
+}
+# Every pair of settings, and many settings at once by lot.
+LOT = random.Random(0)
+GRID = pairwise(OPTIONS) + [
+    {name: LOT.choice(values) for name, values in OPTIONS.items()} for _ in range(25)
+]
 
 
 def reference_options(case):
@@ -100,7 +105,7 @@ def embedded_options(options):
 
 def test_the_grid_is_not_empty():
     print(f"reference grid: {len(GRID)} cases")
-    assert len(GRID) >= 25
+    assert len(GRID) >= 50
 
 
 @pytest.mark.parametrize("case", GRID, ids=[f"case{i}" for i in range(len(GRID))])
