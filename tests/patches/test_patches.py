@@ -99,23 +99,21 @@ def test_patches_apply_and_revert(meta):
 # Trains with Meta's own class and with DashShampoo on the same gradients, in float64, without grafting
 # (which would hide a wrong scale), and compares the parameters.
 TRAIN = """
-    import sys
     import torch
     import dash_shampoo as ds
-    from distributed_shampoo import DistributedShampoo
-    from {config_module} import {config} as Config
+    from distributed_shampoo import DistributedShampoo, RootInvShampooPreconditionerConfig
 
     assert ds.base.name == "meta" and DistributedShampoo is ds.DistributedShampoo
-    results = []
-    for optimizer_class in (DistributedShampoo, ds.DashShampoo):
+
+    def train(optimizer_class, config_class, solver):
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(s).double()) for s in ((8, 8), (5, 8), (3,))]
         initial = [p.detach().clone() for p in parameters]
         optimizer = optimizer_class(
             parameters, lr=0.1, betas=(0.9, 0.95), epsilon=1e-6, max_preconditioner_dim=8,
             precondition_frequency=1, start_preconditioning_step=1, grafting_config=None,
-            preconditioner_config=Config(
-                amortized_computation_config={solver},
+            preconditioner_config=config_class(
+                amortized_computation_config=solver,
                 num_tolerated_failed_amortized_computations=0,
                 factor_matrix_dtype=torch.float64,
                 inv_factor_matrix_dtype=torch.float64,
@@ -128,38 +126,42 @@ TRAIN = """
         lists = [s["shampoo_preconditioner_list"] for s in optimizer._per_group_state_lists]
         print(optimizer_class.__name__, *(type(l).__name__ for l in lists))
         assert all(not torch.equal(p, q) for p, q in zip(parameters, initial))
-        results.append(parameters)
-    for mine, theirs in zip(*results):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+        return parameters
+
+    for solver in ({solvers}):
+        results = [train(c, {config}, solver) for c in (DistributedShampoo, ds.DashShampoo)]
+        for mine, theirs in zip(*results):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 """
 
 
-def train(folder: Path, module: str, config: str, solver: str) -> str:
-    script = textwrap.dedent(TRAIN).format(config_module=module, config=config, solver=solver)
+def train(folder: Path, config: str, *solvers: str) -> list[str]:
+    """Lines of optimizer and list, two per solver."""
+    script = textwrap.dedent(TRAIN).format(config=config, solvers=", ".join([*solvers, ""]))
     path = os.pathsep.join([str(folder), str(ROOT)])
     environment = {"PYTHONPATH": path, "DASH_SHAMPOO_BASE": "meta", "OMP_NUM_THREADS": "1"}
-    return run([sys.executable, "-W", "ignore", "-c", script], folder, **environment).stdout
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    return run(command, folder, **environment).stdout.splitlines()
 
 
-PLAIN = ("distributed_shampoo", "RootInvShampooPreconditionerConfig")
-OURS = ("dash_shampoo", "DashShampooPreconditionerConfig")
 REPAIRED = "ds.EigenConfig(rank_deficient_stability_config=ds.SpectrumRepairConfig(method='abs'))"
 
 
-@pytest.mark.parametrize("solver", ["ds.NewtonDBConfig()", "ds.ChebyshevConfig()", REPAIRED])
-def test_metas_own_class_computes_with_our_solvers(meta, solver):
-    apply(meta, "solver_configs.patch")
-    output = train(meta, *PLAIN, solver)
-    assert "DistributedShampoo RootInvShampooPreconditionerList" in output
-
-
-@pytest.mark.parametrize("solver", ["ds.NewtonDBConfig()", "ds.EigenConfig()"])
-def test_metas_own_class_uses_the_stacked_list(meta, solver):
-    apply(meta, "stacked_list.patch")
-    output = train(meta, *OURS, solver)
-    assert "DistributedShampoo StackedRootInvShampooPreconditionerList" in output
-
-
-def test_without_the_patches_the_same_training_fails(meta):
+def test_metas_own_class_computes_with_our_solvers(meta):
+    solvers = ("ds.NewtonDBConfig()", "ds.ChebyshevConfig()", REPAIRED)
+    config = "RootInvShampooPreconditionerConfig"
     with pytest.raises(AssertionError, match="not implemented"):
-        train(meta, *PLAIN, "ds.NewtonDBConfig()")
+        train(meta, config, *solvers)
+    apply(meta, "solver_configs.patch")
+    lines = train(meta, config, *solvers)
+    assert lines.count("DistributedShampoo RootInvShampooPreconditionerList") == len(solvers)
+
+
+def test_metas_own_class_uses_the_stacked_list(meta):
+    solvers = ("ds.NewtonDBConfig()", "ds.EigenConfig()")
+    config = "ds.DashShampooPreconditionerConfig"
+    with pytest.raises(AssertionError, match="KeyError"):
+        train(meta, config, *solvers)
+    apply(meta, "stacked_list.patch")
+    lines = train(meta, config, *solvers)
+    assert lines.count("DistributedShampoo StackedRootInvShampooPreconditionerList") == len(solvers)
