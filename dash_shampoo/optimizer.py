@@ -123,11 +123,11 @@ class DashShampoo(DistributedShampoo):
         # Looked up by identity: under FSDP2 the block's own index skips empty local shards.
         names: dict[int, str] = {}
         for group in self.param_groups:
-            numbered = (f"parameter {len(names) + i}" for i in range(len(group["params"])))
-            for param, name in zip(
-                group["params"], group.get("param_names", tuple(numbered)), strict=True
-            ):
-                names[id(param)] = name
+            given = group.get("param_names", ())
+            # Meta's package may split a group, and leaves each part the names of all.
+            is_named = len(given) == len(group["params"])
+            for index, param in enumerate(group["params"]):
+                names[id(param)] = given[index] if is_named else f"parameter {len(names)}"
         return [names[id(info.param)] for info in block_infos]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -32,8 +32,12 @@ NUM_PROCESSES = 2
 
 def model():
     torch.manual_seed(0)
+    # Sharded over two processes, the last layer's weight is on the first one alone.
     return torch.nn.Sequential(
-        torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 6, bias=False)
+        torch.nn.Linear(12, 16),
+        torch.nn.ReLU(),
+        torch.nn.Linear(16, 5, bias=False),
+        torch.nn.Linear(5, 1, bias=False),
     )
 
 
@@ -182,8 +186,27 @@ def interchange(transfer, folder):
     return errors, sizes
 
 
+def message_of_a_nan():
+    """What is said of a NaN in the weight of the second layer, whose first has one row."""
+    mesh = init_device_mesh("cpu", (NUM_PROCESSES,))
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Linear(1, 8, bias=False))
+    network = fully_shard(layers, mesh=mesh)
+    optimizer = ds.DashShampoo(
+        network.named_parameters(), distributed_config=ds.FullyShardDistributedConfig()
+    )
+    for p in network.parameters():
+        set_gradient(p, 0)
+    local(network[1].weight.grad).fill_(torch.nan)
+    try:
+        optimizer.step()
+    except ds.PreconditionerValueError as error:
+        return str(error)
+    return "no error"
+
+
 def everything(kinds, folder):
     tasks = {kind: (errors, kind) for kind in kinds}
+    tasks["message"] = (message_of_a_nan,)
     for transfer in (through_a_file, through_dcp):
         for first in (4, 8):
             (folder / transfer.__name__ / str(first)).mkdir(parents=True, exist_ok=True)
@@ -218,12 +241,18 @@ def test_example(kind, results):
 
 
 @pytest.mark.distributed
+def test_a_parameter_is_named_where_others_have_no_local_shard(results):
+    for result in results:
+        assert "of 1.weight: the factor matrix has nan or inf entries" in result["message"]
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("transfer", ["through_a_file", "through_dcp"])
 def test_checkpoints_interchange_under_ddp(transfer, results):
     for result in results:
         assert isinstance(result[transfer], tuple), result[transfer]
         errors, (of_meta, of_dash) = result[transfer]
-        assert len(errors) == 3
+        assert len(errors) == 4
         assert max(errors) <= TOLERANCE
         # A view that dragged its whole stack along would show here.
         assert of_dash <= 1.05 * of_meta
