@@ -72,6 +72,7 @@ SOLVERS = {
     "coupled_newton": Solver(lambda: ds.CoupledNewtonConfig(max_iterations=10), on_base=True),
     "newton_db": Solver(ds.NewtonDBConfig, on_base=False),
     "chebyshev": Solver(ds.ChebyshevConfig, on_base=False),
+    "minimax": Solver(ds.MinimaxConfig, on_base=False),
 }
 
 
