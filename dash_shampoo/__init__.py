@@ -81,13 +81,16 @@ from dash_shampoo.checkpoint import safe_globals
 from dash_shampoo.config import (
     ChebyshevConfig,
     DashShampooPreconditionerConfig,
+    DefaultDashConfig,
     FrobeniusScaling,
+    MinimaxConfig,
     NewtonDBConfig,
     PowerIterationScaling,
     SafetyConfig,
     ScaledCoupledNewtonConfig,
     ScalingConfig,
     SpectrumRepairConfig,
+    TraceScaling,
 )
 from dash_shampoo.optimizer import DashShampoo
 
@@ -109,6 +112,7 @@ __all__ = [
     "DashShampoo",
     "DashShampooPreconditionerConfig",
     "DefaultConcurrencyConfig",
+    "DefaultDashConfig",
     "DefaultEigenConfig",
     "DefaultEigendecompositionConfig",
     "DefaultEigenvalueCorrectedShampooConfig",
@@ -138,6 +142,7 @@ __all__ = [
     "IterateAveragingConfig",
     "LoadBalancingConfig",
     "MatrixFunctionConfig",
+    "MinimaxConfig",
     "NewtonDBConfig",
     "NewtonSchulzOrthogonalizationConfig",
     "OrthogonalizationConfig",
@@ -165,6 +170,7 @@ __all__ = [
     "SingleDeviceDistributedConfig",
     "SpectralDescentPreconditionerConfig",
     "SpectrumRepairConfig",
+    "TraceScaling",
     "WeightDecayType",
     "__version__",
     "compile_fsdp_parameter_metadata",

@@ -25,20 +25,24 @@ from dash_shampoo.base import RootInvShampooPreconditionerConfig
 __all__ = [
     "ChebyshevConfig",
     "DashShampooPreconditionerConfig",
+    "DefaultDashConfig",
     "FrobeniusScaling",
     "MatmulPrecision",
+    "MinimaxConfig",
     "NewtonDBConfig",
     "PowerIterationScaling",
     "SafetyConfig",
     "ScaledCoupledNewtonConfig",
     "ScalingConfig",
     "SpectrumRepairConfig",
+    "TraceScaling",
 ]
 
-MatmulPrecision = Literal["fp32", "tf32", "bf16", "fp16"]
+MatmulPrecision = Literal["fp32", "fp16x3", "tf32", "fp16", "bf16"]
 """Precision of the operands of a product; sums are always fp32.
 
-"fp32" means the factor matrix's own dtype, so float64 stays float64, and never TF32.
+"fp32" means the factor matrix's own dtype, so float64 stays float64, and never TF32. "fp16x3" splits
+each operand into two fp16 numbers, which keeps 22 bits, and multiplies three times.
 """
 
 
@@ -111,6 +115,19 @@ class PowerIterationScaling(ScalingConfig):
             _check(self, name, _is_int(value) and value >= 1, "an integer of at least 1")
         _check(self, "safety_factor", 1.0 <= self.safety_factor < float("inf"), "in [1, inf)")
         _check_matmul_precision(self, self.matmul_precision)
+
+
+@dataclass(kw_only=True, frozen=True)
+class TraceScaling(ScalingConfig):
+    """s = a certified upper bound of λ_max from the traces of A, A² and A⁴, for one product.
+
+        s = min( m₁/n + √((n-1)/n·(m₂ - m₁²/n)),  √( m₂/n + √((n-1)/n·(m₄ - m₂²/n)) ) )
+
+    with m_i = tr Aⁱ. On factor matrices of real trainings it is within 0.1 % of λ_max in the median
+    and never below; the worst case, a spectrum of two equal parts, is a factor of about 2.3. Choose
+    this for a solver that wants a tight bound without iterations; `MinimaxConfig` has it built in,
+    and there it shares its one product with the solver.
+    """
 
 
 SpectrumRepair = Literal["shampoo", "abs", "abs_add", "relu"]
@@ -252,6 +269,70 @@ class ChebyshevConfig(RootInvConfig):
         _check_matmul_precision(self, self.matmul_precision)
 
 
+@dataclass(kw_only=True)
+class MinimaxConfig(RootInvConfig):
+    """One minimax polynomial of the stack by k squarings, or a chain of them: any root, no sync.
+
+    The polynomial is chosen for the least worst relative error over [λ_max·relative_epsilon, λ_max],
+    so the accuracy is known in advance and the same for every factor matrix. Choose this for speed:
+    8 products for root 4 and 9 for root 2, at a relative damping of 1e-4 and an accuracy of about
+    1 %, where ten steps of Newton-DB take 54 and 27. All its products are squares.
+
+    The damping is *relative*: the result is (A + (epsilon + relative_epsilon·λ̂)·I)^(-1/root), with λ̂
+    the bound of `TraceScaling` on λ_max and `epsilon` the absolute damping of the optimizer, which is
+    added as with every solver. In an ill-conditioned factor matrix, eigenvalues below
+    relative_epsilon·λ̂ are lifted to it; an absolute damping such as 1e-12 alone would invert them to
+    whatever rounding has made of them. A factor matrix of zeros gives epsilon^(-1/root)·I, and I with
+    epsilon = 0.
+
+    Attributes:
+        accuracy (float): Largest relative error of an eigenvalue of the root, before rounding. The
+            fewest squarings that reach it are taken. In (0, 1). (Default: 0.015)
+        relative_epsilon (float | None): Damping relative to λ̂, in [1e-8, 0.1]. None is 1e-4 for
+            roots up to 2 and 1e-6 for larger ones, which need a smaller damping. (Default: None)
+        chain (tuple[int | str, ...] | None): Instead of `accuracy`, the degrees of the polynomials,
+            each a power of two: (256,) is one polynomial by 8 squarings, (2, 4, 4) and (8, 8) compose
+            polynomials through M ← T(M)^root·M, which needs an integer root. "8s" reads as 8.
+            Choose a chain of small degrees for half-precision products, or for accuracies below 1e-4.
+            (Default: None)
+        matmul_precision (MatmulPrecision | tuple[MatmulPrecision, ...]): Precision of the products, or
+            a tuple with one for each, the last of which holds for all that follow. The first three
+            need it most. (Default: "fp32")
+        margin (float): How far, relatively, the polynomial may be used beyond λ̂ before it grows
+            without bound; it covers rounding. In [1e-3, 0.5]. (Default: 0.02)
+    """
+
+    accuracy: float = 0.015
+    relative_epsilon: float | None = None
+    chain: tuple[int | str, ...] | None = None
+    matmul_precision: MatmulPrecision | tuple[MatmulPrecision, ...] = "fp32"
+    margin: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check(self, "accuracy", 0.0 < self.accuracy < 1.0, "in (0, 1)")
+        _check(
+            self,
+            "relative_epsilon",
+            self.relative_epsilon is None or 1e-8 <= self.relative_epsilon <= 0.1,
+            "in [1e-8, 0.1], or None",
+        )
+        if self.chain is not None:
+            allowed = {degree for power in range(13) for degree in (2**power, str(2**power))} | {
+                "8s"
+            }
+            _check(
+                self,
+                "chain",
+                len(self.chain) > 0 and all(degree in allowed for degree in self.chain),
+                "degrees that are powers of two up to 4096, at least one",
+            )
+        precisions = self.matmul_precision
+        for precision in (precisions,) if isinstance(precisions, str) else precisions:
+            _check_matmul_precision(self, precision)
+        _check(self, "matmul_precision", len(precisions) > 0, "at least one precision")
+        _check(self, "margin", 1e-3 <= self.margin <= 0.5, "in [1e-3, 0.5]")
+
+
 SafetyPolicy = Literal["eigen", "keep", "raise"]
 
 
@@ -269,10 +350,12 @@ class SafetyConfig:
         policy (str): "eigen" computes the bad blocks again by an eigendecomposition of the factor with the
             same damping (and keeps the previous root where that fails too); "keep" keeps the previous
             root; "raise" raises `PreconditionerValueError` naming the parameter. (Default: "eigen")
-        residual_threshold (float | None): A root with a larger residual is bad; None checks for finite values alone,
-            for solvers that are stopped early on purpose (Newton-DB). Range (0, ∞). (Default: 0.3)
-        check_interval (int): The host looks at the outcomes every so many refreshes of the inverse roots: one
-            host synchronisation each. In between bad blocks keep their previous root. (Default: 1)
+        residual_threshold (float | None): A root with a larger residual is bad; above 0. None checks
+            for finite values alone, for solvers that are stopped early on purpose (Newton-DB).
+            (Default: 0.3)
+        check_interval (int): The host looks at the outcomes every so many refreshes of the inverse
+            roots: one host synchronisation each. In between bad blocks keep their previous root.
+            (Default: 1)
     """
 
     policy: SafetyPolicy = "eigen"
@@ -309,8 +392,8 @@ class DashShampooPreconditionerConfig(RootInvShampooPreconditionerConfig):
         use_fused_factor_update (bool): Accumulate the factor matrices by one `baddbmm` instead of a matmul, a
             product and a sum: less memory traffic, but the rounding differs from the base's. Needs
             `use_symmetric_packing=False`. (Default: False)
-        safety (SafetyConfig | None): How inverse roots are checked and bad blocks handled; None keeps the base's rules.
-            (Default: None)
+        safety (SafetyConfig | None): How inverse roots are checked and bad blocks handled; None keeps
+            the base's rules. (Default: None)
     """
 
     max_workspace_bytes: int = 2**30
@@ -332,3 +415,19 @@ class DashShampooPreconditionerConfig(RootInvShampooPreconditionerConfig):
             "False with use_symmetric_packing=True, since packed factor matrices can't be updated "
             "by one matmul",
         )
+
+
+DefaultDashConfig = DashShampooPreconditionerConfig(
+    amortized_computation_config=MinimaxConfig(),
+    inverse_exponent_override=dict.fromkeys(range(1, 6), 0.5),
+    use_symmetric_packing=False,
+    safety=SafetyConfig(),
+)
+"""The configuration to start from.
+
+The exponent is 1/2 for every dimension of a tensor (arXiv 2406.17748), which trained better than the
+base's 1/(2·order) in the project's measurements and needs fewer products; roots come from
+`MinimaxConfig` at its relative damping of 1e-4 and are tested, bad blocks redone by eigendecomposition;
+state is kept unpacked, for speed. Use it with grafting:
+``DashShampoo(..., grafting_config=AdamPreconditionerConfig(), preconditioner_config=DefaultDashConfig)``.
+"""

@@ -21,6 +21,7 @@ from dash_shampoo.config import (
     CoupledHigherOrderConfig,
     CoupledNewtonConfig,
     EigenConfig,
+    MinimaxConfig,
     NewtonDBConfig,
     RootInvConfig,
     ScaledCoupledNewtonConfig,
@@ -30,6 +31,7 @@ from dash_shampoo.inverse_root import (
     coupled_higher_order,
     coupled_newton,
     eigen,
+    minimax,
     newton_db,
 )
 from dash_shampoo.inverse_root.cpu_pool import chunk_rows, map_chunks
@@ -75,6 +77,7 @@ _SOLVERS: dict[type[RootInvConfig], Solver] = {
     ),
     NewtonDBConfig: Solver(newton_db.newton_db, newton_db.check),
     ChebyshevConfig: Solver(chebyshev.chebyshev, chebyshev.check),
+    MinimaxConfig: Solver(minimax.minimax, minimax.check),
 }
 
 

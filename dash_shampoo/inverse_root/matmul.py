@@ -124,6 +124,9 @@ class Matmul:
     - "tf32": CUDA: TF32 tensor cores. CPU: the operands are rounded to TF32.
     - "bf16", "fp16": CUDA: half-precision operands, accumulated and returned in fp32.
       CPU, and float64 operands: the operands are rounded, then multiplied as they are.
+    - "fp16x3": an operand A is split as hi + lo/2048, both fp16, which keeps 22 bits of entries
+      above 6e-5 (so operands should be of size 1). Three products, hi·hi + (hi·lo + lo·hi)/2048; for
+      a square two, since lo·hi = (hi·lo)ᵀ. It counts as one.
 
     Args:
         precision: The precision of the operands.
@@ -154,7 +157,7 @@ class Matmul:
         Returns:
             The rounded operand, on CUDA in the half dtype itself.
         """
-        if self.precision == "fp32":
+        if self.precision in ("fp32", "fp16x3"):
             return A
         half_dtype = _HALF_DTYPES.get(self.precision)
         if half_dtype is not None:
@@ -189,15 +192,69 @@ class Matmul:
         self.counter.add(
             A.shape[0], share=B.shape[-1] / max(B.shape[-2], 1), is_symmetric=is_symmetric
         )
-        A, B = self.round(A), self.round(B)
+        return self._product(self.round(A), self.round(B), out)
+
+    def square(
+        self,
+        S: Tensor,
+        *,
+        out: Tensor,
+        alpha: float = 1.0,
+        addend: Tensor | None = None,
+        beta: float = 1.0,
+    ) -> Tensor:
+        """alpha·S² + beta·addend for each block, in one pass where the precision is the operands' own.
+
+        Below fp32 the mean μ of the diagonal is taken out before rounding, S = μI + D, and
+        S² = D² + 2μS - μ²I is put together in fp32: near a multiple of the identity, rounding then
+        loses a part of D instead of a part of μ.
+
+        Args:
+            S: (B, N, N) symmetric stack.
+            out: (B, N, N) tensor to write to; must not overlap `S`, may be `addend`.
+            alpha: Factor of the square.
+            addend: (B, N, N) stack. Default: none.
+            beta: Factor of the addend.
+
+        Returns:
+            `out`.
+        """
+        self.counter.add(S.shape[0], is_symmetric=True)
+        if self.precision == "fp32":
+            with self._switched(S):
+                if addend is None:
+                    return torch.baddbmm(out, S, S, beta=0.0, alpha=alpha, out=out)
+                return torch.baddbmm(addend, S, S, beta=beta, alpha=alpha, out=out)
+        if self.precision == "fp16x3":
+            square = self._product(S, S, None).mul_(alpha)
+        else:
+            mean = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            D = S.clone()
+            D.diagonal(dim1=-2, dim2=-1).sub_(mean[:, :, 0])
+            D = self.round(D)
+            square = self._product(D, D, None).mul_(alpha).addcmul_(S, 2.0 * alpha * mean)
+            square.diagonal(dim1=-2, dim2=-1).sub_(alpha * mean[:, :, 0].square())
+        if addend is not None:
+            square.add_(addend, alpha=beta)
+        return out.copy_(square)
+
+    def _product(self, A: Tensor, B: Tensor, out: Tensor | None) -> Tensor:
+        """A @ B of operands that are rounded already; not counted."""
+        if self.precision == "fp16x3" and A.dtype in (torch.float32, torch.float64):
+            product = _split_product(A, B)
+            return product if out is None else out.copy_(product)
         if A.dtype in (torch.bfloat16, torch.float16):
             if out is None:
                 return torch.bmm(A, B, out_dtype=torch.float32)
             return torch.bmm(A, B, out_dtype=torch.float32, out=out)
+        with self._switched(A):
+            return torch.bmm(A, B, out=out) if out is not None else torch.bmm(A, B)
+
+    def _switched(self, A: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Context in which torch uses TF32 as this precision wants it."""
         if A.is_cuda and A.dtype == torch.float32:
-            with _tf32_switch(self.precision == "tf32"):
-                return torch.bmm(A, B, out=out) if out is not None else torch.bmm(A, B)
-        return torch.bmm(A, B, out=out) if out is not None else torch.bmm(A, B)
+            return _tf32_switch(self.precision == "tf32")
+        return contextlib.nullcontext()
 
     def power(self, A: Tensor, exponent: int) -> Tensor:
         """A^exponent of symmetric blocks by repeated squaring.
@@ -224,6 +281,31 @@ class Matmul:
                 assert result is not None
                 return result
             square = self(square, square, is_symmetric=True)
+
+
+def _split_product(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B by fp16 halves; a square needs two products of them instead of three."""
+    half = torch.float16
+    can_use_half = _can_use_half_operands(A)
+
+    def split(X: Tensor) -> tuple[Tensor, Tensor]:
+        high = X.to(half)
+        low = ((X - high) * 2048.0).to(half)
+        return (high, low) if can_use_half else (high.to(X.dtype), low.to(X.dtype))
+
+    def multiply(left: Tensor, right: Tensor) -> Tensor:
+        if can_use_half:
+            return torch.bmm(left, right, out_dtype=torch.float32)
+        return torch.bmm(left, right)
+
+    A_high, A_low = split(A)
+    if A is B:
+        cross = multiply(A_high, A_low)
+        cross = cross + cross.mT
+        return multiply(A_high, A_high).add_(cross, alpha=1.0 / 2048.0)
+    B_high, B_low = split(B)
+    cross = multiply(A_high, B_low).add_(multiply(A_low, B_high))
+    return multiply(A_high, B_high).add_(cross, alpha=1.0 / 2048.0)
 
 
 def _can_use_half_operands(A: Tensor) -> bool:

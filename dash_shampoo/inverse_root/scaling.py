@@ -10,8 +10,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dash_shampoo.config import FrobeniusScaling, PowerIterationScaling, ScalingConfig
-from dash_shampoo.inverse_root.blocks import frobenius_norm, max_abs, per_block
+from dash_shampoo.config import (
+    FrobeniusScaling,
+    PowerIterationScaling,
+    ScalingConfig,
+    TraceScaling,
+)
+from dash_shampoo.inverse_root.blocks import diagonal, frobenius_norm, max_abs, per_block
 from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
 
 _START_VECTOR_SEED = 2602_02016
@@ -23,7 +28,7 @@ def compute_scale(A_BNN: Tensor, config: ScalingConfig, counter: MatmulCounter) 
     Args:
         A_BNN: (B, N, N) finite symmetric positive semi-definite stack.
         config: Which scale, and its options.
-        counter: Counts the products of the power iteration.
+        counter: Counts the products of the power iteration, or the one of the traces.
 
     Returns:
         (B,) positive scales in the dtype of `A_BNN`.
@@ -44,6 +49,11 @@ def compute_scale(A_BNN: Tensor, config: ScalingConfig, counter: MatmulCounter) 
             s_B = frobenius_norm(A_BNN)
         case PowerIterationScaling():
             s_B = multi_power_iteration(A_BNN, config, counter) * config.safety_factor
+        case TraceScaling():
+            norm_B = frobenius_norm(A_BNN).clamp_min(torch.finfo(A_BNN.dtype).tiny)
+            A_scaled = A_BNN / per_block(norm_B)
+            A_squared = Matmul("fp32", counter)(A_scaled, A_scaled, is_symmetric=True)
+            s_B = trace_bound(A_scaled, A_squared).to(A_BNN.dtype) * norm_B
         case _:
             raise ValueError(f"No scaling is known for {type(config).__name__}.")
     # Below the smallest normal number 1/s overflows; such a block is a block of zeros.
@@ -88,6 +98,45 @@ def multi_power_iteration(
         V_BNK = V_BNK / torch.linalg.vector_norm(V_BNK, dim=1, keepdim=True).clamp_min(tiny)
     quotients_BK: Tensor = (V_BNK * matmul(scaled, V_BNK)).sum(dim=1)
     return quotients_BK.amax(dim=-1).clamp_min(0.0) * largest_B
+
+
+def trace_bound(A_BNN: Tensor, A_squared_BNN: Tensor) -> Tensor:
+    """Bound λ_max from above by the traces of A, A² and A⁴ = ‖A²‖²_F.
+
+        min( m₁/n + √((n-1)/n·(m₂ - m₁²/n)),  √( m₂/n + √((n-1)/n·(m₄ - m₂²/n)) ) )
+
+    The first is the largest that one eigenvalue can be when the mean and the variance of all are
+    known; the second is the same for the squares of the eigenvalues. The variances are raised by
+    the rounding errors of the traces, so that the bound holds for what the computer computes.
+
+    Args:
+        A_BNN: (B, N, N) symmetric stack whose entries are about 1 or smaller.
+        A_squared_BNN: (B, N, N) its squares, as computed.
+
+    Returns:
+        (B,) float64 bounds, at least 0.
+
+    References:
+        Wolkowicz and Styan, Linear Algebra and its Applications 29 (1980), theorem 2.1.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([1.0, 1.0, 4.0]))[None]
+        >>> round(trace_bound(A, A @ A).item(), 3)
+        4.0
+    """
+    n = A_BNN.shape[-1]
+    rounding = 16.0 * torch.finfo(A_BNN.dtype).eps
+    m1_B = diagonal(A_BNN).sum(-1, dtype=torch.float64)
+    m2_B = diagonal(A_squared_BNN).sum(-1, dtype=torch.float64)
+    m4_B = torch.linalg.vector_norm(A_squared_BNN, dim=(-2, -1)).double().square()
+    share = (n - 1) / n
+    variance_B = (m2_B - m1_B.square() / n).clamp_min(0.0) + rounding * m2_B
+    variance_of_squares_B = (m4_B - m2_B.square() / n).clamp_min(0.0) + rounding * m4_B
+    bound: Tensor = torch.minimum(
+        m1_B / n + (share * variance_B).sqrt(),
+        (m2_B / n + (share * variance_of_squares_B).sqrt()).sqrt(),
+    )
+    return bound.clamp_min(0.0)
 
 
 @lru_cache(maxsize=32)
