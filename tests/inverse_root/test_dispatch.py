@@ -242,7 +242,7 @@ def test_configs_pickle_and_compare(config) -> None:
         (lambda: NewtonDBConfig(num_iterations=0), "num_iterations=0 in NewtonDBConfig"),
         (lambda: NewtonDBConfig(num_iterations=2.5), "num_iterations=2.5"),
         (lambda: NewtonDBConfig(scaling="frobenius"), "scaling='frobenius'"),
-        (lambda: NewtonDBConfig(matmul_precision="fp8"), "matmul_precision='fp8'.*fp32, tf32"),
+        (lambda: NewtonDBConfig(matmul_precision="fp8"), "matmul_precision='fp8'.*fp32, fp16x3"),
         (lambda: ChebyshevConfig(degree=0), "degree=0"),
         (lambda: ChebyshevConfig(num_nodes=60), "num_nodes=60"),
         (lambda: ChebyshevConfig(relative_epsilon=0.0), "relative_epsilon=0.0"),
