@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import dash_shampoo
 from dash_shampoo.cli.main import COMMANDS, main
+from dash_shampoo.cli.parallel import build
 from dash_shampoo.cli.settings import (
     TRAIN_GROUPS,
     SettingsError,
@@ -25,7 +27,7 @@ def test_the_yaml_and_the_dataclass_agree():
     config = compose_train([])
     assert {f.name for f in fields(TrainSettings)} == set(config) - {*TRAIN_GROUPS, "choices"}
     assert train_settings(config) == TrainSettings()
-    assert config.choices.optimizer == "dash_newton_db"
+    assert config.choices.optimizer == "dash_default"
 
 
 @pytest.mark.parametrize("group", TRAIN_GROUPS)
@@ -78,6 +80,11 @@ def test_a_mistake_is_told_in_one_line(word, message, tmp_path, capsys, monkeypa
     assert error.startswith("dash-shampoo: error: ")
     assert message in error
     assert error.count("\n") <= 4  # Hydra's own message about a target has three lines
+
+
+def test_the_default_is_spelled_out_as_it_is():
+    node = compose_train(["optimizer=dash_default"]).optimizer.preconditioner_config
+    assert build(node, "preconditioner_config") == dash_shampoo.DefaultDashConfig
 
 
 def test_two_mistakes_name_one_of_them():

@@ -162,32 +162,51 @@ RESUMED = [
     ("dash_eigen", "fp32"),
     ("dash_eigen", "fp64"),
     ("dash_newton_db", "fp32"),
+    ("dash_default", "fp32"),
 ]
 
 
 @pytest.mark.parametrize(("name", "precision"), RESUMED)
 def test_a_continued_run_is_bitwise_the_straight_one(name, precision, tiny, tmp_path):
-    # Roots at steps 1, 2, 4, 6: the stop is between two, so stored roots must survive too.
-    words = [*tiny, f"optimizer={name}", "optimizer.lr=0.01", f"precision={precision}", "steps=6"]
+    words = [*tiny, f"optimizer={name}", "optimizer.lr=0.01", f"precision={precision}"]
     if name != "adamw":
+        # Roots at steps 2, 4 and 6: the stop after 3 is between two, so roots must survive too.
         words.append("optimizer.precondition_frequency=2")
-    assert train(words, tmp_path / "straight") == 0
+    check_exact_resume(words, tmp_path)
 
-    assert train([*words, "checkpoint_every=3", "keep_checkpoints=9"], tmp_path / "halves") == 0
-    forget_after(tmp_path / "halves", step=3)
-    assert train([*words, "resume=true"], tmp_path / "halves") == 0
 
-    one, other = state_of(tmp_path / "straight"), state_of(tmp_path / "halves")
+def test_averaged_iterates_survive_too(tiny, tmp_path):
+    averaging = "{_target_: dash_shampoo.GeneralizedPrimalAveragingConfig}"
+    words = [
+        *tiny,
+        "optimizer=dash_eigen",
+        "optimizer.lr=0.01",
+        "optimizer.precondition_frequency=2",
+        "optimizer.betas=[0.0, 0.95]",
+        f"+optimizer.iterate_averaging_config={averaging}",
+    ]
+    check_exact_resume(words, tmp_path)
+
+
+def check_exact_resume(words, folder):
+    """Six steps at once, and three and three, give the same bits everywhere."""
+    words = [*words, "steps=6"]
+    straight, halves = folder / "straight", folder / "halves"
+    assert train(words, straight) == 0
+    assert train([*words, "checkpoint_every=3", "keep_checkpoints=9"], halves) == 0
+    forget_after(halves, step=3)
+    assert train([*words, "resume=true"], halves) == 0
+
+    one, other = state_of(straight), state_of(halves)
     assert one["step"] == other["step"] == 6
     pairs = dict(tensors(one)), dict(tensors(other))
     assert pairs[0].keys() == pairs[1].keys()
     assert len(pairs[0]) > 30
     different = [key for key, value in pairs[0].items() if not torch.equal(value, pairs[1][key])]
     assert different == []
-    assert losses(tmp_path / "straight") == losses(tmp_path / "halves")
-    resumes = [r for r in read_metrics(tmp_path / "halves" / "metrics.jsonl")
-               if r["event"] == "resume"]  # fmt: skip
-    assert [r["step"] for r in resumes] == [3]
+    assert losses(straight) == losses(halves)
+    records = read_metrics(halves / "metrics.jsonl")
+    assert [r["step"] for r in records if r["event"] == "resume"] == [3]
 
 
 def forget_after(folder, step):
