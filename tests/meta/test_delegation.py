@@ -39,6 +39,8 @@ def run(optimizer_class, config):
         max_preconditioner_dim=64,
         precondition_frequency=2,
         preconditioner_config=config,
+        # Spectral descent sets the dimensionality in the config, which by default is one for all.
+        distributed_config=ds.SingleDeviceDistributedConfig(),
         grafting_config=ds.AdamPreconditionerConfig(),
     )
     for _ in range(5):
