@@ -154,9 +154,8 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         if is_compiled:
             # A handful of batched operations, and plans that Dynamo could only guard on: not worth a
             # graph. Not a decorator, since that would import the compiler for everyone.
-            self.update_preconditioners = torch.compiler.disable(  # type: ignore[method-assign]
-                self.update_preconditioners
-            )
+            update = torch.compiler.disable(self.update_preconditioners)  # type: ignore[no-untyped-call]
+            self.update_preconditioners = update  # type: ignore[method-assign]
         return self
 
     def _stack_state(self, name: str) -> tuple[MatrixStack, ...]:
@@ -192,7 +191,7 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
         self,
         masked_grad_list: tuple[Tensor, ...],
         step: Tensor,
-        perform_amortized_computation: bool,
+        perform_amortized_computation: bool = False,
     ) -> None:
         """Accumulates the factor matrices and, when due, refreshes their inverse roots.
 
