@@ -116,4 +116,4 @@ def nodes(lower: float, count: int) -> Tensor:
     angle = torch.linspace(0.0, torch.pi, count - count // 3, dtype=torch.float64)
     chebyshev = lower + (1.0 - lower) * (1.0 - torch.cos(angle)) / 2.0
     logarithmic = lower ** torch.linspace(1.0, 0.0, count // 3, dtype=torch.float64)
-    return torch.cat((chebyshev, logarithmic)).clamp(lower, 1.0).unique()
+    return torch.cat((chebyshev, logarithmic)).clamp(lower, 1.0).sort().values

@@ -19,10 +19,12 @@ from dash_shampoo.base import (
 )
 from dash_shampoo.config import (
     ChebyshevConfig,
+    MinimaxConfig,
     NewtonDBConfig,
     PowerIterationScaling,
     ScaledCoupledNewtonConfig,
     SpectrumRepairConfig,
+    TraceScaling,
 )
 from tests.reference.inverse_root import reference_inverse_root
 
@@ -36,6 +38,21 @@ def relative_to_frobenius(delta: float) -> Callable[[Tensor], Tensor]:
 
     def damping(A: Tensor) -> Tensor:
         return delta * torch.linalg.vector_norm(A.double(), dim=(-2, -1))
+
+    return damping
+
+
+def relative_to_trace_bound(delta: float) -> Callable[[Tensor], Tensor]:
+    """Damping δ·λ̂ with the bound λ̂ of λ_max from the traces of A, A² and A⁴, what `minimax` adds."""
+
+    def damping(A: Tensor) -> Tensor:
+        eigenvalues, n = torch.linalg.eigvalsh(A.double()), A.shape[-1]
+
+        def bound(x: Tensor) -> Tensor:
+            variance = (x.square().sum(-1) - x.sum(-1).square() / n).clamp_min(0.0)
+            return x.sum(-1) / n + ((n - 1) / n * variance).sqrt()
+
+        return delta * torch.minimum(bound(eigenvalues), bound(eigenvalues.square()).sqrt())
 
     return damping
 
@@ -225,5 +242,59 @@ SOLVERS: tuple[Row, ...] = (
             finite_at_zero=True,
         )
         for evaluation in ("baby_step_giant_step", "clenshaw")
+    ),
+    Row(
+        "newton_db_trace",
+        NewtonDBConfig(num_iterations=20, scaling=TraceScaling()),
+        (2, 4, 8),
+        1e3,
+        1e-4,
+        1e-11,
+        FIXED_STEPS,
+        finite_at_zero=True,
+    ),
+    Row(
+        "minimax",
+        MinimaxConfig(relative_epsilon=1e-4),
+        (1, 2, 4, 8 / 3),
+        1e6,
+        0.015,
+        0.015,
+        "the configured accuracy; round-off is below it",
+        damping=relative_to_trace_bound(1e-4),
+        finite_at_zero=True,
+    ),
+    Row(
+        "minimax_accurate",
+        MinimaxConfig(relative_epsilon=1e-4, accuracy=1e-3),
+        (2, 4),
+        1e6,
+        1e-3,
+        1e-3,
+        "the configured accuracy; round-off is below it",
+        damping=relative_to_trace_bound(1e-4),
+        finite_at_zero=True,
+    ),
+    Row(
+        "minimax_chain",
+        MinimaxConfig(relative_epsilon=1e-4, chain=("4", "4", "4")),
+        (2, 4),
+        1e6,
+        0.004,
+        0.004,
+        "the error of the chain: 6e-5 for root 4, 3.6e-3 for root 2",
+        damping=relative_to_trace_bound(1e-4),
+        finite_at_zero=True,
+    ),
+    Row(
+        "minimax_fp16x3",
+        MinimaxConfig(relative_epsilon=1e-4, matmul_precision=("fp16x3",)),
+        (2, 4),
+        1e6,
+        0.016,
+        0.016,
+        "the configured accuracy; 22 bits are enough for a relative damping of 1e-4",
+        damping=relative_to_trace_bound(1e-4),
+        finite_at_zero=True,
     ),
 )
