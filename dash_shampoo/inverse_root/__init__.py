@@ -4,4 +4,10 @@ from dash_shampoo.inverse_root.dispatch import check_supported, inverse_root
 from dash_shampoo.inverse_root.residual import sketched_residual
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus
 
-__all__ = ["InverseRootResult", "InverseRootStatus", "check_supported", "inverse_root", "sketched_residual"]
+__all__ = [
+    "InverseRootResult",
+    "InverseRootStatus",
+    "check_supported",
+    "inverse_root",
+    "sketched_residual",
+]
