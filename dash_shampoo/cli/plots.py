@@ -58,7 +58,7 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
     with plt.rc_context(_STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
         for index, curve in enumerate(curves):
-            style = _line_style(index)
+            style = _line_style(index, covers=_covers_another(curves, index))
             left.plot(curve.steps, curve.losses, label=curve.label, **style)
             right.plot(curve.seconds, curve.losses, **style)
         left.set(xlabel="steps", ylabel="validation loss (nats per token)")
@@ -75,16 +75,24 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
         plt.close(figure)
 
 
-def _line_style(index: int) -> dict[str, Any]:
-    # Every second line is dashed and thinner, so that one curve on top of another shows both.
-    solid = index % 2 == 1 or index == 0
+def _line_style(index: int, covers: bool) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "linewidth": 2.6 if solid else 1.6,
-        "linestyle": "-" if solid else (0, (4, 1.5)),
+        "linewidth": 1.6 if covers else 2.6,
+        "linestyle": (0, (4, 1.5)) if covers else "-",
         "marker": "o",
-        "markersize": 3.5 if solid else 2.5,
+        "markersize": 2.5 if covers else 3.5,
     }
+
+
+def _covers_another(curves: Sequence[Curve], index: int) -> bool:
+    """Whether a curve lies on an earlier one: drawn thin and dashed, it lets both be seen."""
+    bottom, top = _loss_range(curves)
+    return any(
+        max(abs(a - b) for a, b in zip(curves[index].losses, earlier.losses, strict=True))
+        < 0.01 * (top - bottom)
+        for earlier in curves[:index]
+    )
 
 
 def _loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
