@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -15,7 +16,12 @@ from torch import Tensor
 from dash_shampoo.base import EigenConfig, RootInvConfig, RootInvShampooPreconditionerList
 from dash_shampoo.config import DashShampooPreconditionerConfig
 from dash_shampoo.failures import FailureLedger
-from dash_shampoo.inverse_root import InverseRootResult, check_supported, inverse_root
+from dash_shampoo.inverse_root import (
+    InverseRootResult,
+    InverseRootStatus,
+    check_supported,
+    inverse_root,
+)
 from dash_shampoo.stacks import (
     ActiveBucket,
     ActivePlan,
@@ -340,18 +346,26 @@ class StackedRootInvShampooPreconditionerList(RootInvShampooPreconditionerList):
             epsilon=self._epsilon,
             residual_threshold=None if safety is None else safety.residual_threshold,
         )
-        self._write_usable(number, rows, result)
-        return result.status
+        return self._write_usable(number, rows, result)
 
-    def _write_usable(self, number: int, rows: Rows, result: InverseRootResult) -> None:
-        """Writes the roots that can be used; the other rows keep theirs."""
-        usable = result.is_usable
+    def _write_usable(self, number: int, rows: Rows, result: InverseRootResult) -> Tensor:
+        """Writes the roots that can be used; the other rows keep theirs.
+
+        Returns:
+            (K,) status of each row.
+        """
         stack = self._inverse_factors[number]
-        value = result.value
+        value = result.value.to(stack.data.dtype)
+        if torch.finfo(value.dtype).max < torch.finfo(result.value.dtype).max:
+            overflows = result.is_usable & ~value.isfinite().flatten(1).all(1)
+            status = result.status.masked_fill(overflows, int(InverseRootStatus.NON_FINITE_RESULT))
+            result = replace(result, status=status)
+        usable = result.is_usable
         # Reading a status on the CPU costs nothing; on an accelerator it would stall the queue.
         if usable.is_cuda or not bool(usable.all()):
-            value = torch.where(usable[:, None, None], value.to(stack.data.dtype), stack.read(rows))
+            value = torch.where(usable[:, None, None], value, stack.read(rows))
         stack.write_(rows, value)
+        return result.status
 
     def _bias_corrected(self, number: int, rows: Rows) -> Tensor:
         """The factor matrices (K, N, N) that the roots are taken of; must not be modified."""

@@ -170,3 +170,35 @@ def test_parameters_of_several_groups_without_names_are_numbered_as_in_the_state
     params[2].grad[0, 0] = torch.nan
     with pytest.raises(ds.PreconditionerValueError, match="of parameter 2:"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer_class", [ds.DistributedShampoo, ds.DashShampoo])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_root_that_overflows_its_dtype_raises(optimizer_class, packing):
+    optimizer, params = construct(
+        optimizer_class,
+        ds.EigenConfig(),
+        inv_factor_matrix_dtype=torch.float16,
+        inverse_exponent_override={2: 1.0},  # of zeros and 1e-6, it is 1e6
+        use_symmetric_packing=packing,
+    )
+    assert step(optimizer, params, {1: "zero"}) is ds.PreconditionerValueError
+    for block in blocks(optimizer):
+        assert all(root.isfinite().all() for root in block.inv_factor_matrices)
+
+
+def test_with_safety_a_root_that_overflows_its_dtype_is_kept():
+    config = ds.DashShampooPreconditionerConfig(
+        inv_factor_matrix_dtype=torch.float16,
+        inverse_exponent_override={2: 1.0},
+        safety=ds.SafetyConfig(),
+    )
+    params = [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(2)]
+    optimizer = ds.DashShampoo(
+        params, epsilon=1e-6, max_preconditioner_dim=8, preconditioner_config=config
+    )
+    params[0].grad, params[1].grad = torch.eye(8), torch.zeros(8, 8)
+    optimizer.step()
+    roots = [block.inv_factor_matrices[0] for block in blocks(optimizer)]
+    assert all(root.isfinite().all() for root in roots)
+    assert optimizer.failure_counts() == {"parameter 1": 2}

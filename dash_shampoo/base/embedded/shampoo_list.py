@@ -108,6 +108,7 @@ class RootInvShampooKroneckerFactors:
                     error,
                 )
                 continue
+            result = result.to(inverse.dtype)  # where it may overflow
             if not torch.isfinite(result).all():
                 raise PreconditionerValueError(
                     f"Encountered nan or inf values in the inverse root of factor matrix "
