@@ -14,7 +14,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from dash_shampoo.cli.settings import SettingsError
@@ -122,11 +124,24 @@ def process_group(config: DictConfig, device_name: str) -> Iterator[Process]:
     device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _join("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Form the process group; again after a restart by torchrun."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # The count is one node's own, so that several nodes might not agree on a name made of it.
+    if restart == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        dist.init_process_group(backend)
+        return
+    # torchrun's store outlives a restart, and the addresses of the dead processes are still in it.
+    store, rank, world_size = next(rendezvous("env://"))
+    store = PrefixStore(f"restart_{restart}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def _device(name: str, local_rank: int) -> torch.device:
