@@ -90,7 +90,7 @@ def adamw(params: Iterator[nn.Parameter], lr: float, frequency: int) -> Optimize
 
 
 _POWER = ds.PowerIterationScaling(num_vectors=16, safety_factor=2.0)
-_LRS = (0.00125, 0.0025, 0.005, 0.01, 0.02)
+_LRS = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04)
 METHODS = {
     "AdamW": Method(adamw, _LRS),
     "eigen, 1/4, absolute 1e-10": Method(shampoo(ds.EigenConfig(), 0.25), _LRS),
