@@ -7,7 +7,7 @@ import pytest
 from dash_shampoo.cli.main import main
 from dash_shampoo.cli.settings import config_dir, options
 
-SMALL = ["model=tiny", "vocab_size=256", "max_preconditioner_dim=64"]
+SMALL = ["model=tiny", "optimizer=dash_newton_db", "vocab_size=256", "max_preconditioner_dim=64"]
 
 
 def call(capsys, *words):
@@ -120,6 +120,7 @@ def test_the_roofline_is_below_what_the_paper_measured(capsys, block):
     plan = record(
         capsys,
         "model=llama_953m",
+        "optimizer=dash_newton_db",
         "world_size=8",
         f"max_preconditioner_dim={block}",
         "optimizer.preconditioner_config.amortized_computation_config.matmul_precision=tf32",
