@@ -46,7 +46,13 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
         return _pools[num_threads]
 
 
-def chunk_rows(num_blocks: int, size: int, element_size: int, num_threads: int) -> list[slice]:
+def chunk_rows(
+    num_blocks: int,
+    size: int,
+    element_size: int,
+    num_threads: int,
+    max_chunk_bytes: int = _MAX_CHUNK_BYTES,
+) -> list[slice]:
     """Cut the rows of a stack into chunks; one chunk where that pays more.
 
     Args:
@@ -54,6 +60,8 @@ def chunk_rows(num_blocks: int, size: int, element_size: int, num_threads: int) 
         size: N.
         element_size: Bytes of an entry.
         num_threads: Threads that will work.
+        max_chunk_bytes: Largest chunk. One above the default gives each thread a single chunk, for
+            a solver whose calls take longer than their tail.
 
     Returns:
         Consecutive slices that cover range(B).
@@ -64,8 +72,9 @@ def chunk_rows(num_blocks: int, size: int, element_size: int, num_threads: int) 
         >>> chunk_rows(num_blocks=8, size=16, element_size=4, num_threads=2)
         [slice(0, 8, None)]
     """
-    rows = -(-num_blocks // (num_threads * _CHUNKS_PER_THREAD)) if num_threads > 1 else num_blocks
-    rows = max(min(rows, _MAX_CHUNK_BYTES // (size * size * element_size)), 1)
+    per_thread = _CHUNKS_PER_THREAD if max_chunk_bytes <= _MAX_CHUNK_BYTES else 1
+    rows = -(-num_blocks // (num_threads * per_thread)) if num_threads > 1 else num_blocks
+    rows = max(min(rows, max_chunk_bytes // (size * size * element_size)), 1)
     rows = max(rows, -(-_MIN_WORK // size**3))
     if size % 2 == 1:
         # Keep every block's alignment to 16 bytes what it is in the whole stack: MKL's kernels

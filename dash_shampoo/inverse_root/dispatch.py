@@ -56,6 +56,7 @@ class Solver:
         max_chunked_size (float): The largest N for which a stack on the CPU is cut into chunks on
             several threads. Above about 192 a single product keeps all threads busy by itself;
             an eigendecomposition never does.
+        max_chunk_bytes (int): The largest such chunk.
         has_residual (bool): Whether a sketched residual tells anything. Of an eigendecomposition it
             would measure the rounding of eigenvalues below machine precision times λ_max.
     """
@@ -63,6 +64,7 @@ class Solver:
     function: SolverFunction
     check: Callable[[Any, Fraction], None]
     max_chunked_size: float = 192
+    max_chunk_bytes: int = 2**19
     has_residual: bool = True
 
 
@@ -77,7 +79,7 @@ _SOLVERS: dict[type[RootInvConfig], Solver] = {
     ),
     NewtonDBConfig: Solver(newton_db.newton_db, newton_db.check),
     ChebyshevConfig: Solver(chebyshev.chebyshev, chebyshev.check),
-    MinimaxConfig: Solver(minimax.minimax, minimax.check),
+    MinimaxConfig: Solver(minimax.minimax, minimax.check, max_chunk_bytes=2**21),
 }
 
 
@@ -214,7 +216,9 @@ def _chunks(stack: Tensor, solver: Solver) -> list[slice]:
     num_blocks, size, _ = stack.shape
     if stack.device.type != "cpu" or size > solver.max_chunked_size:
         return [slice(0, num_blocks)]
-    return chunk_rows(num_blocks, size, stack.element_size(), torch.get_num_threads())
+    return chunk_rows(
+        num_blocks, size, stack.element_size(), torch.get_num_threads(), solver.max_chunk_bytes
+    )
 
 
 def _solve(
@@ -266,6 +270,11 @@ def _as_stack(A: Tensor) -> Tensor:
 
 def _is_finite_block(A: Tensor) -> Tensor:
     """(B,) bool: whether all entries of a block are finite."""
+    if A.device.type == "cpu":
+        # Sums of finite entries are finite but for overflow, and take one pass without a copy.
+        is_finite = torch.isfinite(A.sum(dim=(-2, -1)))
+        if bool(is_finite.all()):
+            return is_finite
     return torch.isfinite(A.abs().amax(dim=(-2, -1)))
 
 

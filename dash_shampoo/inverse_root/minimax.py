@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,8 +17,15 @@ from dash_shampoo.inverse_root.blocks import diagonal, per_block, rescaled_symme
 from dash_shampoo.inverse_root.ladder import Ladder
 from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
 from dash_shampoo.inverse_root.minimax_plan import Chain, plan_chain
-from dash_shampoo.inverse_root.result import InverseRootResult, make_result
+from dash_shampoo.inverse_root.result import (
+    InverseRootResult,
+    concatenate_results,
+    make_result,
+)
 from dash_shampoo.inverse_root.scaling import trace_bound
+
+# On the CPU the workspace of a chunk should stay in the cache, and in memory that malloc reuses.
+_MAX_CHUNK_BYTES = 2**21
 
 # square_plus(a, b, c, out) writes a·M² + b·M + c·I.
 _SquarePlus = Callable[[float, float, float, Tensor], None]
@@ -107,26 +115,33 @@ def minimax(A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float) ->
         ([1.0, 9.9], 11.0)
     """
     chain = chain_of(config, root)
+    if A.device.type == "cpu":
+        rows = max(_MAX_CHUNK_BYTES // (A.shape[-1] ** 2 * A.element_size()), 1)
+        starts = range(0, A.shape[0], rows)
+        return concatenate_results(
+            [_solve(A[i : i + rows], root, config, epsilon, chain) for i in starts]
+        )
+    return _solve(A, root, config, epsilon, chain)
+
+
+def _solve(
+    A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float, chain: Chain
+) -> InverseRootResult:
+    """The roots of a stack that is small enough for the workspace."""
     counter = MatmulCounter(num_blocks=A.shape[0])
     products = _products(config, counter)
-    first = chain.ladders[0]
-    basis = _workspace(A, max(first.num_matmuls, 2))
-    scaled = _ScaledStack(A, epsilon, chain, basis, next(products))
-    M, X = scaled.M, None
-    square_plus: _SquarePlus = scaled.square_plus
-    for i, ladder in enumerate(chain.ladders):
-        if i > 0:
-            basis = _workspace(M, max(ladder.num_matmuls, 1))
-            basis[0].copy_(M)
-            square_plus = _square_plus(M, products)
-        T = _evaluate(ladder, basis, square_plus, products)
-        X = T if X is None else next(products)(X, T)
-        if i + 1 < len(chain.ladders):
-            M = _contract(basis[0], T, root.numerator, products)
-    assert X is not None
+    basis = _workspace(A, max(chain.ladders[0].num_matmuls, 2))
+    square_plus, factor_B, damping_B = _scale(A, epsilon, chain, basis, next(products))
+    T = X = _evaluate(chain.ladders[0], basis, square_plus, products)
+    for ladder in chain.ladders[1:]:
+        M = _contract(basis[0], T, root.numerator, products)
+        basis = _workspace(M, max(ladder.num_matmuls, 1))
+        basis[0].copy_(M)
+        T = _evaluate(ladder, basis, _square_plus(M, products), products)
+        X = next(products)(X, T)
     return make_result(
-        rescaled_symmetric(X, scaled.factor_B, 1.0 / float(root)),
-        damping=scaled.damping_B.to(A.dtype),
+        rescaled_symmetric(X, factor_B, 1.0 / float(root)),
+        damping=damping_B,
         num_matmuls=counter.total,
         num_symmetric_matmuls=counter.symmetric,
     )
@@ -149,56 +164,54 @@ def _workspace(A: Tensor, count: int) -> Tensor:
     return A.new_empty((count, *A.shape))
 
 
-class _ScaledStack:
-    """M = c(A + δI) in the first stack of the workspace, and what c and δ are.
+def _scale(
+    A: Tensor, epsilon: float, chain: Chain, basis: Tensor, matmul: Matmul
+) -> tuple[_SquarePlus, Tensor, Tensor]:
+    """Write M = c(A + δI) to the first stack of the workspace; find c and δ by one product.
 
     Args:
         A: (B, N, N) stack.
         epsilon: Absolute damping.
         chain: Relative damping and margin.
-        basis: (2 or more, B, N, N) workspace. The first stack becomes M, the second c₀²A².
-        matmul: For the one product.
+        basis: (2 or more, B, N, N) workspace; the second stack holds the product.
+        matmul: For the product.
 
-    Attributes:
-        M (Tensor): (B, N, N).
-        factor_B (Tensor): c; the root of A + δI is c^(1/p) times that of M.
-        damping_B (Tensor): δ.
+    Returns:
+        What writes a·M² + b·M + c·I, to be called once; c (B,), the root of A + δI being c^(1/p)
+        times that of M; and δ (B,).
     """
+    # Numbers per block are float64, and A is divided by about its trace first: A of 1e±30 neither
+    # overflows nor vanishes in its fourth power.
+    dtype, size = A.dtype, A.shape[-1]
+    M, square = basis[0], basis[1]
+    trace_B = diagonal(A).sum(-1, dtype=torch.float64)
+    size_B = (trace_B.abs() + size * epsilon).clamp_min_(torch.finfo(dtype).tiny)
+    torch.mul(A, per_block(size_B.reciprocal().to(dtype)), out=M)
+    matmul.square(M, out=square)
+    bound_B = trace_bound(M, square)
+    damping_B = chain.relative_epsilon * bound_B
+    if epsilon > 0.0:
+        damping_B += epsilon / size_B
+    else:
+        is_zero_B = (trace_B == 0.0) & (bound_B == 0.0)
+        damping_B.masked_fill_(is_zero_B, 1.0)
+        size_B.masked_fill_(is_zero_B, 1.0)
+    # A negative definite A has bound 0; dividing by it makes the result infinite, as it should be.
+    stretch_B = ((bound_B + damping_B) * (1.0 + chain.margin)).reciprocal_()
+    shift_B = damping_B * stretch_B
+    M.mul_(per_block(stretch_B.to(dtype)))
+    diagonal(M).add_(shift_B.to(dtype)[:, None])
 
-    def __init__(
-        self, A: Tensor, epsilon: float, chain: Chain, basis: Tensor, matmul: Matmul
-    ) -> None:
-        # In float64, and A itself divided by about its trace: A of 1e±30 neither overflows nor
-        # vanishes in its fourth power.
-        size = A.shape[-1]
-        scale_B = diagonal(A).sum(-1, dtype=torch.float64).abs() + size * epsilon
-        scale_B = scale_B.clamp_min(torch.finfo(A.dtype).tiny)
-        M, self._square = basis[0], basis[1]
-        torch.mul(A, per_block((1.0 / scale_B).to(A.dtype)), out=M)
-        matmul.square(M, out=self._square)
-        bound_B = trace_bound(M, self._square)
-        damping_B = epsilon / scale_B + chain.relative_epsilon * bound_B
-        total_B = (bound_B + damping_B) * (1.0 + chain.margin)
-        # Nothing at all, or (total = 0 < ‖A‖) no positive semi-definite matrix: NaN stays NaN.
-        is_zero_B = (total_B == 0.0) & (diagonal(self._square).sum(-1) == 0.0)
-        total_B = total_B.masked_fill(is_zero_B, 1.0 + chain.margin)
-        damping_B = damping_B.masked_fill(is_zero_B, 1.0)
-        scale_B = scale_B.masked_fill(is_zero_B, 1.0)
-        stretch_B, shift_B = 1.0 / total_B, damping_B / total_B
-        M.mul_(per_block(stretch_B.to(A.dtype)))
-        diagonal(M).add_(shift_B.to(A.dtype)[:, None])
-        self.M = M
-        self._square_factor_B = stretch_B.square()
-        self._shift_B = shift_B
-        self.factor_B = (stretch_B / scale_B).to(A.dtype)
-        self.damping_B = damping_B * scale_B
+    def square_plus(a: float, b: float, c: float, out: Tensor) -> None:
+        # M = tA' + dI, so M² = t²A'² + 2dM - d²I.
+        factors_3B = torch.stack(
+            (a * stretch_B.square(), 2.0 * a * shift_B + b, c - a * shift_B.square())
+        ).to(dtype)
+        torch.mul(square, per_block(factors_3B[0]), out=out)
+        out.addcmul_(M, per_block(factors_3B[1]))
+        diagonal(out).add_(factors_3B[2][:, None])
 
-    def square_plus(self, a: float, b: float, c: float, out: Tensor) -> None:
-        """Write a·M² + b·M + c·I without a product: M = tA' + dI, so M² = t²A'² + 2dM - d²I."""
-        dtype, d_B = out.dtype, self._shift_B
-        torch.mul(self._square, per_block((a * self._square_factor_B).to(dtype)), out=out)
-        out.addcmul_(self.M, per_block((2.0 * a * d_B + b).to(dtype)))
-        diagonal(out).add_((c - a * d_B.square()).to(dtype)[:, None])
+    return square_plus, (stretch_B / size_B).to(dtype), (damping_B * size_B).to(dtype)
 
 
 def _square_plus(M: Tensor, products: Iterator[Matmul]) -> _SquarePlus:
@@ -234,14 +247,21 @@ def _evaluate(
     if k == 1:
         square_plus(output[2], output[1], output[0], X)
         return X
-    square_plus(*ladder.rungs[0], basis[1])
+    rungs, diagonals = basis.unbind(), diagonal(basis).unbind()
+    square_plus(*ladder.rungs[0], rungs[1])
     for j, (a, b, c) in enumerate(ladder.rungs[1:], start=1):
-        next(products).square(basis[j], alpha=a, addend=M, beta=b, out=basis[j + 1])
-        diagonal(basis[j + 1]).add_(c)
-    weights = torch.tensor(output[1:-1], dtype=M.dtype, device=M.device)
+        next(products).square(rungs[j], alpha=a, addend=M, beta=b, out=rungs[j + 1])
+        diagonals[j + 1].add_(c)
+    weights = _weights(output, M.dtype, M.device)
     torch.mv(basis[:k].view(k, -1).mT, weights, out=X.view(-1))
     diagonal(X).add_(output[0])
-    return next(products).square(basis[k - 1], alpha=output[-1], addend=X, out=X)
+    return next(products).square(rungs[k - 1], alpha=output[-1], addend=X, out=X)
+
+
+@lru_cache(maxsize=64)
+def _weights(output: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(k,) the output coefficients of M and the rungs."""
+    return torch.tensor(output[1:-1], dtype=dtype, device=device)
 
 
 def _contract(M: Tensor, T: Tensor, root: int, products: Iterator[Matmul]) -> Tensor:

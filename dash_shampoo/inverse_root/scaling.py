@@ -125,18 +125,15 @@ def trace_bound(A_BNN: Tensor, A_squared_BNN: Tensor) -> Tensor:
         4.0
     """
     n = A_BNN.shape[-1]
-    rounding = 16.0 * torch.finfo(A_BNN.dtype).eps
     m1_B = diagonal(A_BNN).sum(-1, dtype=torch.float64)
     m2_B = diagonal(A_squared_BNN).sum(-1, dtype=torch.float64)
-    m4_B = torch.linalg.vector_norm(A_squared_BNN, dim=(-2, -1)).double().square()
-    share = (n - 1) / n
-    variance_B = (m2_B - m1_B.square() / n).clamp_min(0.0) + rounding * m2_B
-    variance_of_squares_B = (m4_B - m2_B.square() / n).clamp_min(0.0) + rounding * m4_B
-    bound: Tensor = torch.minimum(
-        m1_B / n + (share * variance_B).sqrt(),
-        (m2_B / n + (share * variance_of_squares_B).sqrt()).sqrt(),
-    )
-    return bound.clamp_min(0.0)
+    m4_B = torch.linalg.vector_norm(A_squared_BNN.flatten(1), dim=1).double().square_()
+    sums_2B, squares_2B = torch.stack((m1_B, m2_B, m4_B)).unfold(0, 2, 1).unbind(-1)
+    means_2B = sums_2B / n
+    variances_2B = torch.addcmul(squares_2B, sums_2B, means_2B, value=-1.0).clamp_min_(0.0)
+    variances_2B.add_(squares_2B, alpha=16.0 * torch.finfo(A_BNN.dtype).eps)
+    bounds_2B = variances_2B.mul_((n - 1) / n).sqrt_().add_(means_2B).clamp_min_(0.0)
+    return torch.minimum(bounds_2B[0], bounds_2B[1].sqrt())
 
 
 @lru_cache(maxsize=32)
