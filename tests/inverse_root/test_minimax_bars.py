@@ -158,3 +158,26 @@ def test_of_2400_random_stacks_no_wrong_root_is_accepted():
     assert worst_missed <= 0.3
     assert missed <= 0.1 * wrong
     assert false_alarms <= 0.06 * right
+
+
+@pytest.mark.parametrize(
+    ("precision", "epsilon", "error"),
+    [
+        ("fp32", 1e-6, 1.5e-2),
+        ("fp16x3", 1e-6, 1.5e-2),  # 22 bits: as good as fp32
+        ("tf32", 1e-3, 1.2e-2),
+        ("tf32", 1e-4, 2e-2),  # 11 bits lift the smallest eigenvalues by about 5e-4 of the largest
+        ("bf16", 1e-3, 1.2e-2),
+        ("bf16", 1e-4, 3e-2),  # 8 bits
+    ],
+)
+def test_the_floor_of_each_precision_on_real_factors(precision, epsilon, error):
+    config = ds.MinimaxConfig(relative_epsilon=epsilon, matmul_precision=precision)
+    errors = []
+    for left, gradient, right in captured():
+        roots = [inverse_root(A[None], 4, config) for A in (left, right)]
+        L, R = (exact(A[None], 4, r.damping)[0] for A, r in zip((left, right), roots, strict=True))
+        expected = L @ gradient.double() @ R
+        found = (roots[0].value[0] @ gradient @ roots[1].value[0]).double()
+        errors.append(float((found - expected).norm() / expected.norm()))
+    assert max(errors) <= error
