@@ -293,11 +293,12 @@ class MinimaxConfig(RootInvConfig):
         chain (tuple[int | str, ...] | None): Instead of `accuracy`, the degrees of the polynomials,
             each a power of two: (256,) is one polynomial by 8 squarings, (2, 4, 4) and (8, 8) compose
             polynomials through M ← T(M)^root·M, which needs an integer root. "8s" reads as 8.
-            Choose a chain of small degrees for half-precision products, or for accuracies below 1e-4.
             (Default: None)
         matmul_precision (MatmulPrecision | tuple[MatmulPrecision, ...]): Precision of the products, or
-            a tuple with one for each, the last of which holds for all that follow. The first three
-            need it most. (Default: "fp32")
+            a tuple with one for each, the last of which holds for all that follow. With the default
+            accuracy, "fp16x3" gives the root of "fp32" at every damping; "tf32" and "fp16" do so for
+            full-rank factor matrices down to a relative damping of 1e-4, and with "fp16x3" for the
+            first two products for all; "bf16" is for 1e-3. (Default: "fp32")
         margin (float): How far, relatively, the polynomial may be used beyond λ̂ before it grows
             without bound; it covers rounding. In [1e-3, 0.5]. (Default: 0.02)
     """

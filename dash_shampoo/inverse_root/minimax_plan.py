@@ -86,8 +86,9 @@ def plan_chain(
         ValueError: If a chain of several polynomials is needed and the root is not an integer.
 
     Note:
-        Roots 1, 2 and 4 with a relative damping between 1e-6 and 1e-3 come from the tables; others
-        are computed in float64 within seconds, once per process.
+        Roots 2 and 4 with a relative damping between 1e-6 and 1e-3, and root 1 between 1e-4 and 1e-3,
+        come from the tables where they reach the accuracy; others are computed in float64 within
+        seconds, once per process.
     """
     lower = lower_end(relative_epsilon, margin)
     if degrees is not None:

@@ -29,8 +29,8 @@ def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor) -> 
         damping: (B,) what X was meant to have added to the diagonal.
 
     Returns:
-        (B,) residuals. NaN, which is to be read as unknown, for a root with p + q above 32; not
-        finite where X is not.
+        (B,) residuals. NaN, which is to be read as unknown, for a root with p + q above 32; infinite
+        where X is not finite, or so large that its products overflow.
 
     Note:
         (p + q)·4/N of a batched matmul; no host sync. The columns are the same for every block and
@@ -61,7 +61,7 @@ def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor) -> 
         result = torch.bmm(X, result)
     residual: Tensor = torch.linalg.vector_norm(result - V, dim=(-2, -1))
     residual /= torch.linalg.vector_norm(V)
-    return residual
+    return residual.nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 
 @lru_cache(maxsize=64)

@@ -90,3 +90,12 @@ def test_the_damping_is_what_the_value_aims_at(config, epsilon):
     for index in range(len(A)):
         expected = exact(A[index : index + 1], 2, float(result.damping[index]))
         torch.testing.assert_close(result.value[index : index + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_root_whose_products_overflow_is_not_unknown():
+    """inf - inf would be NaN, which is not above any threshold."""
+    A = torch.eye(16)[None]
+    huge = 1e30 * torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    broken = torch.full((1, 16, 16), torch.nan)
+    for X in (huge, broken):
+        assert sketched_residual(A, X, Fraction(4), torch.zeros(1)).isposinf().all()
