@@ -22,7 +22,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train a small model with several optimizers and draw the comparison into demo/
-	$(BIN)/dash-shampoo demo $(ARGS)
+	$(BIN)/python -m experiments demo $(ARGS)
 
 test: $(READY)  ## the tests and doctests, on Meta's package if it is importable, else on the embedded base
 	$(PYTEST) $(ARGS)

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dash_shampoo as ds
-from dash_shampoo.cli.data import BatchSampler, load_stdlib_bytes
-from dash_shampoo.cli.model import Llama
-from dash_shampoo.cli.schedule import LearningRate
+from experiments.data import BatchSampler, load_stdlib_bytes
+from experiments.model import Llama
+from experiments.schedule import LearningRate
 
 Optimizer = torch.optim.Optimizer
 Record = dict[str, Any]

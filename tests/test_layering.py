@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = "dash_shampoo"
-ROOT = Path(__file__).resolve().parents[1] / PACKAGE
+PACKAGE, EXPERIMENTS = "dash_shampoo", "experiments"
+ROOT = Path(__file__).resolve().parents[1]
 
-# A room is a module or a package directly below dash_shampoo; "dash_shampoo" is its __init__.py.
+# A room is a module or a package directly below dash_shampoo; "dash_shampoo" is its __init__.py, and
+# "experiments" all that lies in that folder beside the package.
 MAY_IMPORT: dict[str, set[str]] = {
     "base": set(),
     "stacks": set(),
@@ -27,27 +28,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optimizer": {"base", "checkpoint", "config", "preconditioner"},
     "planning": {"base", "config", "stacks", "inverse_root"},
     "dash_shampoo": {"base", "checkpoint", "config", "optimizer"},
-    "cli": {"dash_shampoo", "inverse_root", "planning"},
+    "experiments": {"dash_shampoo", "inverse_root", "planning"},
 }
 # What is imported by everyone is torch; the rest by these rooms (or files) alone.
 THIRD_PARTY: dict[str, set[str]] = {
-    "cli": {"hydra", "omegaconf", "matplotlib", "sentencepiece", "tqdm", "numpy"},
+    "experiments": {"hydra", "omegaconf", "matplotlib", "sentencepiece", "tqdm", "numpy"},
 }
 DOOR = "dash_shampoo.base"
 
 
-def module_name(path: Path, root: Path = ROOT) -> str:
-    parts = [PACKAGE, *path.relative_to(root).with_suffix("").parts]
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def room_of(module: str) -> str:
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 else PACKAGE
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]
 
 
-def sources(root: Path = ROOT) -> dict[str, str]:
-    return {module_name(path, root): path.read_text() for path in sorted(root.rglob("*.py"))}
+def sources() -> dict[str, str]:
+    paths = [path for top in (PACKAGE, EXPERIMENTS) for path in sorted((ROOT / top).rglob("*.py"))]
+    return {module_name(path): path.read_text() for path in paths}
 
 
 def imports(module: str, source: str, modules: set[str]) -> Iterator[tuple[int, str]]:
@@ -93,12 +95,12 @@ def violations(files: dict[str, str]) -> list[str]:
         for line, target in imports(module, source, modules):
             top = target.split(".")[0]
             where = f"{module}:{line}"
-            if top == PACKAGE:
+            if top in (PACKAGE, EXPERIMENTS):
                 other = room_of(target)
                 if other != room and other not in MAY_IMPORT.get(room, set()):
                     found.add(f"{where} {room} must not import {other}")
-                if room == "cli" != other and target.count(".") > 1:
-                    found.add(f"{where} cli must not look inside {other}")
+                if room == EXPERIMENTS != other and target.count(".") > 1:
+                    found.add(f"{where} experiments must not look inside {other}")
             elif top == "distributed_shampoo":
                 if module != DOOR:
                     found.add(f"{where} only {DOOR} imports distributed_shampoo")
@@ -125,11 +127,22 @@ def test_the_table_has_no_cycle():
 
     for room in MAY_IMPORT:
         visit(room, ())
-    assert order.index("base") < order.index("optimizer") < order.index("cli")
+    assert order.index("base") < order.index("optimizer") < order.index("experiments")
 
 
 def test_rooms_import_only_what_they_may():
     assert violations(sources()) == []
+
+
+def full_name(module: str) -> str:
+    return module if module.startswith(EXPERIMENTS) else f"{PACKAGE}.{module}"
+
+
+def empty_files() -> dict[str, str]:
+    rooms = [name for name in MAY_IMPORT if name != PACKAGE]
+    return dict.fromkeys(
+        [PACKAGE, *map(full_name, [*rooms, "stacks.plan", "inverse_root.newton_db"])], ""
+    )
 
 
 BAD = [
@@ -145,24 +158,23 @@ BAD = [
      "stacks must not import config"),
     ("optimizer", "import importlib\nimportlib.import_module('dash_shampoo.stacks.plan')",
      "optimizer must not import stacks"),
-    ("cli.main", "import dash_shampoo as ds\nds.stacks.plan_stacks", "cli must not import stacks"),
-    ("cli.main", "from dash_shampoo.base import name", "cli must not import base"),
-    ("cli.main", "from dash_shampoo.inverse_root.newton_db import x", "cli must not look inside"),
+    ("experiments.main", "import dash_shampoo as ds\nds.stacks.plan_stacks", "must not import stacks"),
+    ("experiments.main", "from dash_shampoo.base import name", "experiments must not import base"),
+    ("experiments.main", "from dash_shampoo.inverse_root.newton_db import x", "must not look inside"),
     ("config", "import dash_shampoo", "config must not import dash_shampoo"),
     ("optimizer", "import distributed_shampoo", "only dash_shampoo.base imports"),
     ("base.embedded", "from distributed_shampoo.shampoo_types import PARAMS", "only dash_shampoo.base"),
     ("optimizer", "import numpy as np", "optimizer must not import numpy"),
     ("inverse_root.newton_db", "import triton", "inverse_root must not import triton"),
-    ("cli.train", "import transformers", "cli must not import transformers"),
+    ("optimizer", "import experiments.train", "optimizer must not import experiments"),
+    ("experiments.train", "import transformers", "experiments must not import transformers"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "source", "message"), BAD)
 def test_the_checker_catches(module, source, message):
-    files = {f"{PACKAGE}.{name}": "" for name in MAY_IMPORT if name != PACKAGE}
-    files |= {PACKAGE: "", f"{PACKAGE}.stacks.plan": "", f"{PACKAGE}.inverse_root.newton_db": ""}
-    assert violations(files) == []
-    found = violations(files | {f"{PACKAGE}.{module}": source})
+    assert violations(empty_files()) == []
+    found = violations(empty_files() | {full_name(module): source})
     assert len(found) == 1
     assert message in found[0]
 
@@ -174,10 +186,10 @@ GOOD = [
     ),
     ("stacks", "from dash_shampoo.stacks.plan import plan_stacks"),
     (
-        "cli.main",
+        "experiments.main",
         "import dash_shampoo as ds\nds.DashShampoo\nfrom dash_shampoo import NewtonDBConfig",
     ),
-    ("cli.main", "from dash_shampoo.inverse_root import inverse_root\nimport hydra"),
+    ("experiments.main", "from dash_shampoo.inverse_root import inverse_root\nimport hydra"),
     ("base", "import importlib\nfrom distributed_shampoo import DistributedShampoo"),
     ("config", "import math\nfrom collections.abc import Sequence"),
 ]
@@ -185,16 +197,14 @@ GOOD = [
 
 @pytest.mark.parametrize(("module", "source"), GOOD)
 def test_the_checker_allows(module, source):
-    files = {f"{PACKAGE}.{name}": "" for name in MAY_IMPORT if name != PACKAGE}
-    files |= {PACKAGE: "", f"{PACKAGE}.stacks.plan": ""}
-    assert violations(files | {f"{PACKAGE}.{module}": source}) == []
+    assert violations(empty_files() | {full_name(module): source}) == []
 
 
 def run_apart(script: str) -> None:
     """Runs a script in a process of its own, on the embedded base."""
     environment = {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT.parent),
+        "PYTHONPATH": str(ROOT),
         "DASH_SHAMPOO_BASE": "embedded",
     }
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]

@@ -12,7 +12,6 @@ import dash_shampoo as ds
 from dash_shampoo import config as solver_configs
 from dash_shampoo.base import RootInvConfig
 from dash_shampoo.base import name as base_name
-from dash_shampoo.cli.model import Llama
 from dash_shampoo.inverse_root import inverse_root
 from dash_shampoo.planning import (
     DEVICES,
@@ -24,6 +23,7 @@ from dash_shampoo.planning import (
 from dash_shampoo.planning.devices import precision_of
 from dash_shampoo.planning.solver_cost import measure_solver
 from dash_shampoo.planning.spread import local_shards
+from experiments.model import Llama
 from tests.state_bytes import real_bytes
 
 SHAPES = [(40, 24), (16, 16), (33, 7), (16,), (8, 3, 3, 3), (1,), (16, 16), (5, 1, 20)]

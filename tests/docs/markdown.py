@@ -45,7 +45,7 @@ def commands(markdown: str) -> Iterator[list[str]]:
         if block.info.split(" ")[0] in SHELL:
             lines += block.text.replace("\\\n", " ").splitlines()
     prose = re.sub(r"(?ms)^ *```.*?^ *```$", "", markdown)
-    lines += re.findall(r"`((?:make|dash-shampoo|python) [^`\n]+)`", prose)
+    lines += re.findall(r"`((?:make|python|torchrun) [^`\n]+)`", prose)
     for line in lines:
         text = line.strip().removeprefix("$ ")
         if not text or text.startswith("#"):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dash_shampoo.cli.main import COMMANDS
+from experiments.main import COMMANDS
 from tests.docs.markdown import ROOT, Block, blocks, commands, make_targets, table
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "patches/README.md")
@@ -52,10 +52,11 @@ def unknown_commands(text: str, targets: set[str]) -> list[str]:
         if program == "make":
             names = [a for a in arguments if "=" not in a and a[0] not in "-$"]
             wrong += [f"make {name}" for name in names if name not in targets]
-        elif program == "dash-shampoo" and arguments and not arguments[0].startswith("-"):
-            if arguments[0] not in COMMANDS:
-                wrong.append(f"dash-shampoo {arguments[0]}")
-            wrong += [a for a in arguments[1:] if not has_option_file(a)]
+        elif "experiments" in arguments and arguments[-1] != "experiments":
+            command, *settings = arguments[arguments.index("experiments") + 1 :]
+            if command not in COMMANDS:
+                wrong.append(f"experiments {command}")
+            wrong += [a for a in settings if not has_option_file(a)]
         elif program in ("python", "bash"):
             paths = [a for a in arguments if re.fullmatch(r"[\w./-]+\.(py|sh)|\.ci/run", a)]
             wrong += [path for path in paths[:1] if not (ROOT / path).is_file()]
@@ -77,14 +78,14 @@ def test_commands_exist(document):
 
 
 def test_unknown_commands_are_found():
-    text = """Run `make nothing` or `make test ARGS="-x"`, `dash-shampoo nothing`.
+    text = """Run `make nothing` or `make test ARGS="-x"`, `python -m experiments nothing`.
 
 ```sh
 $ git clone x && make other PYTHON=python3.12  # make comment
 OMP_NUM_THREADS=1 python benchmarks/nothing.py --threads 2
 ```
 """
-    expected = ["make other", "benchmarks/nothing.py", "make nothing", "dash-shampoo nothing"]
+    expected = ["make other", "benchmarks/nothing.py", "make nothing", "experiments nothing"]
     assert unknown_commands(text, {"test"}) == expected
     assert {"test", "lint", "demo", "help", "install-meta"} <= make_targets(
         (ROOT / "Makefile").read_text()

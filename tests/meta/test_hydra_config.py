@@ -10,8 +10,8 @@ import torch
 import dash_shampoo as ds
 
 meta = pytest.importorskip("distributed_shampoo", reason="Meta's package is not importable")
-omegaconf = pytest.importorskip("omegaconf", reason="the extra `cli` is not installed")
-hydra_utils = pytest.importorskip("hydra.utils", reason="the extra `cli` is not installed")
+omegaconf = pytest.importorskip("omegaconf", reason="the extra `dev` is not installed")
+hydra_utils = pytest.importorskip("hydra.utils", reason="the extra `dev` is not installed")
 
 CONFIG = Path(meta.__file__).parent / "examples" / "configs" / "optimizer" / "shampoo.yaml"
 pytestmark = pytest.mark.skipif(

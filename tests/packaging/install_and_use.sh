@@ -12,10 +12,6 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 pip=("$work/venv/bin/python" -m pip --disable-pip-version-check install --quiet -c "$root/constraints.txt")
 
-# First with torch alone, then with what the command line needs.
 "${pip[@]}" "$wheel"
 "$work/venv/bin/python" "$here/use_installed.py"
-"${pip[@]}" "$wheel[cli]"
-"$work/venv/bin/dash-shampoo" --help
-"$work/venv/bin/dash-shampoo" train steps=2 batch_size=2 sequence_length=16 validation_batches=1 output_dir=run
 echo "The installed wheel works: $(basename "$wheel")"

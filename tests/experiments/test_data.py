@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dash_shampoo.cli.data import (
+from experiments.data import (
     BatchSampler,
     is_held_out,
     load_stdlib_bytes,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dash_shampoo.cli.model import (
+from experiments.model import (
     Llama,
     count_parameters,
     feed_forward_width,

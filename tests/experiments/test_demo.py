@@ -2,11 +2,11 @@ import struct
 
 import pytest
 
-from dash_shampoo.cli.demo import demo_table, typical
-from dash_shampoo.cli.main import main
-from dash_shampoo.cli.metrics import read_metrics
-from dash_shampoo.cli.plots import Curve
-from dash_shampoo.cli.settings import compose_train
+from experiments.demo import demo_table, typical
+from experiments.main import main
+from experiments.metrics import read_metrics
+from experiments.plots import Curve
+from experiments.settings import compose_train
 
 
 def test_demo_writes_a_table_and_plots(tiny, tmp_path, capsys):

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from dash_shampoo.cli.settings import SettingsError
+from experiments.settings import SettingsError
 
 STRATEGIES = ("none", "ddp", "fully_shard", "hybrid_shard")
 
@@ -119,7 +119,7 @@ def process_group(config: DictConfig, device_name: str) -> Iterator[Process]:
     if "RANK" not in os.environ:
         raise SettingsError(
             f"parallelism={strategy} needs torchrun: torchrun --nproc-per-node N -m "
-            "dash_shampoo.cli train ..."
+            "experiments train ..."
         )
     device = _device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":

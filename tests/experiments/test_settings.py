@@ -8,9 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import dash_shampoo
-from dash_shampoo.cli.main import COMMANDS, main
-from dash_shampoo.cli.parallel import build
-from dash_shampoo.cli.settings import (
+from experiments.main import COMMANDS, main
+from experiments.parallel import build
+from experiments.settings import (
     TRAIN_GROUPS,
     SettingsError,
     TrainSettings,
@@ -77,7 +77,7 @@ def test_a_mistake_is_told_in_one_line(word, message, tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["train", "device=cpu", "steps=1", word]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("dash-shampoo: error: ")
+    assert error.startswith("experiments: error: ")
     assert message in error
     assert error.count("\n") <= 4  # Hydra's own message about a target has three lines
 
@@ -132,7 +132,7 @@ def test_help(capsys):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
-        assert f"usage: dash-shampoo {command}" in capsys.readouterr().out
+        assert f"usage: python -m experiments {command}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_a_missing_extra_says_what_to_install():
     modules = ["hydra", "tqdm", "matplotlib"]
     code = (
         "import sys\n"
-        "from dash_shampoo.cli.main import main\n"
+        "from experiments.main import main\n"
         f"for module in {modules}:\n"
         "    sys.modules[module] = None\n"
         "    assert main([]) == 0\n"
@@ -159,4 +159,4 @@ def test_a_missing_extra_says_what_to_install():
     )
     assert done.returncode == 0, done.stderr
     for module in modules:
-        assert f"the module {module} is missing: pip install dash-shampoo[cli]" in done.stderr
+        assert f"the module {module} is missing: pip install -e '.[dev]'" in done.stderr

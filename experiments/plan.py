@@ -1,4 +1,4 @@
-"""The subcommand ``dash-shampoo plan``: what an optimizer costs on many ranks, before it runs."""
+"""The subcommand ``python -m experiments plan``: what an optimizer costs on many ranks, before it runs."""
 
 import argparse
 import difflib
@@ -16,17 +16,6 @@ import torch
 from omegaconf import DictConfig
 
 import dash_shampoo
-from dash_shampoo.cli.builders import parameter_groups
-from dash_shampoo.cli.main import fail
-from dash_shampoo.cli.parallel import build
-from dash_shampoo.cli.plan_report import plan_record, plan_text, sweep_record, sweep_text
-from dash_shampoo.cli.settings import (
-    TRAIN_GROUPS,
-    SettingsError,
-    TrainSettings,
-    compose_train,
-    options,
-)
 from dash_shampoo.planning import (
     DEVICES,
     Device,
@@ -34,20 +23,31 @@ from dash_shampoo.planning import (
     Parallelism,
     plan_optimizer,
 )
+from experiments.builders import parameter_groups
+from experiments.main import fail
+from experiments.parallel import build
+from experiments.plan_report import plan_record, plan_text, sweep_record, sweep_text
+from experiments.settings import (
+    TRAIN_GROUPS,
+    SettingsError,
+    TrainSettings,
+    compose_train,
+    options,
+)
 
 _LARGEST_SWEEP = 1024
 
 _DESCRIPTION = """\
 Tell, without a GPU and without allocating anything, what Shampoo keeps and computes on every rank:
 blocks, buckets and stacks, bytes of optimizer state, bytes communicated, matmul FLOPs and a roofline
-of the step. The model, optimizer and parallelism are chosen as for `dash-shampoo train`.
+of the step. The model, optimizer and parallelism are chosen as for `python -m experiments train`.
 """
 _EXAMPLES = """\
 examples:
-  dash-shampoo plan model=llama_953m world_size=8 max_preconditioner_dim=1024
-  dash-shampoo plan model=llama_953m world_size=64 parallelism=fully_shard device=H200
-  dash-shampoo plan model=llama_953m optimizer=dash_eigen sweep=true
-  dash-shampoo plan model=tiny world_size=2 format=json
+  python -m experiments plan model=llama_953m world_size=8 max_preconditioner_dim=1024
+  python -m experiments plan model=llama_953m world_size=64 parallelism=fully_shard device=H200
+  python -m experiments plan model=llama_953m optimizer=dash_eigen sweep=true
+  python -m experiments plan model=tiny world_size=2 format=json
 """
 
 
@@ -73,13 +73,13 @@ class PlanSettings:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the words after ``dash-shampoo plan``.
+    """The parser of the words after ``python -m experiments plan``.
 
     Returns:
         The parser; its help lists settings, groups and devices.
     """
     result = argparse.ArgumentParser(
-        prog="dash-shampoo plan",
+        prog="python -m experiments plan",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_epilog(),
@@ -114,13 +114,13 @@ def _epilog() -> str:
 
 
 def run(words: Sequence[str]) -> int:
-    """Carry out ``dash-shampoo plan``.
+    """Carry out ``python -m experiments plan``.
 
     Args:
         words: The command line after ``plan``.
 
     Returns:
-        Exit status, as of `dash_shampoo.cli.main.main`.
+        Exit status, as of `experiments.main.main`.
     """
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -166,7 +166,7 @@ def _split(words: Sequence[str]) -> tuple[PlanSettings, list[str]]:
             near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise SettingsError(
-                f"There is no setting {name!r}.{hint} `dash-shampoo plan --help` lists all."
+                f"There is no setting {name!r}.{hint} `python -m experiments plan --help` lists all."
             )
         if key in own:
             values[key] = _parse(key, value)

@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from dash_shampoo.cli.data import TokenData
-from dash_shampoo.cli.parallel import build
-from dash_shampoo.cli.settings import SettingsError
+from experiments.data import TokenData
+from experiments.parallel import build
+from experiments.settings import SettingsError
 
 
 def build_optimizer(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dash_shampoo.cli.main import main
-from dash_shampoo.cli.metrics import read_metrics
-from tests.cli.test_train import losses, tensors
+from experiments.main import main
+from experiments.metrics import read_metrics
+from tests.experiments.test_train import losses, tensors
 
 UNSUPPORTED = "is not in the embedded base"
 
@@ -22,7 +22,7 @@ def free_port():
 
 
 def train_together(world_size, words):
-    """Run `dash-shampoo train` in several processes, with the environment that torchrun gives."""
+    """Run `python -m experiments train` in several processes, with the environment that torchrun gives."""
     environment = os.environ | {
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
@@ -32,7 +32,7 @@ def train_together(world_size, words):
     }
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "dash_shampoo.cli", "train", *words],
+            [sys.executable, "-m", "experiments", "train", *words],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -117,7 +117,7 @@ def test_torchrun_needs_a_parallelism(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_an_unsharded_checkpoint_is_refused_by_several_processes(tmp_path, monkeypatch):
-    from dash_shampoo.cli import checkpoint
+    from experiments import checkpoint
 
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -1,4 +1,4 @@
-"""The command ``dash-shampoo``: which subcommand, with which words."""
+"""``python -m experiments``: which command, with which words."""
 
 import argparse
 import importlib
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 # Subcommand: (module that has `run(words) -> exit status`, one line of help).
 COMMANDS = {
-    "train": ("dash_shampoo.cli.train_command", "train a Llama-style model; settings by YAML"),
-    "plan": ("dash_shampoo.cli.plan", "memory, work and balance on many ranks, before running"),
-    "demo": ("dash_shampoo.cli.demo", "compare optimizers on a tiny model: table and plots"),
+    "train": ("experiments.train_command", "train a Llama-style model; settings by YAML"),
+    "plan": ("experiments.plan", "memory, work and balance on many ranks, before running"),
+    "demo": ("experiments.demo", "compare optimizers on a tiny model: table and plots"),
 }
-# What `pip install dash-shampoo[cli]` brings.
+# What the extra `dev` brings.
 _EXTRA = ("hydra", "omegaconf", "tqdm", "matplotlib", "sentencepiece")
 
 
@@ -27,12 +27,12 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if words is None else words)
     parser = argparse.ArgumentParser(
-        prog="dash-shampoo",
+        prog="python -m experiments",
         description="Distributed Shampoo with stacked blocks and fast batched inverse roots.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items())
-        + "\n\n`dash-shampoo COMMAND --help` tells more.",
+        + "\n\n`python -m experiments COMMAND --help` tells more.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRA:
             raise
-        return fail(f"the module {missing} is missing: pip install dash-shampoo[cli]", 2)
+        return fail(f"the module {missing} is missing: pip install -e '.[dev]'", 2)
     return run(words[1:])
 
 
@@ -69,7 +69,7 @@ def fail(message: str, status: int) -> int:
     Returns:
         The exit status.
     """
-    print(f"dash-shampoo: error: {message}", file=sys.stderr)
+    print(f"experiments: error: {message}", file=sys.stderr)
     return status
 
 

@@ -1,4 +1,4 @@
-"""The subcommand ``dash-shampoo train``: words in, exit status out."""
+"""The subcommand ``python -m experiments train``: words in, exit status out."""
 
 import argparse
 import logging
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dash_shampoo.cli.main import fail
-from dash_shampoo.cli.parallel import process_group
-from dash_shampoo.cli.settings import (
+from experiments.main import fail
+from experiments.parallel import process_group
+from experiments.settings import (
     TRAIN_GROUPS,
     SettingsError,
     TrainSettings,
@@ -23,25 +23,25 @@ from dash_shampoo.cli.settings import (
     options,
     train_settings,
 )
-from dash_shampoo.cli.train import DivergedError, Trainer, TrainResult
+from experiments.train import DivergedError, Trainer, TrainResult
 
 _EXAMPLES = """\
 examples:
-  dash-shampoo train optimizer=dash_newton_db model=tiny data=stdlib_bytes steps=200
-  dash-shampoo train optimizer=adamw optimizer.lr=3e-3 output_dir=runs/adamw
-  dash-shampoo train optimizer=dash_eigen --cfg job
-  torchrun --nproc-per-node 2 -m dash_shampoo.cli train parallelism=fully_shard
+  python -m experiments train optimizer=dash_newton_db model=tiny data=stdlib_bytes steps=200
+  python -m experiments train optimizer=adamw optimizer.lr=3e-3 output_dir=runs/adamw
+  python -m experiments train optimizer=dash_eigen --cfg job
+  torchrun --nproc-per-node 2 -m experiments train parallelism=fully_shard
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the words after ``dash-shampoo train``.
+    """The parser of the words after ``python -m experiments train``.
 
     Returns:
         The parser; its help lists the groups and the settings.
     """
     result = argparse.ArgumentParser(
-        prog="dash-shampoo train",
+        prog="python -m experiments train",
         description="Train a Llama-style model. Settings come from YAML files and are changed by "
         "words such as optimizer=adamw (choose a file) or optimizer.lr=1e-3 (change a value).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,13 +73,13 @@ def _epilog() -> str:
 
 
 def run(words: Sequence[str]) -> int:
-    """Carry out ``dash-shampoo train``.
+    """Carry out ``python -m experiments train``.
 
     Args:
         words: The command line after ``train``.
 
     Returns:
-        Exit status, as of `dash_shampoo.cli.main.main`.
+        Exit status, as of `experiments.main.main`.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -133,7 +133,9 @@ def _tell(result: TrainResult, output_dir: Path, words: Sequence[str]) -> None:
         )
         return
     kept = [word for word in words if not word.startswith(("output_dir=", "resume="))]
-    command = shlex.join(["dash-shampoo", "train", *kept, f"output_dir={output_dir}"])
+    command = shlex.join(
+        ["python", "-m", "experiments", "train", *kept, f"output_dir={output_dir}"]
+    )
     print(
         f"Stopped after step {result.step}; the checkpoint is {result.checkpoint}. "
         f"Continue with:\n  {command}",

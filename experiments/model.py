@@ -1,6 +1,6 @@
 """A decoder-only transformer in the style of Llama, in plain torch.
 
-Used by ``dash-shampoo train`` and the demo. Pre-norm blocks of causal self-attention with
+Used by ``python -m experiments train`` and the demo. Pre-norm blocks of causal self-attention with
 rotary position embedding and a SwiGLU feed-forward layer, RMSNorm, no biases, untied input and
 output embeddings. Its weight shapes are the ones the paper's tables are about.
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dash_shampoo.cli.schedule import LearningRate, one_cycle_factor
+from experiments.schedule import LearningRate, one_cycle_factor
 
 
 @pytest.mark.parametrize("steps", [10, 37, 200])

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dash_shampoo.cli.bpe import encode, load_stdlib_bpe, train_bpe
-from dash_shampoo.cli.main import main
+from experiments.bpe import encode, load_stdlib_bpe, train_bpe
+from experiments.main import main
 
 TEXT = "def f(x):\n    return x + 1\n\n\tß = 'é' # 中\r\n        pass"
 

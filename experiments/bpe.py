@@ -8,7 +8,7 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 
-from dash_shampoo.cli.data import TokenData, digest, read_stdlib
+from experiments.data import TokenData, digest, read_stdlib
 
 _NEWLINE = "\n"
 _END_OF_FILE = "</s>"

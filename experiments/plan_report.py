@@ -6,7 +6,6 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from dash_shampoo.cli.report import markdown_table
 from dash_shampoo.planning import (
     REFERENCE_CONDITION_NUMBER,
     SHARED,
@@ -14,6 +13,7 @@ from dash_shampoo.planning import (
     RankPlan,
     balance,
 )
+from experiments.report import markdown_table
 
 _MAX_ROWS = 16
 _GIB, _MIB, _TERA, _MILLI = 2**30, 2**20, 1e12, 1e-3

@@ -1,4 +1,4 @@
-"""The training loop of ``dash-shampoo train``."""
+"""The training loop of ``python -m experiments train``."""
 
 import math
 import shutil
@@ -14,21 +14,21 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from dash_shampoo.cli import checkpoint
-from dash_shampoo.cli.builders import (
+from experiments import checkpoint
+from experiments.builders import (
     build_data,
     build_optimizer,
     optimizer_family,
     parameter_groups,
 )
-from dash_shampoo.cli.data import BatchSampler, TokenData
-from dash_shampoo.cli.metrics import FILE_NAME, MetricsFile, Stopwatch, peak_memory_mib
-from dash_shampoo.cli.model import count_parameters
-from dash_shampoo.cli.parallel import Process, build, gradient_sync, parallelise
-from dash_shampoo.cli.report import environment
-from dash_shampoo.cli.schedule import LearningRate
-from dash_shampoo.cli.settings import SettingsError, TrainSettings, plain
-from dash_shampoo.cli.signals import StopRequest
+from experiments.data import BatchSampler, TokenData
+from experiments.metrics import FILE_NAME, MetricsFile, Stopwatch, peak_memory_mib
+from experiments.model import count_parameters
+from experiments.parallel import Process, build, gradient_sync, parallelise
+from experiments.report import environment
+from experiments.schedule import LearningRate
+from experiments.settings import SettingsError, TrainSettings, plain
+from experiments.signals import StopRequest
 
 # A continued run must agree in these, or the batches and the model would be other ones.
 _FIXED_ON_RESUME = (

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dash_shampoo.cli import checkpoint
-from dash_shampoo.cli.metrics import read_metrics
-from tests.cli.test_train import losses, tensors
+from experiments import checkpoint
+from experiments.metrics import read_metrics
+from tests.experiments.test_train import losses, tensors
 
 NUM_STEPS, CHECKPOINT_EVERY = 16, 3
 KILL_AFTER = 7
@@ -21,13 +21,13 @@ TIMEOUT = 240.0
 
 
 def torchrun(words, folder, log):
-    """Two processes of `dash-shampoo train`, which one agent starts and starts again."""
+    """Two processes of `python -m experiments train`, which one agent starts and starts again."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
             *("--max-restarts", "1", "--monitor-interval", "0.1", "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
-            *("-m", "dash_shampoo.cli", "train", *words, f"output_dir={folder}"),
+            *("-m", "experiments", "train", *words, f"output_dir={folder}"),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         stdout=log,

@@ -1,7 +1,6 @@
 """From YAML files and ``key=value`` words to a checked configuration.
 
-The files are composed by Hydra's compose API. They lie in ``configs/`` of a source checkout and
-in ``dash_shampoo/cli/configs`` of an installed wheel.
+The files are composed by Hydra's compose API. They lie in ``configs/``.
 """
 
 import difflib
@@ -56,7 +55,7 @@ class ScheduleSettings:
 
 @dataclass
 class TrainSettings:
-    """The scalar settings of ``dash-shampoo train``; ``configs/train.yaml`` explains them."""
+    """The scalar settings of ``python -m experiments train``; ``configs/train.yaml`` explains them."""
 
     steps: int = 200
     batch_size: int = 16
@@ -112,19 +111,12 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
 
 
 def config_dir() -> Path:
-    """The folder of the YAML files that come with the package.
+    """The folder of the YAML files that come with the checkout.
 
     Returns:
-        ``configs/`` beside the package in a source checkout, else the installed copy.
-
-    Raises:
-        SettingsError: If neither exists.
+        ``configs/`` beside this package.
     """
-    here = Path(__file__).resolve().parent
-    for candidate in (here / "configs", here.parents[1] / "configs"):
-        if (candidate / "train.yaml").is_file():
-            return candidate
-    raise SettingsError(f"The configuration files are missing: neither beside {here} nor in it.")
+    return Path(__file__).resolve().parents[1] / "configs"
 
 
 def options(group: str, extra_dir: Path | None = None) -> list[str]:
@@ -208,7 +200,7 @@ def _explain(error: Exception, words: Sequence[str], extra_dir: Path | None) -> 
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             return (
-                f"There is no setting {key!r}.{hint} `dash-shampoo train --cfg job` prints all; "
+                f"There is no setting {key!r}.{hint} `python -m experiments train --cfg job` prints all; "
                 f"+{word.lstrip('+')} adds a new one."
             )
     return str(error).strip().replace("\n", " ")

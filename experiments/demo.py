@@ -1,4 +1,4 @@
-"""The subcommand ``dash-shampoo demo``: optimizers side by side on a tiny model.
+"""The subcommand ``python -m experiments demo``: optimizers side by side on a tiny model.
 
 All runs have the same initial weights and the same batches, and take turns, in an order that is
 reversed every round, so that whatever else the machine does slows all of them alike.
@@ -17,14 +17,14 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from dash_shampoo.cli.builders import build_data
-from dash_shampoo.cli.main import fail
-from dash_shampoo.cli.metrics import FILE_NAME, read_metrics
-from dash_shampoo.cli.parallel import Process, process_group
-from dash_shampoo.cli.plots import Curve, plot_losses, plot_step_times
-from dash_shampoo.cli.report import environment, markdown_table
-from dash_shampoo.cli.settings import SettingsError, compose_train, train_settings
-from dash_shampoo.cli.train import DivergedError, Trainer
+from experiments.builders import build_data
+from experiments.main import fail
+from experiments.metrics import FILE_NAME, read_metrics
+from experiments.parallel import Process, process_group
+from experiments.plots import Curve, plot_losses, plot_step_times
+from experiments.report import environment, markdown_table
+from experiments.settings import SettingsError, compose_train, train_settings
+from experiments.train import DivergedError, Trainer
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class Run:
 
 
 def run(words: Sequence[str]) -> int:
-    """Carry out ``dash-shampoo demo``.
+    """Carry out ``python -m experiments demo``.
 
     Args:
         words: The command line after ``demo``.
 
     Returns:
-        Exit status, as of `dash_shampoo.cli.main.main`.
+        Exit status, as of `experiments.main.main`.
     """
     parser = argparse.ArgumentParser(
-        prog="dash-shampoo demo",
+        prog="python -m experiments demo",
         description="Train a tiny model with several optimizers on the same batches, and write a "
         "table and plots. The settings are those of configs/experiment/demo.yaml.",
-        epilog="example: dash-shampoo demo steps=100 demo.output_dir=/tmp/demo",
+        epilog="example: python -m experiments demo steps=100 demo.output_dir=/tmp/demo",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")

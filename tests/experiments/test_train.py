@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import dash_shampoo
-from dash_shampoo.cli import checkpoint
-from dash_shampoo.cli.main import main
-from dash_shampoo.cli.metrics import MetricsFile, read_metrics
-from dash_shampoo.cli.settings import compose_train, options
+from experiments import checkpoint
+from experiments.main import main
+from experiments.metrics import MetricsFile, read_metrics
+from experiments.settings import compose_train, options
 
 TRAIN_KEYS = {
     "event", "step", "loss", "lr", "grad_norm", "forward_ms", "backward_ms", "optimizer_ms",
@@ -223,7 +223,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues(tiny, tmp_path):
     words = [*tiny, "optimizer=dash_eigen", "steps=100000", "evaluate_every=0"]
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "dash_shampoo.cli", "train", *words, f"output_dir={folder}"],
+        [sys.executable, "-m", "experiments", "train", *words, f"output_dir={folder}"],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,11 +1,11 @@
-"""`dash-shampoo plan`: tables, JSON, and messages for mistakes."""
+"""`python -m experiments plan`: tables, JSON, and messages for mistakes."""
 
 import json
 
 import pytest
 
-from dash_shampoo.cli.main import main
-from dash_shampoo.cli.settings import config_dir, options
+from experiments.main import main
+from experiments.settings import config_dir, options
 
 SMALL = ["model=tiny", "optimizer=dash_newton_db", "vocab_size=256", "max_preconditioner_dim=64"]
 
@@ -150,7 +150,7 @@ def test_mistakes_are_named(capsys, word):
     more = ["parallelism=ddp"] if word.startswith("parallelism") else []
     status, out, err = call(capsys, "model=tiny", *more, word)
     assert (status, out) == (2, "")
-    assert err.startswith("dash-shampoo: error: ")
+    assert err.startswith("experiments: error: ")
     assert MISTAKES[word] in err
     assert "Traceback" not in err
 

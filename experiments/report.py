@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import dash_shampoo
-from dash_shampoo.cli.parallel import Process
+from experiments.parallel import Process
 
 
 def environment(process: Process) -> dict[str, Any]:
