@@ -16,10 +16,10 @@ PIP := $(BIN)/python -m pip
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench wheel test-wheel install-meta test-meta clean
+.PHONY: help demo test lint format bench wheel test-wheel install-meta test-meta test-meta-suite clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train a small model with several optimizers and draw the comparison into demo/
 	$(BIN)/python -m experiments demo $(ARGS)
@@ -52,6 +52,10 @@ test-meta: $(READY)  ## the tests on Meta's package: installed, or META=path of 
 	@PYTHONPATH="$(META)" $(BIN)/python -c "import distributed_shampoo" || \
 		{ echo "Meta's package is not importable: 'make install-meta', or 'make test-meta META=/path/of/its/checkout'."; exit 1; }
 	PYTHONPATH="$(META)" DASH_SHAMPOO_BASE=meta $(PYTEST) $(ARGS)
+
+test-meta-suite: $(READY)  ## Meta's own tests with DashShampoo in place of DistributedShampoo; META=path of a checkout
+	@test -n "$(META)" || { echo "make test-meta-suite META=/path/of/a/checkout/of/facebookresearch/optimizers"; exit 1; }
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/meta/suite.py "$(META)" $(ARGS)
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
