@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from dash_shampoo.base.embedded.blocking import grid_view
 from dash_shampoo.base.embedded.state import native_config as _native_config
 
 _VARIABLE = "DASH_SHAMPOO_BASE"
@@ -22,26 +23,49 @@ _HOW_TO_GET_IT = (
 _SHAMPOO_TYPES = f"{_PACKAGE}.shampoo_types"
 _LOAD_BALANCING = f"{_PACKAGE}.utils.load_balancing_utils"
 _META_MODULES = {
+    "DISTRIBUTOR": _SHAMPOO_TYPES,
+    "FILTERED_GRAD_LIST": _SHAMPOO_TYPES,
+    "GRAFTING_PRECONDITIONER_LIST": _SHAMPOO_TYPES,
+    "MASKED_BLOCKED_GRADS": _SHAMPOO_TYPES,
+    "MASKED_BLOCKED_PARAMS": _SHAMPOO_TYPES,
+    "MASKED_FILTERED_GRAD_LIST": _SHAMPOO_TYPES,
+    "MASKED_MOMENTUM_BUFFER_LIST": _SHAMPOO_TYPES,
+    "MASKED_WEIGHT_BUFFER_LIST": _SHAMPOO_TYPES,
+    "MOMENTUM_BUFFER_LIST": _SHAMPOO_TYPES,
+    "PREVIOUS_GRAD_SELECTOR": _SHAMPOO_TYPES,
+    "SHAMPOO_PRECONDITIONER_LIST": _SHAMPOO_TYPES,
+    "WEIGHT_BUFFER_LIST": _SHAMPOO_TYPES,
+    "AdagradPreconditionerList": f"{_PACKAGE}.preconditioner.adagrad_preconditioner_list",
     "AlignedMemoryCostModel": _LOAD_BALANCING,
     "ClassicMomentumConfig": _SHAMPOO_TYPES,
     "ConcurrencyConfig": _SHAMPOO_TYPES,
     "CostModel": _LOAD_BALANCING,
-    "DISTRIBUTOR": _SHAMPOO_TYPES,
     "DefaultConcurrencyConfig": _SHAMPOO_TYPES,
     "DefaultShampooRuntimeConfig": _SHAMPOO_TYPES,
     "LoadBalancingConfig": _SHAMPOO_TYPES,
     "PolynomialComputationalCostModel": _LOAD_BALANCING,
     "PreconditionerValueError": _SHAMPOO_TYPES,
     "RootInvShampooPreconditionerList": f"{_PACKAGE}.preconditioner.shampoo_preconditioner_list",
-    "SHAMPOO_PRECONDITIONER_LIST": _SHAMPOO_TYPES,
+    "SGDPreconditionerList": f"{_PACKAGE}.preconditioner.sgd_preconditioner_list",
     "ShampooRuntimeConfig": _SHAMPOO_TYPES,
 }
 
 if TYPE_CHECKING:
     from dash_shampoo.base.embedded import (
         DISTRIBUTOR,
+        FILTERED_GRAD_LIST,
+        GRAFTING_PRECONDITIONER_LIST,
+        MASKED_BLOCKED_GRADS,
+        MASKED_BLOCKED_PARAMS,
+        MASKED_FILTERED_GRAD_LIST,
+        MASKED_MOMENTUM_BUFFER_LIST,
+        MASKED_WEIGHT_BUFFER_LIST,
+        MOMENTUM_BUFFER_LIST,
+        PREVIOUS_GRAD_SELECTOR,
         SHAMPOO_PRECONDITIONER_LIST,
+        WEIGHT_BUFFER_LIST,
         AdaGradPreconditionerConfig,
+        AdagradPreconditionerList,
         AdamPreconditionerConfig,
         AlignedMemoryCostModel,
         BaseShampooPreconditionerConfig,
@@ -97,6 +121,7 @@ if TYPE_CHECKING:
         RootInvShampooPreconditionerList,
         ScheduleFreeConfig,
         SGDPreconditionerConfig,
+        SGDPreconditionerList,
         ShampooPT2CompileConfig,
         ShampooRuntimeConfig,
         SignDescentPreconditionerConfig,
@@ -109,8 +134,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DISTRIBUTOR",
+    "FILTERED_GRAD_LIST",
+    "GRAFTING_PRECONDITIONER_LIST",
+    "MASKED_BLOCKED_GRADS",
+    "MASKED_BLOCKED_PARAMS",
+    "MASKED_FILTERED_GRAD_LIST",
+    "MASKED_MOMENTUM_BUFFER_LIST",
+    "MASKED_WEIGHT_BUFFER_LIST",
+    "MOMENTUM_BUFFER_LIST",
+    "PREVIOUS_GRAD_SELECTOR",
     "SHAMPOO_PRECONDITIONER_LIST",
+    "WEIGHT_BUFFER_LIST",
     "AdaGradPreconditionerConfig",
+    "AdagradPreconditionerList",
     "AdamPreconditionerConfig",
     "AlignedMemoryCostModel",
     "BaseShampooPreconditionerConfig",
@@ -165,6 +201,7 @@ __all__ = [
     "RootInvShampooPreconditionerConfig",
     "RootInvShampooPreconditionerList",
     "SGDPreconditionerConfig",
+    "SGDPreconditionerList",
     "SVDOrthogonalizationConfig",
     "ScheduleFreeConfig",
     "ShampooPT2CompileConfig",
@@ -174,9 +211,14 @@ __all__ = [
     "SpectralDescentPreconditionerConfig",
     "WeightDecayType",
     "compile_fsdp_parameter_metadata",
+    "grid_view",
     "name",
     "native_config",
 ]
+
+
+# The same on both bases.
+_OURS = ("grid_view", "name", "native_config")
 
 
 def _choose(variables: Mapping[str, str]) -> Literal["meta", "embedded"]:
@@ -207,7 +249,7 @@ def _choose(variables: Mapping[str, str]) -> Literal["meta", "embedded"]:
 
 
 def _load(base: Literal["meta", "embedded"]) -> dict[str, Any]:
-    exported = [n for n in __all__ if n not in ("name", "native_config")]
+    exported = [n for n in __all__ if n not in _OURS]
     if base == "embedded":
         module = import_module("dash_shampoo.base.embedded")
         return {n: getattr(module, n) for n in exported}

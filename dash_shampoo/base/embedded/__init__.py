@@ -49,7 +49,17 @@ from dash_shampoo.base.embedded.distributed_configs import (
 )
 from dash_shampoo.base.embedded.keys import (
     DISTRIBUTOR,
+    FILTERED_GRAD_LIST,
+    GRAFTING_PRECONDITIONER_LIST,
+    MASKED_BLOCKED_GRADS,
+    MASKED_BLOCKED_PARAMS,
+    MASKED_FILTERED_GRAD_LIST,
+    MASKED_MOMENTUM_BUFFER_LIST,
+    MASKED_WEIGHT_BUFFER_LIST,
+    MOMENTUM_BUFFER_LIST,
+    PREVIOUS_GRAD_SELECTOR,
     SHAMPOO_PRECONDITIONER_LIST,
+    WEIGHT_BUFFER_LIST,
 )
 from dash_shampoo.base.embedded.matrix_function_configs import (
     CoupledHigherOrderConfig,
@@ -72,13 +82,28 @@ from dash_shampoo.base.embedded.matrix_function_configs import (
     SVDOrthogonalizationConfig,
 )
 from dash_shampoo.base.embedded.optimizer import DistributedShampoo
-from dash_shampoo.base.embedded.preconditioner_list import PreconditionerValueError
+from dash_shampoo.base.embedded.preconditioner_list import (
+    AdagradPreconditionerList,
+    PreconditionerValueError,
+    SGDPreconditionerList,
+)
 from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
 
 __all__ = [
     "DISTRIBUTOR",
+    "FILTERED_GRAD_LIST",
+    "GRAFTING_PRECONDITIONER_LIST",
+    "MASKED_BLOCKED_GRADS",
+    "MASKED_BLOCKED_PARAMS",
+    "MASKED_FILTERED_GRAD_LIST",
+    "MASKED_MOMENTUM_BUFFER_LIST",
+    "MASKED_WEIGHT_BUFFER_LIST",
+    "MOMENTUM_BUFFER_LIST",
+    "PREVIOUS_GRAD_SELECTOR",
     "SHAMPOO_PRECONDITIONER_LIST",
+    "WEIGHT_BUFFER_LIST",
     "AdaGradPreconditionerConfig",
+    "AdagradPreconditionerList",
     "AdamPreconditionerConfig",
     "AlignedMemoryCostModel",
     "BaseShampooPreconditionerConfig",
@@ -133,6 +158,7 @@ __all__ = [
     "RootInvShampooPreconditionerConfig",
     "RootInvShampooPreconditionerList",
     "SGDPreconditionerConfig",
+    "SGDPreconditionerList",
     "SVDOrthogonalizationConfig",
     "ScheduleFreeConfig",
     "ShampooPT2CompileConfig",

@@ -3,14 +3,19 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
-from dash_shampoo.base.embedded.blocking import merge_small_dims, multi_dim_split
+from dash_shampoo.base.embedded.blocking import (
+    equal_grids,
+    grid_view,
+    merge_small_dims,
+    multi_dim_split,
+)
 from dash_shampoo.base.embedded.configs import DefaultShampooRuntimeConfig, ShampooRuntimeConfig
 from dash_shampoo.base.embedded.state import is_dtensor
 
@@ -49,12 +54,22 @@ class BlockInfo:
 
 @dataclass(kw_only=True, eq=False)
 class _ParamPlan:
-    """How the gradient of a parameter is cut: merged shape, number of blocks, which are local."""
+    """How a parameter and its gradient are cut.
+
+    Attributes:
+        param: The parameter.
+        index: Its number in the group.
+        merged_shape: Its shape with small dimensions merged.
+        num_blocks: Into how many blocks it is cut.
+        grids: Grids of equal blocks: their numbers, their counts, and all of them as one view.
+        local_selector: Which blocks are this process's.
+    """
 
     param: Tensor
     index: int
     merged_shape: tuple[int, ...]
     num_blocks: int
+    grids: tuple[tuple[tuple[int, ...], tuple[int, ...], Tensor | None], ...]
     local_selector: tuple[bool, ...] = ()
 
 
@@ -67,12 +82,7 @@ class Distributor:
     Args:
         param_group: The parameter group.
         runtime_config: Whether gradients are checked.
-
-    Attributes:
-        is_communicating: Whether `update_params` is a collective operation.
     """
-
-    is_communicating = False
 
     def __init__(
         self,
@@ -161,7 +171,11 @@ class Distributor:
         """
         params = self._targets(blocked_search_directions, use_masked_tensors)
         if params:
-            torch._foreach_add_(params, blocked_search_directions)
+            # One addition per parameter where the directions of its blocks lie in a grid, as they do
+            # in consecutive slots of a stack.
+            active = self._active_params if use_masked_tensors else None
+            targets, increments = self._in_grids(params, blocked_search_directions, active)
+            torch._foreach_add_(targets, increments)
         self._write_back()
 
     @torch.no_grad()
@@ -234,9 +248,46 @@ class Distributor:
             merged = copy.view(shape)
         blocks = multi_dim_split(merged, self._max_dim)
         self._plans[id(param)] = _ParamPlan(
-            param=param, index=len(self._plans), merged_shape=shape, num_blocks=len(blocks)
+            param=param,
+            index=len(self._plans),
+            merged_shape=shape,
+            num_blocks=len(blocks),
+            grids=tuple(
+                (numbers, counts, grid_view([blocks[n] for n in numbers], counts))
+                for numbers, counts in (
+                    equal_grids(shape, self._max_dim) if len(blocks) > 1 else ()
+                )
+            ),
         )
         return blocks
+
+    def _in_grids(
+        self,
+        params: Sequence[Tensor],
+        directions: Sequence[Tensor],
+        active_params: tuple[bool, ...] | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Blocks and their directions, with one pair instead of many where both lie in a grid."""
+        if len(self._plans) == len(self._global_blocked_params):
+            return list(params), list(directions)
+        targets: list[Tensor] = []
+        increments: list[Tensor] = []
+        start = 0
+        for plan in compress(self._plans.values(), active_params or repeat(True)):
+            if not plan.grids:
+                targets.append(params[start])
+                increments.append(directions[start])
+            for numbers, counts, target in plan.grids:
+                own = [directions[start + n] for n in numbers]
+                increment = None if target is None else grid_view(own, counts)
+                if target is None or increment is None:
+                    targets.extend(params[start + n] for n in numbers)
+                    increments.extend(own)
+                else:
+                    targets.append(target)
+                    increments.append(increment)
+            start += plan.num_blocks
+        return targets, increments
 
     def _make_block_infos(self) -> Iterator[BlockInfo]:
         names = self._param_group.get("param_names")

@@ -93,8 +93,6 @@ class DDPDistributor(Distributor):
             parameter is sharded.
     """
 
-    is_communicating = True
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not dist.is_initialized():
             raise RuntimeError("Distributed configs need torch.distributed to be initialized.")

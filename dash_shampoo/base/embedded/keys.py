@@ -35,7 +35,6 @@ WEIGHT_DECAY_TYPE: Final = "weight_decay_type"
 
 # Per-group lists of blocks and their state, never saved. A masked list holds the blocks that have a
 # gradient in this step.
-CUDA_STREAM: Final = "cuda_stream"
 DISTRIBUTOR: Final = "distributor"
 EVAL_INTERP_COEFF: Final = "eval_interp_coeff"
 FILTERED_GRAD_LIST: Final = "filtered_grad_list"

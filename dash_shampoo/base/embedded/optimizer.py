@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, overload
@@ -44,12 +43,11 @@ from dash_shampoo.base.embedded.preconditioner_list import (
 from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
 from dash_shampoo.base.embedded.state import copy_nested, native_config, pair_params, plan_loading
 from dash_shampoo.base.embedded.step import (
-    StepSettings,
-    call,
+    ShampooStep,
     is_averaging,
     mask_state_lists,
-    search_directions,
     set_interpolation_coefficients,
+    step_arguments,
     switch_mode,
 )
 
@@ -66,7 +64,7 @@ _STRUCTURE = (
 _NATIVE_CONFIGS = {**vars(matrix_function_configs), **vars(distributed_configs), **vars(configs)}
 
 
-class DistributedShampoo(Optimizer):
+class DistributedShampoo(ShampooStep, Optimizer):
     """Shampoo (arXiv 1802.09568, 2309.06497), block by block.
 
     The same constructor, options, state and arithmetic as Meta's Distributed Shampoo, for machines
@@ -93,7 +91,7 @@ class DistributedShampoo(Optimizer):
         distributed_config: How blocks are spread. (Default: SingleDeviceDistributedConfig())
         preconditioner_config: The preconditioner. (Default: RootInvShampooPreconditionerConfig())
         shampoo_runtime_config: Checks. (Default: ShampooRuntimeConfig())
-        concurrency_config: CUDA streams. (Default: ConcurrencyConfig())
+        concurrency_config: Accepted; all groups share one stream. (Default: ConcurrencyConfig())
 
     Raises:
         NotImplementedError: If an option is not in the embedded base.
@@ -145,7 +143,7 @@ class DistributedShampoo(Optimizer):
         )
         self._shampoo_pt2_compile_config = shampoo_pt2_compile_config
         self._runtime_config = shampoo_runtime_config
-        self._concurrency_config = concurrency_config
+        del concurrency_config  # a matter of speed alone
         for group in self.param_groups:
             check_and_complete(group)
         self._per_group_state_lists: list[dict[str, Any]] = [{} for _ in self.param_groups]
@@ -156,7 +154,8 @@ class DistributedShampoo(Optimizer):
                 self._instantiate_preconditioners(state_lists, group)
                 self._instantiate_scalars(state_lists, group)
                 self._instantiate_buffers(state_lists, group)
-        self._instantiate_per_group_step()
+        if shampoo_pt2_compile_config is not None:
+            self._compile_step(shampoo_pt2_compile_config)
         self.register_state_dict_post_hook(self._export_state)
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -286,21 +285,14 @@ class DistributedShampoo(Optimizer):
         list_key, masked_list_key = keys.BUFFER_LISTS[key]
         state_lists[list_key] = state_lists[masked_list_key] = tuple(buffers)
 
-    def _instantiate_per_group_step(self) -> None:
-        self._run_eagerly: Callable[..., Any] = call
-        self._per_group_step: Callable[[dict[str, Any], StepSettings], None] = self._update_group
-        if self._shampoo_pt2_compile_config is not None:
-            options = asdict(self._shampoo_pt2_compile_config)
-            self._per_group_step = torch.compile(self._update_group, **options)
-            disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
-            self._run_eagerly = disable(call)
-        on_cuda = all(group[keys.PARAMS][0].device.type == "cuda" for group in self.param_groups)
-        self._use_cuda_streams = (
-            on_cuda and self._concurrency_config.enable_cuda_stream_for_param_groups
-        )
-        if self._use_cuda_streams:
-            for state_lists, group in self._groups():
-                state_lists[keys.CUDA_STREAM] = _new_stream(group[keys.PARAMS][0].device)
+    def _compile_step(self, config: ShampooPT2CompileConfig) -> None:
+        # The preconditioners stay out of the graphs: their lists change with the selection of
+        # gradients, and their matmuls gain nothing.
+        disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+        for name in ("_update_preconditioners", "_precondition_and_grafting"):
+            vars(self)[name] = disable(getattr(self, name))
+        compiled = torch.compile(self._compute_search_directions, **asdict(config))
+        vars(self)["_compute_search_directions"] = compiled
 
     # --------------------------------------------------------------------------------- steps
 
@@ -330,16 +322,8 @@ class DistributedShampoo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for state_lists, group in self._groups():
-            with self._stream_of(state_lists):
-                self._step_group(state_lists, group)
-        if self._use_cuda_streams:
-            for state_lists, _ in self._groups():
-                stream = state_lists[keys.CUDA_STREAM]
-                torch.cuda.current_stream(stream.device).wait_stream(stream)
+            self._step_group(state_lists, group)
         return loss
-
-    def _stream_of(self, state_lists: dict[str, Any]) -> Any:
-        return _run_on(state_lists[keys.CUDA_STREAM]) if self._use_cuda_streams else nullcontext()
 
     def _step_group(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
         state_lists[keys.MASKED_BLOCKED_GRADS] = state_lists[
@@ -357,18 +341,18 @@ class DistributedShampoo(Optimizer):
         set_interpolation_coefficients(
             state_lists, group[keys.ITERATE_AVERAGING_CONFIG], is_step=True
         )
-        self._per_group_step(state_lists, StepSettings.of(group, step))
-        state_lists[keys.MASKED_BLOCKED_GRADS] = None
-
-    def _update_group(self, state_lists: dict[str, Any], settings: StepSettings) -> None:
-        run, distributor = self._run_eagerly, state_lists[keys.DISTRIBUTOR]
         directions: tuple[Tensor, ...] = ()
         if state_lists[keys.MASKED_BLOCKED_GRADS]:
-            directions = search_directions(state_lists, settings, run)
-        if distributor.is_communicating:
-            run(distributor.update_params, directions)
-        else:
-            distributor.update_params(directions)
+            directions = self._compute_search_directions(
+                state_lists=state_lists,
+                step=state_lists[keys.STEP],
+                lr=state_lists[keys.LR_TENSOR],
+                train_interp_coeff=state_lists[keys.TRAIN_INTERP_COEFF],
+                eval_interp_coeff=state_lists[keys.EVAL_INTERP_COEFF],
+                **step_arguments(group, step),
+            )
+        state_lists[keys.DISTRIBUTOR].update_params(directions)
+        state_lists[keys.MASKED_BLOCKED_GRADS] = None
 
     def train(self) -> None:
         """Puts the parameters to the training sequence Y; without averaging does nothing."""
@@ -430,15 +414,3 @@ class DistributedShampoo(Optimizer):
         self._switch_mode(is_train)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def _new_stream(device: torch.device) -> torch.cuda.Stream:
-    stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
-    return stream(device=device)
-
-
-@contextmanager
-def _run_on(stream: torch.cuda.Stream) -> Iterator[None]:
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        yield
