@@ -1,0 +1,188 @@
+"""What a step launches is known to the kernel; the counts are the same on every machine and base.
+
+Where a change of the code changes a number here, `python benchmarks/launches.py --operations 30` shows of
+what it is made. Fewer is better; more needs a reason.
+"""
+
+import pytest
+import torch
+
+import dash_shampoo as ds
+from benchmarks import launches
+from benchmarks.device_counts import CUDA, DeviceCounts
+from benchmarks.launches import CASES, configs, count_steps, factor_elements, main
+
+
+def count(case, config):
+    return count_steps(CASES[case], ds.DashShampoo, preconditioner_config=configs()[config])
+
+
+def test_launches_of_a_llama_by_phase():
+    with_refresh, without = count("llama-8-256", "default")
+    steady = {
+        "factor update": 31, "precondition": 8, "grafting": 978, "elementwise": 931,
+        # One addition per parameter, where the distributor is ours.
+        "update": 75 if ds.base.name == "embedded" else 458,
+    }  # fmt: skip
+    assert +without.launches == steady
+    assert +with_refresh.launches == steady | {"roots": 139}
+    assert not without.waits
+    assert with_refresh.waits == {"roots": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "launches", "waits", "passes", "mebibytes"),
+    [
+        ("default", 139, 1, 17.4, 67.1),
+        ("eigen", 115, 3, 15.2, 25.2),
+        ("coupled_newton", 400, 69, 62.1, 45.0),
+        ("newton_db", 259, 1, 39.0, 45.0),
+        ("chebyshev", 341, 1, 100.3, 60.0),
+        ("minimax", 262, 1, 19.3, 80.0),
+    ],
+)
+def test_launches_waits_passes_and_memory_of_a_refresh(config, launches, waits, passes, mebibytes):
+    counts, _ = count("llama-2-128", config)
+    assert counts.launches["roots"] == launches
+    assert sum(counts.waits.values()) == waits
+    elements = factor_elements(CASES["llama-2-128"])
+    assert round(counts.elements["roots"] / elements, 1) == passes
+    assert round(counts.peak_bytes / 2**20, 1) == mebibytes
+
+
+def test_every_phase_has_a_column():
+    assert set(launches.PHASES.values()) < set(launches.PHASE_NAMES)
+
+
+def test_the_table(capsys):
+    text = main(["--case", "llama-2-128", "--configs", "newton_db", "--operations", "2"])
+    assert capsys.readouterr().out == text
+    assert [line.split("|")[1].strip() for line in text.splitlines() if "newton_db" in line] == [
+        "newton_db", "newton_db",
+    ]  # fmt: skip
+    assert "_foreach_" in text
+
+
+# --------------------------------------------------------------------------- what is counted
+
+
+@pytest.fixture
+def device():
+    with DeviceCounts({}, default="outside") as counting:
+        yield counting
+
+
+def on_device(device, *tensors):
+    device.place(tensors)
+    return tensors
+
+
+def test_a_tensor_there_and_what_is_made_of_it_say_so(device):
+    host = torch.ones(3)
+    (there,) = on_device(device, torch.ones(3))
+    for tensor in (there, there + host, there.view(3, 1), there.double(), torch.zeros_like(there)):
+        assert tensor.is_cuda
+        assert tensor.device.type == "cuda"
+    for tensor in (host, host + 1, there.cpu(), there.to("cpu")):
+        assert not tensor.is_cuda
+        assert tensor.device.type == "cpu"
+    assert torch.zeros(2, device=there.device).is_cuda
+    assert host.to(there.device).is_cuda
+    assert host.to(there).is_cuda
+    assert torch.equal(there.cpu(), torch.ones(3))
+
+
+def test_views_and_empty_tensors_are_free(device):
+    (there,) = on_device(device, torch.ones(4, 4))
+    there.mT[1:].unsqueeze(0), torch.empty_like(there), torch.empty(3, device=CUDA)
+    assert sum(device.counts.launches.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("operation", "number"),
+    [
+        (lambda a: a @ a, 1),
+        (lambda a: a.mul_(2), 1),
+        (lambda a: a.masked_fill(a > 0, 1.0), 3),
+        (torch.isfinite, 4),
+        (lambda a: torch.stack([a] * 129), 2),
+        (lambda a: torch.stack([a.mT] * 65), 2),
+        (lambda a: torch._foreach_mul_([a] * 111, 2.0), 2),
+        (lambda a: torch._foreach_mul([a] * 64, 2.0), 1),
+        (lambda a: torch._foreach_mul([a] * 65, 2.0), 2),
+        (lambda a: torch._foreach_addcmul_([a] * 49, [a] * 49, [a] * 49), 2),
+        (lambda a: torch._foreach_norm([a] * 9), 3),
+        (lambda a: torch._foreach_add_([a[:, :2]] * 9, [a[:, :2]] * 9), 9),
+        (lambda a: torch._foreach_add([a] * 9, [a.mT] * 9), 9),
+    ],
+)
+def test_launches(device, operation, number):
+    (there,) = on_device(device, torch.ones(4, 4))
+    operation(there)
+    assert sum(device.counts.launches.values()) == number
+
+
+def test_a_launch_of_a_foreach_operation_takes_320_chunks(device):
+    (there,) = on_device(device, torch.ones(65536 * 100))
+    torch._foreach_mul_([there] * 7, 2.0)
+    assert sum(device.counts.launches.values()) == 3
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda a, b: bool(a.any()),
+        lambda a, b: float(a[0]),
+        lambda a, b: a.sum().item(),
+        lambda a, b: a.tolist(),
+        lambda a, b: a.cpu(),
+        lambda a, b: a.nonzero(),
+        lambda a, b: a[a > 0],
+        lambda a, b: a.copy_(b),
+        lambda a, b: torch.tensor([1.0], device=a.device),
+        lambda a, b: b.to(a.device),
+        lambda a, b: torch.linalg.eigh(a.diag()),
+    ],
+)
+def test_waits(device, wait):
+    (there,) = on_device(device, torch.ones(3))
+    wait(there, torch.ones(3))
+    assert sum(device.counts.waits.values()) == 1
+
+
+def test_what_does_not_wait(device):
+    (there,) = on_device(device, torch.ones(3))
+    host = torch.ones(3)
+    there.copy_(host, non_blocking=True)
+    float(host[0]), host.tolist(), torch.where(there > 0, there, 0.0), torch.zeros(3, device=CUDA)
+    assert not device.counts.waits
+
+
+def test_phases_are_those_of_the_innermost_function():
+    def outer():
+        product()
+        there.mul_(2)
+
+    def product():
+        there.mul_(2)
+        bool(there.all())
+
+    there = torch.ones(3)
+    phases = {r"\.product$": "inside", r"\.outer$": "around"}
+    with DeviceCounts(phases, default="outside") as device:
+        device.place([there])
+        outer()
+        there.mul_(2)
+    assert device.counts.launches == {"inside": 3, "around": 1, "outside": 1}
+    assert device.counts.waits == {"inside": 1}
+
+
+def test_peak_of_what_is_alive(device):
+    (there,) = on_device(device, torch.ones(256))
+    a = there + 1
+    b = there + 2
+    del a
+    c = there + 3
+    del b, c
+    there.add_(there + 4)
+    assert device.counts.peak_bytes == 2 * 1024
