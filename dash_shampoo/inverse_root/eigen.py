@@ -167,7 +167,7 @@ def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Ten
     if there.device.type == "cpu" and A_BNN.device.type != "cpu":
         L_BN, Q_BNN, failed = _eigh_on_threads(there, config.retry_double_precision)
     else:  # a stack that is on the CPU was cut into chunks before it came here
-        L_BN, Q_BNN, failed = _eigh_or_bisect(there, config.retry_double_precision)
+        L_BN, Q_BNN, failed = eigh_or_bisect(there, config.retry_double_precision)
     # LAPACK and cuSOLVER leave the eigenvectors in columns of column-major memory.
     V_BNN = Q_BNN.mT.contiguous()
     return L_BN.to(A_BNN.device), V_BNN.to(A_BNN.device), failed
@@ -176,15 +176,15 @@ def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Ten
 def _eigh_on_threads(
     A_BNN: Tensor, retry_double_precision: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """`_eigh_or_bisect` of chunks of a stack on the CPU, on several threads."""
+    """`eigh_or_bisect` of chunks of a stack on the CPU, on several threads."""
     num_blocks, size, _ = A_BNN.shape
     chunks = chunk_rows(num_blocks, size, A_BNN.element_size(), torch.get_num_threads())
-    parts = map_chunks(lambda rows: _eigh_or_bisect(A_BNN[rows], retry_double_precision), chunks)
+    parts = map_chunks(lambda rows: eigh_or_bisect(A_BNN[rows], retry_double_precision), chunks)
     failed = [rows.start + row for rows, part in zip(chunks, parts, strict=True) for row in part[2]]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), failed
 
 
-def _eigh_or_bisect(
+def eigh_or_bisect(
     A_BNN: Tensor, retry_double_precision: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
     """torch.linalg.eigh of a stack; where it raises, of its halves, down to single blocks.
@@ -204,13 +204,13 @@ def _eigh_or_bisect(
         num_blocks = A_BNN.shape[0]
         if num_blocks > 1:
             half = num_blocks // 2
-            L_0, Q_0, failed_0 = _eigh_or_bisect(A_BNN[:half], retry_double_precision)
-            L_1, Q_1, failed_1 = _eigh_or_bisect(A_BNN[half:], retry_double_precision)
+            L_0, Q_0, failed_0 = eigh_or_bisect(A_BNN[:half], retry_double_precision)
+            L_1, Q_1, failed_1 = eigh_or_bisect(A_BNN[half:], retry_double_precision)
             failed = failed_0 + [half + row for row in failed_1]
             return torch.cat((L_0, L_1)), torch.cat((Q_0, Q_1)), failed
         if retry_double_precision and A_BNN.dtype != torch.float64:
             logger.warning("eigh failed in %s (%s); trying float64.", A_BNN.dtype, error)
-            L, Q, failed = _eigh_or_bisect(A_BNN.double(), retry_double_precision)
+            L, Q, failed = eigh_or_bisect(A_BNN.double(), retry_double_precision)
             return L.to(A_BNN.dtype), Q.to(A_BNN.dtype), failed
         logger.warning("eigh failed in %s: %s", A_BNN.dtype, error)
         size = A_BNN.shape[-1]

@@ -1,0 +1,227 @@
+"""The one entry to all eigenbases: checks, dispatch by config, bad blocks, chunks on the CPU.
+
+A method is a function ``method(A, Q, config) -> EigenbasisResult`` on a clean stack: (B, N, N) with
+B, N >= 1, contiguous, float32 or float64, finite. It may not write to `A` or `Q`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base import (
+    EigendecompositionConfig,
+    EighEigendecompositionConfig,
+    PseudoInverseConfig,
+    QREigendecompositionConfig,
+)
+from dash_shampoo.eigenbasis.eigh import eigh
+from dash_shampoo.eigenbasis.orthogonal_iteration import (
+    OrthogonalIterationConfig,
+    orthogonal_iteration,
+)
+from dash_shampoo.eigenbasis.qr import qr
+from dash_shampoo.eigenbasis.result import EigenbasisResult, can_look
+from dash_shampoo.inverse_root import InverseRootStatus
+from dash_shampoo.inverse_root.blocks import damped
+from dash_shampoo.inverse_root.cpu_pool import chunk_rows, map_chunks
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and how it wants its stack.
+
+    Attributes:
+        function (Callable): The method itself.
+        follows (bool): Whether it only follows a basis, so that a block without one (Q = I) has to
+            be decomposed first.
+        max_chunked_size (float): The largest N for which a stack on the CPU is cut into chunks on
+            several threads. A product of more than about 192 keeps all threads busy by itself, a
+            factorisation never does.
+    """
+
+    function: Callable[[Tensor, Tensor, Any], EigenbasisResult]
+    follows: bool = False
+    max_chunked_size: float = float("inf")
+
+
+_METHODS: dict[type[EigendecompositionConfig], Method] = {
+    EighEigendecompositionConfig: Method(eigh),
+    QREigendecompositionConfig: Method(qr),
+    OrthogonalIterationConfig: Method(orthogonal_iteration, follows=True, max_chunked_size=192),
+}
+_REPAIR = EighEigendecompositionConfig()
+
+
+def find_method(config: object) -> Method:
+    """Find the method of a config by its class, or else its nearest base class.
+
+    Raises:
+        ValueError: If no method takes it.
+    """
+    for cls in type(config).__mro__:
+        if cls in _METHODS:
+            return _METHODS[cls]
+    known = ", ".join(cls.__name__ for cls in _METHODS)
+    raise ValueError(f"No eigenbasis takes {type(config).__name__}; there are methods for {known}.")
+
+
+def check_basis_supported(config: EigendecompositionConfig, epsilon: float = 0.0) -> None:
+    """Refuse a config that no method takes, or an epsilon that its repair of the spectrum forbids.
+
+    Args:
+        config: How the eigenvectors are computed.
+        epsilon: The damping, finite and at least 0.
+
+    Raises:
+        ValueError: If there is no method, or epsilon is not allowed.
+
+    Examples:
+        >>> check_basis_supported(OrthogonalIterationConfig(), epsilon=1e-10)
+        >>> check_basis_supported(None)
+        Traceback (most recent call last):
+        ValueError: No eigenbasis takes NoneType; there are methods for EighEigendecompositionConfig, ...
+    """
+    find_method(config)
+    if not 0.0 <= epsilon < float("inf"):
+        raise ValueError(f"{epsilon=} must be finite and at least 0.")
+    if isinstance(config.rank_deficient_stability_config, PseudoInverseConfig) and epsilon != 0.0:
+        raise ValueError(f"{epsilon=} must be 0.0 with PseudoInverseConfig.")
+
+
+def eigenbasis(
+    A: Tensor, Q: Tensor, config: EigendecompositionConfig, epsilon: float = 0.0
+) -> EigenbasisResult:
+    """Eigenvectors of each block of a stack, by the method of the config, from the previous ones.
+
+    Every block is treated on its own: one that holds NaN, or on which the method fails, leaves the
+    others bit-identical, keeps its previous eigenvectors and is reported in `status`. On the CPU a
+    block on which an iteration fails is decomposed by eigh at once; on a device, where looking
+    would be a host sync, it is left to the caller.
+
+    Args:
+        A: (B, N, N) stack, symmetric positive semi-definite up to rounding, float32 or float64.
+        Q: (B, N, N) previous eigenvectors in columns, in any floating dtype. The identity means
+            that there are none yet: `OrthogonalIterationConfig` then starts with an
+            eigendecomposition, the others as the base does.
+        config: The method and its options.
+        epsilon: Damping ε of A + εI, where `rank_deficient_stability_config` is a perturbation
+            before the computation. Default: 0.
+
+    Returns:
+        Eigenvectors in the dtype of `A`, eigenvalues, status and order.
+
+    Raises:
+        ValueError: If the shapes differ or are not square, the dtype is not one of the above, or
+            the config or the epsilon is not supported.
+
+    Note:
+        The methods' docstrings have their costs. On a device, that a basis is the identity is seen
+        by the caller (`is_identity`), not here.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([3.0, 1.0])).expand(4, 2, 2)
+        >>> result = eigenbasis(A, torch.eye(2).expand(4, 2, 2), EighEigendecompositionConfig())
+        >>> result.eigenvalues[0].tolist(), result.status.tolist()
+        ([1.0, 3.0], [0, 0, 0, 0])
+    """
+    check_basis_supported(config, epsilon)
+    _check_shapes(A, Q)
+    method = find_method(config)
+    is_damped = getattr(config.rank_deficient_stability_config, "perturb_before_computation", False)
+    damping = epsilon if is_damped else 0.0
+    num_blocks, size, _ = A.shape
+    if A.numel() == 0:
+        status = torch.zeros(num_blocks, dtype=torch.uint8, device=A.device)
+        return EigenbasisResult(Q.to(A.dtype).clone(), A.new_zeros(num_blocks, size), status)
+    if not can_look(A) or size > method.max_chunked_size:
+        chunks = [slice(0, num_blocks)]
+    else:
+        chunks = chunk_rows(num_blocks, size, A.element_size(), torch.get_num_threads())
+
+    def solve(rows: slice) -> EigenbasisResult:
+        return _solve(method, A[rows], Q[rows].to(A.dtype), config, damping)
+
+    return _concatenate(map_chunks(solve, chunks))
+
+
+def is_identity(Q: Tensor) -> Tensor:
+    """(B,) bool: the blocks of (B, N, N) that are exactly I, the state before the first refresh."""
+    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return (Q == identity).flatten(1).all(1)
+
+
+def _check_shapes(A: Tensor, Q: Tensor) -> None:
+    if A.ndim != 3 or A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"A must be a stack of square matrices (B, N, N), not {tuple(A.shape)}.")
+    if Q.shape != A.shape:
+        raise ValueError(f"Q must have the shape of A, {tuple(A.shape)}, not {tuple(Q.shape)}.")
+    if A.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"A must be float32 or float64, not {A.dtype}.")
+
+
+def _solve(
+    method: Method, A: Tensor, Q: Tensor, config: EigendecompositionConfig, damping: float
+) -> EigenbasisResult:
+    """One chunk: bad blocks replaced by the identity, the method, its failures repaired."""
+    A, device_type = A.detach(), A.device.type
+    looks = can_look(A)
+    # Sums of finite entries are finite but for overflow, and take one pass without a copy.
+    if looks and bool(torch.isfinite(A.sum(dim=(-2, -1))).all()):
+        is_finite, clean = torch.ones(A.shape[0], dtype=torch.bool), A
+    else:
+        is_finite = torch.isfinite(A.abs().amax(dim=(-2, -1)))
+        identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        clean = torch.where(is_finite[:, None, None], A, identity)
+    clean = damped(clean.contiguous(), damping)
+    can_autocast = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():
+        result = method.function(clean, Q, config)
+        if looks and method.follows:
+            result = _decompose_the_lost(result, clean, Q)
+    status = result.status.masked_fill(~is_finite, int(InverseRootStatus.NON_FINITE_INPUT))
+    is_new = status <= int(InverseRootStatus.MAX_ITERATIONS)
+    if looks and bool(is_new.all()):
+        return result
+    return EigenbasisResult(
+        torch.where(is_new[:, None, None], result.eigenvectors, Q),
+        result.eigenvalues.masked_fill(~is_new[:, None], torch.nan),
+        status,
+        result.order,
+    )
+
+
+def _decompose_the_lost(result: EigenbasisResult, A: Tensor, Q: Tensor) -> EigenbasisResult:
+    """The result of a method that follows a basis, where there was none or it lost it by eigh."""
+    is_lost = result.status == int(InverseRootStatus.FAILED)
+    is_lost |= ~torch.isfinite(result.eigenvectors.sum(dim=(-2, -1)))
+    candidates = (Q[:, 0, 0] == 1.0).nonzero().flatten()
+    if len(candidates):
+        is_lost[candidates] |= is_identity(Q[candidates])
+    rows = is_lost.nonzero().flatten()
+    if len(rows) == 0:
+        return result
+    new = eigh(A[rows], Q[rows], _REPAIR)
+    result.eigenvectors[rows], result.eigenvalues[rows] = new.eigenvectors, new.eigenvalues
+    result.status[rows] = new.status
+    if result.order is not None:
+        result.order[rows] = torch.arange(A.shape[-1])
+    return result
+
+
+def _concatenate(results: list[EigenbasisResult]) -> EigenbasisResult:
+    """Join the results of consecutive chunks."""
+    if len(results) == 1:
+        return results[0]
+    orders = [result.order for result in results if result.order is not None]
+    return EigenbasisResult(
+        torch.cat([result.eigenvectors for result in results]),
+        torch.cat([result.eigenvalues for result in results]),
+        torch.cat([result.status for result in results]),
+        torch.cat(orders) if orders else None,
+    )

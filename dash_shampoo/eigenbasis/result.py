@@ -1,0 +1,80 @@
+"""What an eigenbasis returns, and the small quantities that its methods share.
+
+Shape suffixes: A_BNN is a stack of B symmetric blocks of N×N; Q_BNN holds their (approximate)
+eigenvectors in columns; E_BNN = QᵀAQ; L_BN eigenvalues; keep_B one flag per block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Where reading a flag is no host synchronisation.
+_READABLE_DEVICES = {"cpu"}
+
+
+@dataclass(frozen=True, eq=False)
+class EigenbasisResult:
+    """The eigenvectors of a stack, and per block whether they can be used.
+
+    Attributes:
+        eigenvectors (Tensor): (B, N, N), in columns. A block that went wrong holds its previous
+            ones, so that it can be written back as it is.
+        eigenvalues (Tensor): (B, N), those of the columns; NaN for a block that went wrong.
+        status (Tensor): (B,) uint8, one `InverseRootStatus` per block.
+        order (Tensor | None): (B, N) int64: column j continues the previous column order[j]. What
+            is kept per eigenvector (second moments) has to be gathered by it. None where every
+            column continues its own, and after an eigendecomposition from nothing, which has no
+            previous columns to speak of.
+    """
+
+    eigenvectors: Tensor
+    eigenvalues: Tensor
+    status: Tensor
+    order: Tensor | None = None
+
+    @property
+    def is_usable(self) -> Tensor:
+        """(B,) bool: the blocks whose eigenvectors are new and meant to be used."""
+        return self.status <= 1
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether flags beside this tensor can be read without waiting for a device."""
+    return tensor.device.type in _READABLE_DEVICES
+
+
+def rotated(A_BNN: Tensor, Q_BNN: Tensor) -> Tensor:
+    """E = QᵀAQ of each block; 2 products."""
+    return torch.bmm(Q_BNN.mT, torch.bmm(A_BNN, Q_BNN))
+
+
+def is_nearly_diagonal(E_BNN: Tensor, tolerance: float) -> Tensor:
+    """(B,) bool: ‖E - diag(E)‖_F ≤ tolerance·‖E‖_F, the base's test of a basis that is still good.
+
+    The off-diagonal norm is the root of a difference of squares, as in the base: where round-off
+    makes that negative, the answer is no.
+    """
+    norm = torch.linalg.vector_norm(E_BNN, dim=(-2, -1))
+    diagonal_norm = torch.linalg.vector_norm(E_BNN.diagonal(dim1=-2, dim2=-1), dim=-1)
+    off_diagonal_norm = (norm.square() - diagonal_norm.square()).sqrt()
+    return off_diagonal_norm <= tolerance * norm
+
+
+def sort_columns(
+    L_BN: Tensor, Q_BNN: Tensor, *, descending: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Order eigenvalues and their columns; equal ones keep their order.
+
+    Returns:
+        Eigenvalues (B, N), eigenvectors (B, N, N), and the previous place (B, N) of each.
+    """
+    L_BN, order = L_BN.sort(dim=-1, stable=True, descending=descending)
+    return L_BN, gather_columns(Q_BNN, order), order
+
+
+def gather_columns(Q_BNN: Tensor, order_BN: Tensor) -> Tensor:
+    """The columns of each block in another order, as a new stack."""
+    return Q_BNN.gather(-1, order_BN[:, None, :].expand_as(Q_BNN))
