@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stacks": set(),
     "config": {"base"},
     "inverse_root": {"config"},
+    "eigenbasis": {"base", "inverse_root"},
     "failures": {"base", "config", "inverse_root"},
     "preconditioner": {"base", "config", "stacks", "inverse_root", "failures"},
     "checkpoint": {"base", "config"},

@@ -151,9 +151,16 @@ def eigenbasis(
 
 
 def is_identity(Q: Tensor) -> Tensor:
-    """(B,) bool: the blocks of (B, N, N) that are exactly I, the state before the first refresh."""
+    """Tell the blocks that are exactly I, the state before the first refresh.
+
+    Args:
+        Q: (B, N, N) eigenvectors.
+
+    Returns:
+        (B,) bool.
+    """
     identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return (Q == identity).flatten(1).all(1)
+    return Q.eq(identity).flatten(1).all(1)
 
 
 def _check_shapes(A: Tensor, Q: Tensor) -> None:

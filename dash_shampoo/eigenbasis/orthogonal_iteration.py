@@ -189,10 +189,8 @@ def _power_step(
     L_BN = (Q_BNN * Y_BNN).sum(-2)
     order_BN = L_BN.argsort(dim=-1, descending=True, stable=True)
     Y_BNN = gather_columns(Y_BNN, order_BN)
-    if config.orthogonalization == "householder":
-        P_BNN = torch.linalg.qr(Y_BNN).Q
-    else:
-        P_BNN = cholesky_qr(Y_BNN)
+    is_householder = config.orthogonalization == "householder"
+    P_BNN = torch.linalg.qr(Y_BNN).Q if is_householder else cholesky_qr(Y_BNN)
     P_BNN = gather_columns(P_BNN, order_BN.argsort(dim=-1))
     # A decomposition is unique up to the columns' signs: they go on in the direction they had.
     P_BNN *= torch.where((P_BNN * Q_BNN).sum(-2, keepdim=True) < 0.0, -1.0, 1.0)

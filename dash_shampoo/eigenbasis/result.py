@@ -60,7 +60,8 @@ def is_nearly_diagonal(E_BNN: Tensor, tolerance: float) -> Tensor:
     norm = torch.linalg.vector_norm(E_BNN, dim=(-2, -1))
     diagonal_norm = torch.linalg.vector_norm(E_BNN.diagonal(dim1=-2, dim2=-1), dim=-1)
     off_diagonal_norm = (norm.square() - diagonal_norm.square()).sqrt()
-    return off_diagonal_norm <= tolerance * norm
+    is_diagonal: Tensor = off_diagonal_norm <= tolerance * norm
+    return is_diagonal
 
 
 def sort_columns(

@@ -184,9 +184,7 @@ def _eigh_on_threads(
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), failed
 
 
-def eigh_or_bisect(
-    A_BNN: Tensor, retry_double_precision: bool
-) -> tuple[Tensor, Tensor, list[int]]:
+def eigh_or_bisect(A_BNN: Tensor, retry_double_precision: bool) -> tuple[Tensor, Tensor, list[int]]:
     """torch.linalg.eigh of a stack; where it raises, of its halves, down to single blocks.
 
     torch raises for the whole stack when one block does not converge. Halving leaves the others'

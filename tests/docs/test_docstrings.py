@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 import dash_shampoo
+import dash_shampoo.eigenbasis
 import dash_shampoo.inverse_root
 
 OWN = "dash_shampoo."
@@ -18,7 +19,7 @@ ELSEWHERE = ("dash_shampoo.base",)
 def public_objects() -> dict[str, object]:
     """Every class and function of ours under a public name; those of the base are the base's."""
     found = {}
-    for module in (dash_shampoo, dash_shampoo.inverse_root):
+    for module in (dash_shampoo, dash_shampoo.eigenbasis, dash_shampoo.inverse_root):
         names = getattr(module, "__all__", None) or [n for n in vars(module) if n[0] != "_"]
         for name in names:
             value = getattr(module, name)
@@ -33,7 +34,8 @@ def public_configs() -> dict[str, type]:
     return {
         name.split(".")[-1]: value
         for name, value in public_objects().items()
-        if inspect.isclass(value) and value.__module__ == "dash_shampoo.config"
+        if inspect.isclass(value)
+        and (value.__module__ == "dash_shampoo.config" or name.endswith("Config"))
     }
 
 

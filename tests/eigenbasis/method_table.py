@@ -64,7 +64,9 @@ def _configured(dtype: torch.dtype) -> float:
 
 ROUND_OFF = "round-off of products and factorisation, amplified where eigenvalues are small"
 CRITERION = "the test of E, a difference of squares, sees no less than √(machine epsilon)"
-LINEAR = "what is left after 60 iterations that halve the error each; round-off; columns of a rotation "
+LINEAR = (
+    "what is left after 60 iterations that halve the error each; round-off; columns of a rotation "
+)
 LINEAR += "may be too long by the tolerance of orthogonality"
 
 METHODS: tuple[Row, ...] = (

@@ -82,7 +82,9 @@ def test_eigenvalues_belong_to_their_columns_and_ascend_where_stated(row: Row) -
 def test_the_order_says_where_a_column_came_from(row: Row) -> None:
     A, Q = separated(4, 10, torch.float64, seed=3)
     Q = refresh(row, A, Q, row.refreshes).eigenvectors
-    shuffle = torch.stack([torch.randperm(10, generator=torch.Generator().manual_seed(i)) for i in range(4)])
+    shuffle = torch.stack(
+        [torch.randperm(10, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    )
     shuffled = Q.gather(-1, shuffle[:, None, :].expand_as(Q))
     result = eigenbasis(A, shuffled, row.config)
     if result.order is None:
@@ -93,7 +95,9 @@ def test_the_order_says_where_a_column_came_from(row: Row) -> None:
         same = shuffled.gather(-1, result.order[:, None, :].expand_as(Q))
         same, shuffled = result.eigenvectors, same
     # Signs are free.
-    assert torch.allclose((same * shuffled).sum(-2).abs(), torch.ones(4, 10, dtype=A.dtype), atol=2e-2)
+    assert torch.allclose(
+        (same * shuffled).sum(-2).abs(), torch.ones(4, 10, dtype=A.dtype), atol=2e-2
+    )
 
 
 @each_row

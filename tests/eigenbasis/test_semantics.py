@@ -38,7 +38,9 @@ def same_up_to_signs(X: Tensor, Y: Tensor, tolerance: float) -> bool:
     return float((X * signs - Y).abs().max()) <= tolerance
 
 
-@pytest.mark.parametrize(("max_iterations", "tolerance"), [(0, 0.0), (1, 0.0), (3, 0.0), (40, 0.05)])
+@pytest.mark.parametrize(
+    ("max_iterations", "tolerance"), [(0, 0.0), (1, 0.0), (3, 0.0), (40, 0.05)]
+)
 def test_qr_iterates_each_block_until_it_is_nearly_diagonal(
     max_iterations: int, tolerance: float
 ) -> None:
@@ -111,7 +113,9 @@ def drifting(steps: int, generator: torch.Generator) -> list[Tensor]:
     return factors
 
 
-def test_on_a_drifting_factor_the_rotation_tracks_as_qr_does_and_the_base_s_order_does_not() -> None:
+def test_on_a_drifting_factor_the_rotation_tracks_as_qr_does_and_the_base_s_order_does_not() -> (
+    None
+):
     factors = drifting(60, torch.Generator().manual_seed(0))
 
     def tracked(config: EigendecompositionConfig) -> float:
@@ -234,11 +238,13 @@ def test_bad_input_is_refused_by_name() -> None:
     config = EighEigendecompositionConfig()
     with pytest.raises(ValueError, match=r"A must be a stack.*\(3, 3\)"):
         eigenbasis(A[0], A[0], config)
-    with pytest.raises(ValueError, match=r"Q must have the shape of A, \(2, 3, 3\), not \(1, 3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"Q must have the shape of A, \(2, 3, 3\), not \(1, 3, 3\)"
+    ):
         eigenbasis(A, A[:1], config)
-    with pytest.raises(ValueError, match="float32 or float64, not torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"float32 or float64, not torch\.bfloat16"):
         eigenbasis(A.bfloat16(), A, config)
-    with pytest.raises(ValueError, match="epsilon=-1.0"):
+    with pytest.raises(ValueError, match=r"epsilon=-1\.0"):
         eigenbasis(A, A, config, epsilon=-1.0)
     pseudo = EighEigendecompositionConfig(rank_deficient_stability_config=PseudoInverseConfig())
     with pytest.raises(ValueError, match=r"epsilon=0.1 must be 0\.0 with PseudoInverseConfig"):
