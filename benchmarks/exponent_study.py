@@ -13,6 +13,7 @@ Finished runs are appended to `<output>.jsonl`, so that an interrupted study goe
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 import dash_shampoo as ds
 from experiments.data import BatchSampler, load_stdlib_bytes
 from experiments.model import Llama
-from experiments.schedule import LearningRate
+from experiments.schedule import LearningRate, one_cycle
 
 Optimizer = torch.optim.Optimizer
 Record = dict[str, Any]
@@ -177,7 +178,8 @@ def train(
     torch.manual_seed(seed)
     model = task.model()
     optimizer = method.build(model.parameters(), lr, frequency)
-    schedule = LearningRate(optimizer, task.steps, 0.1, 0.01, 0.1)
+    shape = functools.partial(one_cycle, warmup_fraction=0.1, start_factor=0.01, end_factor=0.1)
+    schedule = LearningRate(optimizer, task.steps, shape)
     for step, batch in zip(range(task.steps), task.batches(seed), strict=False):
         schedule.apply(step)
         optimizer.zero_grad()

@@ -5,13 +5,38 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
 
 from experiments.data import TokenData
-from experiments.parallel import build
 from experiments.settings import SettingsError
+
+
+def build(config: DictConfig, key: str, **arguments: Any) -> Any:
+    """Call what ``_target_`` names with the values beside it.
+
+    Args:
+        config: A node of the configuration with a ``_target_``.
+        key: Its name, for messages.
+        **arguments: Further arguments.
+
+    Returns:
+        What the call returned.
+
+    Raises:
+        SettingsError: If there is no such target or it refuses its arguments.
+    """
+    try:
+        return instantiate(config, _convert_="all", **arguments)
+    except MissingMandatoryValue as error:
+        raise SettingsError(f"{error.full_key} must be given: {error.full_key}=...") from error
+    except (InstantiationException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error
+        raise SettingsError(f"{key}: {cause}") from error
 
 
 def build_optimizer(

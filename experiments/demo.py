@@ -1,10 +1,9 @@
-"""The subcommand ``python -m experiments demo``: optimizers side by side on a tiny model.
+"""``python -m experiments demo``: optimizers side by side on a tiny model.
 
 All runs have the same initial weights and the same batches, and take turns, in an order that is
 reversed every round, so that whatever else the machine does slows all of them alike.
 """
 
-import argparse
 import logging
 import shutil
 import statistics
@@ -13,18 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from hydra import compose
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from experiments.builders import build_data
+from experiments.environment import environment
 from experiments.main import fail
 from experiments.metrics import FILE_NAME, read_metrics
 from experiments.parallel import Process, process_group
 from experiments.plots import Curve, plot_losses, plot_step_times
-from experiments.report import environment, markdown_table
-from experiments.settings import SettingsError, compose_train, train_settings
-from experiments.train import DivergedError, Trainer
+from experiments.settings import overrides
+from experiments.tables import markdown_table
+from experiments.trainer import DivergedError, Trainer
 
 
 @dataclass(frozen=True)
@@ -42,64 +42,44 @@ class Run:
     trainer: Trainer
 
 
-def run(words: Sequence[str]) -> int:
-    """Carry out ``python -m experiments demo``.
+def run(config: DictConfig) -> int:
+    """Compare.
 
     Args:
-        words: The command line after ``demo``.
+        config: The composed settings.
 
     Returns:
         Exit status, as of `experiments.main.main`.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments demo",
-        description="Train a tiny model with several optimizers on the same batches, and write a "
-        "table and plots. The settings are those of configs/experiment/demo.yaml.",
-        epilog="example: python -m experiments demo steps=100 demo.output_dir=/tmp/demo",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        return _demo(parser.parse_args(list(words)).overrides)
-    except SettingsError as error:
-        return fail(str(error), 2)
-    except DivergedError as error:
-        return fail(str(error), 1)
-
-
-def _demo(overrides: Sequence[str]) -> int:
+    logging.getLogger("dash_shampoo").setLevel(logging.ERROR)
     start = time.perf_counter()
-    config = compose_train(["experiment=demo", *overrides])
-    settings = train_settings(config)
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
-    folder = Path(config.demo.output_dir)
-    with process_group(config.parallelism, settings.device) as process:
-        runs = _prepare(config, overrides, process, folder)
+    folder = Path(config.output_dir)
+    with process_group(config.parallelism, config.device) as process:
+        runs = _prepare(config, process, folder)
         first = runs[0].trainer
         print(
-            f"{len(runs)} optimizers, {settings.steps} steps each, "
+            f"{len(runs)} optimizers, {config.steps} steps each, "
             f"{first.num_parameters:,} parameters, {first.data.name}"
         )
-        if signal_number := _take_turns(runs, settings.steps, config.demo.turn, settings.progress):
+        try:
+            signal_number = _take_turns(runs, config.steps, config.turn, config.progress)
+        except DivergedError as error:
+            return fail(str(error), 1)
+        if signal_number:
             return fail("stopped before the end; nothing to compare.", 128 + signal_number)
         _report(config, runs, process, folder, start)
     return 0
 
 
-def _prepare(
-    config: DictConfig, overrides: Sequence[str], process: Process, folder: Path
-) -> list[Run]:
+def _prepare(config: DictConfig, process: Process, folder: Path) -> list[Run]:
     data = build_data(config)
     runs = []
-    for name, node in config.demo.runs.items():
-        words = ["experiment=demo", *node.overrides, *overrides]
-        own = compose_train([*words, "progress=false", "resume=false"])
+    for name, node in config.runs.items():
+        own = compose("demo", [*node.overrides, *overrides(), "progress=false", "resume=never"])
         output_dir = folder / "runs" / str(name)
         shutil.rmtree(output_dir, ignore_errors=True)
         output_dir.mkdir(parents=True)
-        trainer = Trainer(own, train_settings(own), process, output_dir, data)
-        runs.append(Run(str(name), str(node.label), trainer))
+        runs.append(Run(str(name), str(node.label), Trainer(own, process, output_dir, data)))
     return runs
 
 
@@ -160,13 +140,13 @@ def _report(
     plot_losses(curves, losses, f"{subject}, {runs[0].trainer.data.name}")
     plot_step_times(curves, times, f"{subject}: time of a training step")
     table = demo_table(curves, [one.trainer.learning_rate.peaks[0] for one in runs])
-    machine = environment(process)
+    machine = environment(process.device)
     text = "\n".join(
         [
             "# Demo of dash_shampoo",
             "",
             table,
-            _baseline_note(curves) + str(config.demo.note).strip(),
+            _baseline_note(curves) + str(config.note).strip(),
             "",
             f"{subject}, {config.steps} steps of {config.batch_size} × {config.sequence_length} "
             f"tokens, {runs[0].trainer.data.name} (digest {runs[0].trainer.data.digest}), seed "

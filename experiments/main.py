@@ -2,21 +2,26 @@
 
 import argparse
 import importlib
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-# Subcommand: (module that has `run(words) -> exit status`, one line of help).
+import torch
+
+# Command: what it does. Each is a module of this package with `run(config) -> exit status`, and a
+# file of its name in configs/.
 COMMANDS = {
-    "train": ("experiments.train_command", "train a Llama-style model; settings by YAML"),
-    "plan": ("experiments.plan", "memory, work and balance on many ranks, before running"),
-    "demo": ("experiments.demo", "compare optimizers on a tiny model: table and plots"),
+    "train": "train a Llama-style model",
+    "plan": "memory, work and balance on many ranks, before running",
+    "demo": "compare optimizers on a tiny model: table and plots",
 }
 # What the extra `dev` brings.
 _EXTRA = ("hydra", "omegaconf", "tqdm", "matplotlib", "sentencepiece")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
+    """Run a command.
 
     Args:
         words: The command line after the program's name; None takes it from ``sys.argv``.
@@ -28,35 +33,81 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
-        description="Distributed Shampoo with stacked blocks and fast batched inverse roots.",
+        description="Train with dash_shampoo, compare optimizers, plan for many ranks.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
-        + "\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items())
+        + "\n".join(f"  {name:<8}{text}" for name, text in COMMANDS.items())
         + "\n\n`python -m experiments COMMAND --help` tells more.",
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
-    arguments = parser.parse_args(words[:1])
-    if arguments.version:
-        import dash_shampoo
-
-        print(f"dash-shampoo {getattr(dash_shampoo, '__version__', 'unknown')}")
-        return 0
-    if arguments.command is None:
+    command = parser.parse_args(words[:1]).command
+    if command is None:
         parser.print_help()
         return 0
-    if arguments.command not in COMMANDS:
-        return fail(f"unknown command {arguments.command!r}; one of {', '.join(COMMANDS)}.", 2)
+    if command not in COMMANDS:
+        return fail(f"unknown command {command!r}; one of {', '.join(COMMANDS)}.", 2)
     try:
-        run: Callable[[list[str]], int] = importlib.import_module(
-            COMMANDS[arguments.command][0]
-        ).run
+        run = importlib.import_module(f"experiments.{command}").run
+        return _through_hydra(command, run, words[1:])
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRA:
             raise
         return fail(f"the module {missing} is missing: pip install -e '.[dev]'", 2)
-    return run(words[1:])
+
+
+def _through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) -> int:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from experiments import settings
+
+    statuses = [0]
+
+    def job(config: DictConfig) -> None:
+        """One run; with --multirun there are several, and one that fails leaves the others be."""
+        try:
+            settings.check(config)
+            if config.get("num_threads") is not None:
+                torch.set_num_threads(config.num_threads)
+            statuses.append(run(config))
+        except settings.SettingsError as error:
+            statuses.append(fail(str(error), 2))
+        except OmegaConfBaseException as error:
+            statuses.append(fail(settings.one_sentence(error), 2))
+        if statuses[-1] >= 128:
+            sys.exit(statuses[-1])
+
+    settings.register()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    start = hydra.main(version_base="1.3", config_path=str(settings.CONFIGS), config_name=command)
+    # Errors come to us whole, instead of Hydra's printing them and ending the process.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    own_words = sys.argv
+    try:
+        sys.argv = [f"experiments {command}", *_with_names(words)]
+        start(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        return fail(settings.one_sentence(error), 2)
+    finally:
+        sys.argv = own_words
+    return max(statuses)
+
+
+def _with_names(words: Sequence[str]) -> list[str]:
+    """Has each of several runs named by what distinguishes it, not by all that was set."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    settings = [word for word in words if word[0] != "-" and "=" in word]
+    if not settings or not {"-m", "--multirun"} & set(words):
+        return list(words)
+    parsed = OverridesParser.create().parse_overrides(settings)
+    common = ",".join(o.key_or_group for o in parsed if not o.is_sweep_override())
+    place = words.index(settings[0])
+    naming = f"hydra.job.config.override_dirname.exclude_keys=[{common}]"
+    return [*words[:place], naming, *words[place:]]
 
 
 def fail(message: str, status: int) -> int:
@@ -71,7 +122,3 @@ def fail(message: str, status: int) -> int:
     """
     print(f"experiments: error: {message}", file=sys.stderr)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
@@ -19,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from experiments.builders import build
 from experiments.settings import SettingsError
 
 STRATEGIES = ("none", "ddp", "fully_shard", "hybrid_shard")
@@ -225,26 +223,3 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def build(config: DictConfig, key: str, **arguments: Any) -> Any:
-    """Call what ``_target_`` names with the values beside it.
-
-    Args:
-        config: A node of the configuration with a ``_target_``.
-        key: Its name, for messages.
-        **arguments: Further arguments.
-
-    Returns:
-        What the call returned.
-
-    Raises:
-        SettingsError: If there is no such target or it refuses its arguments.
-    """
-    try:
-        return instantiate(config, _convert_="all", **arguments)
-    except MissingMandatoryValue as error:
-        raise SettingsError(f"{error.full_key} must be given: {error.full_key}=...") from error
-    except (InstantiationException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error
-        raise SettingsError(f"{key}: {cause}") from error

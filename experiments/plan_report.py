@@ -13,7 +13,7 @@ from dash_shampoo.planning import (
     RankPlan,
     balance,
 )
-from experiments.report import markdown_table
+from experiments.tables import markdown_table
 
 _MAX_ROWS = 16
 _GIB, _MIB, _TERA, _MILLI = 2**30, 2**20, 1e12, 1e-3

@@ -1,31 +1,36 @@
-"""The learning rate over a run: rise by half a cosine, then fall by half a cosine.
+"""The learning rate over a run, as a factor on each group's own.
 
-The factor is a pure function of the step, so that resuming needs no state.
+A factor is a pure function of the step, so that continuing a run needs no state. Each function
+takes the step (0 to ``total_steps - 1``) and the length of the run.
 """
 
 import math
+from collections.abc import Callable
 
 from torch.optim import Optimizer
 
+Factor = Callable[[int, int], float]
 
-def one_cycle_factor(
-    step: int, total_steps: int, warmup_fraction: float, start_factor: float, end_factor: float
+
+def one_cycle(
+    step: int, total_steps: int, *, warmup_fraction: float, start_factor: float, end_factor: float
 ) -> float:
-    """Factor on the learning rate at a step, as of torch's OneCycleLR with cosine annealing.
-
-    Rises from `start_factor` to 1 over the first ``warmup_fraction * total_steps`` steps, then
-    falls to `end_factor` at the last one.
+    """Rises and falls by half a cosine, as torch's OneCycleLR.
 
     Args:
         step: 0 to ``total_steps - 1``.
         total_steps: Length of the run.
-        warmup_fraction: Share of the steps in which it rises; 0 for none.
+        warmup_fraction: Share of the steps in which it rises from `start_factor` to 1; 0 for none.
         start_factor: Value at step 0.
         end_factor: Value at the last step.
 
     Returns:
         The factor.
+
+    Raises:
+        ValueError: If a share or a factor is not in [0, 1].
     """
+    _check(warmup_fraction=warmup_fraction, start_factor=start_factor, end_factor=end_factor)
     peak = max(warmup_fraction * total_steps - 1, 0.0)
     last = total_steps - 1
     if step <= peak and peak > 0:
@@ -33,6 +38,12 @@ def one_cycle_factor(
     if last <= peak:
         return 1.0
     return _cosine(1.0, end_factor, min((step - peak) / (last - peak), 1.0))
+
+
+def _check(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"schedule.{name}={value} must be in [0, 1].")
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
@@ -46,22 +57,13 @@ class LearningRate:
         optimizer: Its groups' current lr are taken as the peak values, so make this before a
             checkpoint is loaded.
         total_steps: Length of the run.
-        warmup_fraction: See `one_cycle_factor`.
-        start_factor: See `one_cycle_factor`.
-        end_factor: See `one_cycle_factor`.
+        factor: One of the functions of this module, with its shape given.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_steps: int,
-        warmup_fraction: float,
-        start_factor: float,
-        end_factor: float,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, total_steps: int, factor: Factor) -> None:
         self.optimizer = optimizer
         self.total_steps = total_steps
-        self.shape = (warmup_fraction, start_factor, end_factor)
+        self.factor = factor
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
 
     def apply(self, step: int) -> float:
@@ -73,7 +75,7 @@ class LearningRate:
         Returns:
             The first group's learning rate.
         """
-        factor = one_cycle_factor(step, self.total_steps, *self.shape)
+        factor = self.factor(step, self.total_steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         return self.peaks[0] * factor

@@ -1,61 +1,74 @@
-"""From YAML files and ``key=value`` words to a checked configuration.
+"""The settings of the commands: names, types, defaults and meanings, each in one place.
 
-The files are composed by Hydra's compose API. They lie in ``configs/``.
+The classes below are what Hydra checks every word of the command line against. The groups
+(``optimizer``, ``model``, ...) are filled from the YAML files of ``configs/``.
 """
 
 import difflib
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+import inspect
+import re
+import textwrap
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import (
-    CompactHydraException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import OverrideParseException
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 import dash_shampoo
 
-GROUPS = ("optimizer", "model", "data", "parallelism", "experiment")
-# What only `train` and `demo` have beside them.
-TRAIN_GROUPS = (*GROUPS, "parameter_groups")
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
 class SettingsError(Exception):
     """A setting that does not exist or can't be used; the message says which and why."""
 
 
-@dataclass
-class ScheduleSettings:
-    """Learning rate over the run, as a factor on each group's own lr.
+class Precision(Enum):
+    """Arithmetic of the model; ``bf16`` is fp32 weights and a forward pass under autocast."""
 
-    Attributes:
-        warmup_fraction: Share of the steps in which the factor rises. (Default: 0.1)
-        start_factor: Factor at the first step. (Default: 0.01)
-        end_factor: Factor at the last step. (Default: 0.1)
-    """
+    fp32 = "fp32"
+    fp64 = "fp64"
+    bf16 = "bf16"
 
-    warmup_fraction: float = 0.1
-    start_factor: float = 0.01
-    end_factor: float = 0.1
+
+class Resume(Enum):
+    """``auto`` goes on if there is a checkpoint, ``always`` insists, ``never`` starts over."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
 
 
 @dataclass
 class TrainSettings:
-    """The scalar settings of ``python -m experiments train``; ``configs/train.yaml`` explains them."""
+    """The settings of ``train``.
+
+    Attributes:
+        steps: Steps of the schedule.
+        batch_size: Sequences per step, of all processes together.
+        micro_batch_size: Sequences per forward pass of a process; null: all of its share at once.
+        sequence_length: Tokens of a sequence.
+        seed: Of the initial weights and of the order of the batches.
+        clip_grad_norm: Largest norm of the gradient; null: no clipping.
+        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        precision: fp32, fp64, or bf16 (fp32 weights, forward pass under autocast).
+        compile: Compile the model's forward pass.
+        num_threads: Of the CPU, per process; null: torch's choice.
+        evaluate_every: Steps between validations; 0: only before the first and after the last.
+        validation_batches: A fixed set of batches, spread over the held-out tokens.
+        log_every: Steps between records; each waits for the device.
+        checkpoint_every: 0: only at the end, and when stopped by Ctrl-C or SIGTERM.
+        keep_checkpoints: How many of the newest stay.
+        output_dir: Null: a new folder below outputs/. With several runs: the folder of them all.
+        resume: auto (go on if output_dir holds a checkpoint), always (it must), never (start over).
+        progress: Progress bar on a terminal, one line per validation elsewhere.
+    """
 
     steps: int = 200
     batch_size: int = 16
@@ -63,9 +76,8 @@ class TrainSettings:
     sequence_length: int = 128
     seed: int = 42
     clip_grad_norm: float | None = 1.0
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     device: str = "auto"
-    precision: str = "fp32"
+    precision: Precision = Precision.fp32
     compile: bool = False
     num_threads: int | None = None
     evaluate_every: int = 50
@@ -74,176 +86,131 @@ class TrainSettings:
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     output_dir: str | None = None
-    resume: str = "auto"
+    resume: Resume = Resume.auto
     progress: bool = True
-
-    def check(self) -> None:
-        """Check every value.
-
-        Raises:
-            SettingsError: With the name of the setting, its value and the allowed range.
-        """
-        for name in ("steps", "batch_size", "sequence_length", "validation_batches", "log_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("evaluate_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0 (0: never)")
-        _require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, ">= 1")
-        choices = {"precision": ("fp32", "fp64", "bf16"), "resume": ("auto", "true", "false")}
-        for name, allowed in choices.items():
-            chosen = getattr(self, name)
-            _require(chosen in allowed, name, chosen, "one of " + ", ".join(allowed))
-        if self.micro_batch_size is not None:
-            divides = self.micro_batch_size >= 1 and self.batch_size % self.micro_batch_size == 0
-            _require(divides, "micro_batch_size", self.micro_batch_size, "a divisor of batch_size")
-        if self.clip_grad_norm is not None:
-            _require(self.clip_grad_norm > 0, "clip_grad_norm", self.clip_grad_norm, "> 0 or null")
-        if self.num_threads is not None:
-            _require(self.num_threads >= 1, "num_threads", self.num_threads, ">= 1 or null")
-        for entry in fields(self.schedule):
-            value = getattr(self.schedule, entry.name)
-            is_share = math.isfinite(value) and 0 <= value <= 1
-            _require(is_share, f"schedule.{entry.name}", value, "in [0, 1]")
+    # Groups of YAML files.
+    optimizer: Any = MISSING
+    solver: Any = MISSING
+    schedule: Any = MISSING
+    model: Any = MISSING
+    data: Any = MISSING
+    parameter_groups: Any = MISSING
+    parallelism: Any = MISSING
 
 
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+@dataclass
+class DemoSettings(TrainSettings):
+    """The settings of ``demo``: those of every run, and what is compared.
+
+    Attributes:
+        runs: What is compared; ~runs.NAME leaves one out.
+        turn: Steps that a run takes before it is the next one's turn.
+        note: What the report says about the settings.
+    """
+
+    runs: Any = MISSING
+    turn: int = 1
+    note: str = ""
+
+
+@dataclass
+class PlanSettings:
+    """The settings of ``plan``.
+
+    Attributes:
+        world_size: Number of ranks; null: 1, with sweep 1,024.
+        sweep: A table over 1, 2, 4, ... ranks instead of one plan.
+        hardware: For the roofline: A100, H100 or H200.
+        tf32: Whether matmuls outside the inverse roots use TF32.
+        vocab_size: Tokens in the vocabulary of the model.
+        sequence_length: Tokens of a sequence.
+        precision: fp32, fp64 or bf16, as of train.
+        format: text or json.
+    """
+
+    world_size: int | None = None
+    sweep: bool = False
+    hardware: str = "H100"
+    tf32: bool = False
+    vocab_size: int = 32_000
+    sequence_length: int = 1024
+    precision: Precision = Precision.fp32
+    format: str = "text"
+    # Groups of YAML files.
+    optimizer: Any = MISSING
+    solver: Any = MISSING
+    model: Any = MISSING
+    parameter_groups: Any = MISSING
+    parallelism: Any = MISSING
+
+
+_AT_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "sequence_length": 1,
+    "validation_batches": 1,
+    "log_every": 1,
+    "keep_checkpoints": 1,
+    "turn": 1,
+    "num_threads": 1,
+    "micro_batch_size": 1,
+    "world_size": 1,
+    "vocab_size": 1,
+    "evaluate_every": 0,
+    "checkpoint_every": 0,
+}
+
+
+def check(config: DictConfig) -> None:
+    """Check every value that has a range.
+
+    Args:
+        config: The composed settings of any command.
+
+    Raises:
+        SettingsError: With the name of the setting, its value and the allowed range.
+    """
+    for name, least in _AT_LEAST.items():
+        value = config.get(name)
+        require(value is None or value >= least, name, value, f"at least {least}")
+    if (piece := config.get("micro_batch_size")) is not None:
+        require(
+            config.batch_size % piece == 0, "micro_batch_size", piece, "a divisor of batch_size"
+        )
+    norm = config.get("clip_grad_norm")
+    require(norm is None or norm > 0, "clip_grad_norm", norm, "> 0 or null")
+    unused = [word for word in overrides() if word.startswith(("solver=", "solver."))]
+    if unused and "${solver." not in str(plain(config)["optimizer"]):
+        raise SettingsError(
+            f"{unused[0]} was given, but optimizer={choice('optimizer')} has no use for a solver; "
+            "optimizer=dash has."
+        )
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """Refuse a value.
+
+    Args:
+        condition: Whether it is good.
+        name: Of the setting.
+        value: As it was given.
+        allowed: What is allowed, in words.
+
+    Raises:
+        SettingsError: If the condition does not hold.
+    """
     if not condition:
         raise SettingsError(f"{name}={value} must be {allowed}.")
 
 
-def config_dir() -> Path:
-    """The folder of the YAML files that come with the checkout.
-
-    Returns:
-        ``configs/`` beside this package.
-    """
-    return Path(__file__).resolve().parents[1] / "configs"
+def choice(group: str) -> str:
+    """Which file a group was read from, in the command that is running."""
+    return str(HydraConfig.get().runtime.choices[group])
 
 
-def options(group: str, extra_dir: Path | None = None) -> list[str]:
-    """Names that a group can be set to.
-
-    Args:
-        group: A folder of YAML files, such as ``optimizer``.
-        extra_dir: A second folder to look in, as for ``--config-dir``.
-
-    Returns:
-        The sorted names.
-    """
-    places = [config_dir(), *([extra_dir] if extra_dir else [])]
-    return sorted({path.stem for place in places for path in (place / group).glob("*.yaml")})
-
-
-def register_resolvers() -> None:
-    """Let YAML name dtypes and enums as Meta's example configs do, ``${torch_dtype:float32}``."""
-    table = {
-        "torch_dtype": _DTYPES,
-        "weight_decay_type": dash_shampoo.WeightDecayType.__members__,
-        "fsdp_param_strategy": dash_shampoo.FSDPParamAssignmentStrategy.__members__,
-    }
-    for resolver, members in table.items():
-
-        def resolve(name: str, resolver: str = resolver, members: Any = members) -> Any:
-            if name not in members:
-                raise SettingsError(
-                    f"${{{resolver}:{name}}}: unknown name; one of {', '.join(members)}."
-                )
-            return members[name]
-
-        OmegaConf.register_new_resolver(resolver, resolve, replace=True)
-
-
-def compose_train(overrides: Sequence[str], extra_dir: Path | None = None) -> DictConfig:
-    """Compose ``train.yaml`` with the overrides of the command line.
-
-    Args:
-        overrides: Hydra overrides, such as ``optimizer=adamw`` or ``optimizer.lr=1e-3``.
-        extra_dir: A folder with further YAML files, laid out like ``configs/``.
-
-    Returns:
-        The composed configuration, with interpolations unresolved. Its key ``choices`` tells
-        which file each group was read from.
-
-    Raises:
-        SettingsError: If an override is malformed or names something that does not exist.
-    """
-    register_resolvers()
-    words = list(overrides)
-    if extra_dir is not None:
-        if not extra_dir.is_dir():
-            raise SettingsError(f"--config-dir {extra_dir}: no such folder.")
-        words.append(f"hydra.searchpath=[file://{extra_dir.resolve()}]")
-    try:
-        with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-            composed = compose("train", words, return_hydra_config=True)
-    except (HydraException, CompactHydraException, OmegaConfBaseException) as error:
-        raise SettingsError(_explain(error, words, extra_dir)) from error
-    choices = {name: composed.hydra.runtime.choices.get(name) for name in TRAIN_GROUPS}
-    OmegaConf.set_struct(composed, False)
-    del composed["hydra"]
-    composed["choices"] = choices
-    OmegaConf.set_struct(composed, True)
-    return composed
-
-
-def _explain(error: Exception, words: Sequence[str], extra_dir: Path | None) -> str:
-    """A message that names the override and the nearest things that exist."""
-    if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not of the form key=value, or its value is malformed."
-    for word in words:
-        key, _, value = word.lstrip("+~").partition("=")
-        if key in TRAIN_GROUPS and isinstance(error, MissingConfigException):
-            known = options(key, extra_dir)
-            if value not in known:
-                return f"There is no {key}={value}. Available: {', '.join(known)}."
-        if f"'{key}'" in str(error) and not isinstance(error, MissingConfigException):
-            known = sorted(set(_all_keys()))
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            return (
-                f"There is no setting {key!r}.{hint} `python -m experiments train --cfg job` prints all; "
-                f"+{word.lstrip('+')} adds a new one."
-            )
-    return str(error).strip().replace("\n", " ")
-
-
-def _all_keys() -> Iterator[str]:
-    yield from TRAIN_GROUPS
-    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-        composed = compose("train")
-    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(composed, resolve=False))]
-    while pending:
-        prefix, node = pending.pop()
-        for key, value in node.items():
-            yield f"{prefix}{key}"
-            if isinstance(value, dict):
-                pending.append((f"{prefix}{key}.", value))
-
-
-def train_settings(config: DictConfig) -> TrainSettings:
-    """The scalar settings of a composed configuration, checked.
-
-    Args:
-        config: What `compose_train` returned.
-
-    Returns:
-        The settings as a dataclass.
-
-    Raises:
-        SettingsError: If a value has the wrong type or is out of range.
-    """
-    names = [entry.name for entry in fields(TrainSettings)]
-    schema = OmegaConf.structured(TrainSettings)
-    try:
-        scalars = {name: config[name] for name in names}
-        if isinstance(scalars["resume"], bool):  # `resume=true` is a bool in YAML
-            scalars["resume"] = str(scalars["resume"]).lower()
-        settings = OmegaConf.to_object(OmegaConf.merge(schema, scalars))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise SettingsError(f"{key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(settings, TrainSettings)
-    settings.check()
-    return settings
+def overrides() -> list[str]:
+    """The settings of the command line, of the command that is running."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -256,6 +223,64 @@ def plain(config: DictConfig) -> dict[str, Any]:
     Returns:
         The dict.
     """
-    container = OmegaConf.to_container(config, resolve=False)
+    container = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def one_sentence(error: Exception) -> str:
+    """What an error of Hydra or OmegaConf says, without its traces of the machinery.
+
+    Args:
+        error: The error.
+
+    Returns:
+        One line, with the nearest name that exists where a name does not.
+    """
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is not of the form key=value, or its value is malformed."
+    causes = [error] if error.__cause__ is None else [error, error.__cause__]
+    text = "\n".join(str(cause).partition("Config search path")[0] for cause in causes)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [x for x in lines if not x.startswith(("full_key:", "object_type=", "See https:"))]
+    parent, key = (getattr(causes[-1], name, None) for name in ("parent_node", "key"))
+    near = difflib.get_close_matches(str(key), [str(k) for k in parent or ()], n=3)
+    lines += [f"Did you mean {' or '.join(near)}?"] if near and key not in near else []
+    return re.sub(
+        r"(?<=[^.:?!;,]) (?=(To append|Key|Did|Value|Invalid|Available)\b)", ". ", " ".join(lines)
+    )
+
+
+def register() -> None:
+    """Tell Hydra the settings, their help, and the dtypes and enums that YAML may name."""
+    store = ConfigStore.instance()
+    for schema in (TrainSettings, DemoSettings, PlanSettings):
+        command = schema.__name__.removesuffix("Settings").lower()
+        store.store(f"{command}_settings", schema)
+        store.store(command, _help(command, schema), group="hydra/help")
+    tables: dict[str, Any] = {
+        "torch_dtype": _DTYPES,
+        "weight_decay_type": dash_shampoo.WeightDecayType.__members__,
+        "fsdp_param_strategy": dash_shampoo.FSDPParamAssignmentStrategy.__members__,
+    }
+    for resolver, members in tables.items():
+
+        def resolve(name: str, resolver: str = resolver, members: Any = members) -> Any:
+            if name not in members:
+                raise SettingsError(
+                    f"${{{resolver}:{name}}}: unknown name; one of {', '.join(members)}."
+                )
+            return members[name]
+
+        OmegaConf.register_new_resolver(resolver, resolve, replace=True)
+
+
+def _help(command: str, schema: type) -> dict[str, str]:
+    parts = [(inspect.getdoc(c) or "").partition("Attributes:\n") for c in schema.__mro__[:-1]]
+    meanings = "\n".join(textwrap.dedent(part[2]).strip() for part in parts)
+    template = (
+        f"usage: python -m experiments {command} [--multirun] [--cfg job] [GROUP=FILE] [KEY=VALUE] ...\n\n"
+        f"groups, one file of each:\n$APP_CONFIG_GROUPS\n\nsettings:\n{meanings}\n\n"
+        "as composed now:\n$CONFIG\n--hydra-help tells what Hydra offers beside it."
+    )
+    return {"app_name": command, "header": "", "footer": "", "template": template}

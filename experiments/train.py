@@ -1,358 +1,74 @@
-"""The training loop of ``python -m experiments train``."""
+"""``python -m experiments train``."""
 
-import math
-import shutil
+import shlex
+import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn import functional
-from tqdm import tqdm
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
-from experiments import checkpoint
-from experiments.builders import (
-    build_data,
-    build_optimizer,
-    optimizer_family,
-    parameter_groups,
-)
-from experiments.data import BatchSampler, TokenData
-from experiments.metrics import FILE_NAME, MetricsFile, Stopwatch, peak_memory_mib
-from experiments.model import count_parameters
-from experiments.parallel import Process, build, gradient_sync, parallelise
-from experiments.report import environment
-from experiments.schedule import LearningRate
-from experiments.settings import SettingsError, TrainSettings, plain
-from experiments.signals import StopRequest
-
-# A continued run must agree in these, or the batches and the model would be other ones.
-_FIXED_ON_RESUME = (
-    "model",
-    "data",
-    "parameter_groups",
-    "seed",
-    "sequence_length",
-    "batch_size",
-    "precision",
-)
+from experiments.main import fail
+from experiments.parallel import process_group
+from experiments.settings import choice, overrides
+from experiments.trainer import DivergedError, Trainer, TrainResult
 
 
-class DivergedError(Exception):
-    """The loss is no longer finite."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended.
-
-    Attributes:
-        step: Steps taken in all.
-        validation_loss: The last one measured, NaN if none.
-        seconds: Seconds spent in training steps.
-        signal_number: The signal that stopped the run early, or None.
-        checkpoint: The last checkpoint written or read, or None.
-    """
-
-    step: int
-    validation_loss: float
-    seconds: float
-    signal_number: int | None
-    checkpoint: Path | None
-
-
-class Trainer:
-    """A model, an optimizer and data, and the loop over them.
+def run(config: DictConfig) -> int:
+    """Train.
 
     Args:
-        config: The composed configuration.
-        settings: Its scalar settings.
-        process: This process.
-        output_dir: Where metrics and checkpoints go; the same on all processes.
-        data: Tokens, where the caller has them already; otherwise the group ``data`` is loaded.
+        config: The composed settings.
 
-    Raises:
-        SettingsError: If settings contradict each other or the checkpoint.
+    Returns:
+        Exit status, as of `experiments.main.main`.
     """
-
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: TrainSettings,
-        process: Process,
-        output_dir: Path,
-        data: TokenData | None = None,
-    ) -> None:
-        if settings.batch_size % process.world_size:
-            raise SettingsError(
-                f"batch_size={settings.batch_size} must be a multiple of the number of "
-                f"processes, {process.world_size}."
+    with process_group(config.parallelism, config.device) as process:
+        output_dir = Path(process.from_first(_output_dir(config)))
+        output_dir.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(config, process, output_dir)
+        if process.is_first:
+            (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+            print(
+                f"{trainer.num_parameters:,} parameters, {trainer.data.train.numel():,} training "
+                f"tokens ({trainer.data.name}), from step {trainer.step} to {config.steps}, "
+                f"into {output_dir}"
             )
-        self.config = config
-        self.settings = settings
-        self.process = process
-        self.checkpoints = output_dir / "checkpoints"
-        self.data = data if data is not None else build_data(config)
-        self.train_sampler = self._sampler(self.data.train)
-        self.validation_sampler = self._sampler(self.data.validation)
-
-        torch.manual_seed(settings.seed)
-        model = build(
-            config.model,
-            "model",
-            vocab_size=self.data.vocab_size,
-            max_sequence_length=settings.sequence_length,
-        )
-        dtype = torch.float64 if settings.precision == "fp64" else torch.float32
-        model.to(device=process.device, dtype=dtype)
-        self.num_parameters = count_parameters(model)
-        self.model, distributed_config = parallelise(model, config.parallelism, process)
-        groups = parameter_groups(model, config.parameter_groups)
-        self.optimizer = build_optimizer(config.optimizer, groups, distributed_config)
-        shape = settings.schedule
-        self.learning_rate = LearningRate(
-            self.optimizer,
-            settings.steps,
-            shape.warmup_fraction,
-            shape.start_factor,
-            shape.end_factor,
-        )
-        self._averaging_mode("train")
-        if settings.compile:
-            model.compile()
-        self.step = 0
-        self._unlogged_steps = 0
-        self._watch = Stopwatch(process.device)
-        self.seconds = 0.0
-        self.validation_loss = math.nan
-        self.last_checkpoint = self._resume()
-        self.metrics = self._open_metrics(output_dir) if process.is_first else None
-
-    def _sampler(self, tokens: Tensor) -> BatchSampler:
-        settings = self.settings
-        return BatchSampler(tokens, settings.sequence_length, settings.batch_size, settings.seed)
-
-    def _averaging_mode(self, mode: str) -> None:
-        """Optimizers that average iterates keep other weights for evaluation than for training."""
-        if switch := getattr(self.optimizer, mode, None):
-            switch()
-
-    # Checkpoints
-
-    def _resume(self) -> Path | None:
-        latest = checkpoint.find_latest(self.checkpoints)
-        if self.settings.resume == "true" and latest is None:
-            raise SettingsError(f"resume=true, but there is no checkpoint in {self.checkpoints}.")
-        if self.settings.resume == "false" and self.process.is_first:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        if self.settings.resume == "false" or latest is None:
-            return None
         try:
-            state = checkpoint.read(latest)
-            self._check_same_run(state, latest)
-            self.train_sampler.load_state_dict(state["sampler"])
-            checkpoint.restore(latest, state, self.model, self.optimizer)
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
-        torch.set_rng_state(state["rng"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.validation_loss = state["validation_loss"]
-        return latest
+            result = trainer.run()
+        except DivergedError as error:
+            return fail(str(error), 1)
+        finally:
+            trainer.close()
+        if process.is_first:
+            _tell(result, output_dir)
+    return 0 if result.signal_number is None else 128 + result.signal_number
 
-    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        saved, current = state["config"], plain(self.config)
-        pairs = [(key, saved[key], current[key]) for key in _FIXED_ON_RESUME]
-        pairs.append(("optimizer", state["optimizer_family"], optimizer_family(self.optimizer)))
-        for key, before, now in pairs:
-            if before != now:
-                raise SettingsError(
-                    f"{path} was written with {key}={before}, this run has {key}={now}. Use the "
-                    "same, another output_dir, or resume=false."
-                )
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment.
+def _output_dir(config: DictConfig) -> str:
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        return str(hydra.runtime.output_dir)
+    if config.output_dir is not None:
+        return str(config.output_dir)
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    return f"outputs/{choice('model')}_{choice('optimizer')}_{moment}"
 
-        Returns:
-            Its folder.
-        """
-        self.last_checkpoint = checkpoint.save(
-            self.checkpoints,
-            self.step,
-            self.model,
-            self.optimizer,
-            {
-                "seconds": self.seconds,
-                "validation_loss": self.validation_loss,
-                "sampler": dict(self.train_sampler.state_dict()),
-                "rng": torch.get_rng_state(),
-                "optimizer_family": optimizer_family(self.optimizer),
-                "config": plain(self.config),
-            },
+
+def _tell(result: TrainResult, output_dir: Path) -> None:
+    if result.signal_number is None:
+        print(
+            f"validation loss {result.validation_loss:.4f} after {result.step} steps and "
+            f"{result.seconds:.1f} s; metrics and checkpoint in {output_dir}"
         )
-        checkpoint.prune(self.checkpoints, self.settings.keep_checkpoints)
-        return self.last_checkpoint
-
-    def _open_metrics(self, output_dir: Path) -> MetricsFile:
-        resumed = self.last_checkpoint is not None
-        metrics = MetricsFile(output_dir / FILE_NAME, self.step if resumed else None)
-        if resumed:
-            metrics.write("resume", step=self.step)
-        else:
-            metrics.write(
-                "start",
-                **environment(self.process),
-                data=self.data.name,
-                data_digest=self.data.digest,
-                parameters=self.num_parameters,
-                config=plain(self.config),
-            )
-        return metrics
-
-    # The loop
-
-    def run(self, until: int | None = None, bar: "tqdm[Any] | None" = None) -> TrainResult:
-        """Train up to the last step, or until a signal asks to stop.
-
-        Args:
-            until: Return after this step already; a later call goes on.
-            bar: A progress bar of the caller's, instead of one of this run.
-
-        Returns:
-            How it ended.
-
-        Raises:
-            DivergedError: If the loss is not finite.
-        """
-        settings = self.settings
-        last = settings.steps if until is None else min(until, settings.steps)
-        hidden = not (settings.progress and self.process.is_first)
-        bar = bar or tqdm(
-            total=settings.steps, initial=self.step, disable=hidden or None, dynamic_ncols=True
-        )
-        with StopRequest() as stop:
-            if self.step == 0:
-                self._validate(bar)
-            while self.step < last:
-                self._train_step(bar)
-                bar.update()
-                done = self.step == settings.steps
-                if done or _is_due(self.step, settings.evaluate_every):
-                    self._validate(bar)
-                stopped = self._is_logged() and self.process.any(stop.signal_number is not None)
-                if done or stopped or _is_due(self.step, settings.checkpoint_every):
-                    self.save()
-                if stopped:
-                    break
-        if until is None:
-            bar.close()
-        return TrainResult(
-            self.step,
-            self.validation_loss,
-            self.seconds,
-            stop.signal_number if self.step < settings.steps else None,
-            self.last_checkpoint,
-        )
-
-    def close(self) -> None:
-        """Close the metrics file."""
-        if self.metrics is not None:
-            self.metrics.close()
-
-    def _train_step(self, bar: "tqdm[Any]") -> None:
-        settings, process, watch = self.settings, self.process, self._watch
-        start = time.perf_counter()
-        lr = self.learning_rate.apply(self.step)
-        batch = self.train_sampler.next_batch(process.rank, process.world_size)
-        share = batch.shape[0]
-        pieces = torch.split(batch, min(settings.micro_batch_size or share, share))
-        loss = torch.zeros((), device=process.device)
-        self.optimizer.zero_grad()
-        for index, piece in enumerate(pieces):
-            with gradient_sync(self.model, enabled=index == len(pieces) - 1):
-                with watch.measure("forward"):
-                    piece_loss = self._loss(piece) * (piece.shape[0] / share)
-                with watch.measure("backward"):
-                    torch.autograd.backward(piece_loss)
-            loss += piece_loss.detach()
-        grad_norm = self._clip()
-        with watch.measure("optimizer"):
-            self.optimizer.step()
-        self.step += 1
-        self._unlogged_steps += 1
-        if not self._is_logged():
-            self.seconds += time.perf_counter() - start
-            return
-        value = process.mean(loss).item()  # waits for the device
-        times = watch.read(self._unlogged_steps)
-        self._unlogged_steps = 0
-        self.seconds += time.perf_counter() - start
-        bar.set_postfix(loss=f"{value:.4f}", lr=f"{lr:.2e}", refresh=False)
-        self._write(
-            "train",
-            loss=value,
-            lr=lr,
-            grad_norm=None if grad_norm is None else grad_norm.item(),
-            **times,
-            peak_memory_mib=peak_memory_mib(process.device),
-        )
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"The loss of step {self.step} is {value}. The last checkpoint is "
-                f"{self.last_checkpoint}; try a smaller optimizer.lr."
-            )
-
-    def _is_logged(self) -> bool:
-        """Whether this step ends with a record, for which the host waits for the device."""
-        return _is_due(self.step, self.settings.log_every) or self.step == self.settings.steps
-
-    def _clip(self) -> Tensor | None:
-        if self.settings.clip_grad_norm is None:
-            return None
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _loss(self, batch: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token, in nats."""
-        if int(batch.max()) >= self.data.vocab_size:
-            raise SettingsError(
-                f"The data holds token {int(batch.max())}, outside of its vocabulary of "
-                f"{self.data.vocab_size}."
-            )
-        batch = batch.to(self.process.device)
-        use_bf16 = self.settings.precision == "bf16"
-        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=use_bf16):
-            logits = self.model(batch[:, :-1])
-            return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-    @torch.no_grad()
-    def _validate(self, bar: "tqdm[Any]") -> None:
-        self.model.eval()
-        self._averaging_mode("eval")
-        process = self.process
-        total, rows = torch.zeros((), dtype=torch.float64, device=process.device), 0
-        for batch in self.validation_sampler.fixed_batches(
-            self.settings.validation_batches, process.rank, process.world_size
-        ):
-            total += self._loss(batch) * batch.shape[0]
-            rows += batch.shape[0]
-        self.validation_loss = process.mean(total / rows).item()
-        self._averaging_mode("train")
-        self.model.train()
-        perplexity = math.exp(min(self.validation_loss, 700.0))
-        self._write("validation", loss=self.validation_loss, perplexity=perplexity)
-        if self.process.is_first and self.settings.progress:
-            bar.write(f"step {self.step}: validation loss {self.validation_loss:.4f}")
-
-    def _write(self, event: str, **values: Any) -> None:
-        if self.metrics is not None:
-            tokens = self.step * self.settings.batch_size * self.settings.sequence_length
-            self.metrics.write(event, step=self.step, **values, seconds=self.seconds, tokens=tokens)
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+        return
+    kept = [word for word in overrides() if not word.startswith(("output_dir=", "resume="))]
+    command = shlex.join(
+        ["python", "-m", "experiments", "train", *kept, f"output_dir={output_dir}"]
+    )
+    print(
+        f"Stopped after step {result.step}; the checkpoint is {result.checkpoint}. "
+        f"Continue with:\n  {command}",
+        file=sys.stderr,
+    )

@@ -6,16 +6,16 @@ from experiments.demo import demo_table, typical
 from experiments.main import main
 from experiments.metrics import read_metrics
 from experiments.plots import Curve
-from experiments.settings import compose_train
+from tests.experiments.composing import composed
 
 
 def test_demo_writes_a_table_and_plots(tiny, tmp_path, capsys):
     folder = tmp_path / "demo"
-    words = [*tiny, "steps=4", f"demo.output_dir={folder}"]
+    words = [*tiny, "steps=4", f"output_dir={folder}"]
     assert main(["demo", *words]) == 0
     printed = capsys.readouterr().out
     text = (folder / "README.md").read_text()
-    runs = compose_train(["experiment=demo"]).demo.runs
+    runs = composed([], "demo").runs
     assert {"adamw", "distributed_shampoo", "dash_eigen", "dash_newton_db"} <= set(runs)
     for run in runs.values():
         assert f"| {run.label} " in text
@@ -39,7 +39,7 @@ def png_size(path):
 
 def test_demo_tells_mistakes(capsys):
     assert main(["demo", "nothing=1"]) == 2
-    assert "There is no setting 'nothing'" in capsys.readouterr().err
+    assert "Key 'nothing' not in" in capsys.readouterr().err
 
 
 def curve(label, losses, seconds):
@@ -73,10 +73,10 @@ def test_the_typical_time_counts_rare_work_but_not_outliers():
 
 @pytest.mark.parametrize("turn", [1, 3])
 def test_turns_do_not_change_the_result(turn, tiny, tmp_path, capsys):
-    words = [*tiny, "steps=4", f"demo.turn={turn}", f"demo.output_dir={tmp_path}"]
-    assert main(["demo", *words, "~demo.runs.distributed_shampoo", "~demo.runs.dash_eigen"]) == 0
+    words = [*tiny, "steps=4", f"turn={turn}", f"output_dir={tmp_path}"]
+    assert main(["demo", *words, "~runs.distributed_shampoo", "~runs.dash_eigen"]) == 0
     name = "dash_newton_db"
-    alone = compose_train(["experiment=demo", f"optimizer={name}"]).demo.runs[name].overrides
+    alone = composed([], "demo").runs[name].overrides
     assert main(
         ["train", "experiment=demo", *alone, *tiny, "steps=4", f"output_dir={tmp_path / 'one'}"]
     ) == 0  # fmt: skip

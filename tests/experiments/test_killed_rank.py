@@ -87,7 +87,7 @@ def last_state(folder):
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tiny, tmp_path):
     words = [
         *tiny,
-        *("optimizer=dash_eigen", "optimizer.lr=0.01", "optimizer.precondition_frequency=2"),
+        *("optimizer=dash", "optimizer.lr=0.01", "optimizer.precondition_frequency=2"),
         *("optimizer.epsilon=1e-4", "parallelism=ddp", "evaluate_every=10"),
         *(f"steps={NUM_STEPS}", f"checkpoint_every={CHECKPOINT_EVERY}"),
     ]

@@ -56,7 +56,7 @@ def words(tiny):
     # their roots would blow fp32 rounding up to 1e-3 of the loss.
     return [
         *tiny,
-        "optimizer=dash_eigen",
+        "optimizer=dash",
         "optimizer.lr=0.01",
         "optimizer.precondition_frequency=2",
         "optimizer.epsilon=1e-4",
@@ -80,7 +80,7 @@ def test_a_run_of_two_processes_continues_exactly(strategy, words, tmp_path):
     train_together(2, [*own, "checkpoint_every=3", f"output_dir={straight}"])
     shutil.copytree(straight, continued)
     shutil.rmtree(continued / "checkpoints" / "step_00000006")
-    train_together(2, [*own, "micro_batch_size=2", "resume=true", f"output_dir={continued}"])
+    train_together(2, [*own, "micro_batch_size=2", "resume=always", f"output_dir={continued}"])
     assert losses(straight) == losses(continued)
     events = [r["event"] for r in read_metrics(continued / "metrics.jsonl")]
     assert events.count("resume") == 1

@@ -13,7 +13,7 @@ import dash_shampoo
 from experiments import checkpoint
 from experiments.main import main
 from experiments.metrics import MetricsFile, read_metrics
-from experiments.settings import compose_train, options
+from tests.experiments.composing import composed, options
 
 TRAIN_KEYS = {
     "event", "step", "loss", "lr", "grad_norm", "forward_ms", "backward_ms", "optimizer_ms",
@@ -21,6 +21,7 @@ TRAIN_KEYS = {
 }  # fmt: skip
 VALIDATION_KEYS = {"event", "step", "loss", "perplexity", "seconds", "tokens"}
 OPTIMIZERS = options("optimizer")
+SOLVERS = options("solver")
 
 
 def train(words, folder):
@@ -50,35 +51,47 @@ def losses(folder):
 
 
 def test_there_are_optimizers():
-    assert {"adamw", "distributed_shampoo", "dash_eigen", "dash_newton_db"} <= set(OPTIMIZERS)
+    assert {"adamw", "distributed_shampoo", "dash", "dash_default", "muon"} <= set(OPTIMIZERS)
+    assert {"eigen", "newton_db", "minimax"} <= set(SOLVERS)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_each_optimizer_trains(name, tiny, tmp_path):
-    assert train([*tiny, f"optimizer={name}", "optimizer.lr=0.02", "steps=4"], tmp_path) == 0
+@pytest.mark.parametrize(
+    "chosen",
+    [*(f"optimizer={name}" for name in OPTIMIZERS), *(f"solver={name}" for name in SOLVERS)],
+)
+def test_each_optimizer_and_solver_trains(chosen, tiny, tmp_path):
+    if chosen == "optimizer=soap":
+        pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed")
+    words = [*tiny, "optimizer=dash", chosen, "optimizer.lr=0.02", "steps=4"]
+    assert train(words, tmp_path) == 0
     records = read_metrics(tmp_path / "metrics.jsonl")
     curve = [r["loss"] for r in records if r["event"] == "validation"]
     assert len(curve) == 3
     assert curve[-1] < curve[0] - 0.1
-    config = compose_train([f"optimizer={name}"])
-    assert type_name(config) in {"AdamW", "DistributedShampoo", "DashShampoo"}
 
 
-def type_name(config):
-    return config.optimizer._target_.rpartition(".")[2]
+def test_the_damping_and_frequency_come_with_the_solver():
+    for name in SOLVERS:
+        config = composed(["optimizer=dash", f"solver={name}"])
+        assert config.optimizer.epsilon == config.solver.epsilon
+        assert config.optimizer.precondition_frequency == config.solver.precondition_frequency
+        chosen = config.optimizer.preconditioner_config.amortized_computation_config
+        assert chosen == config.solver.config
+    own = composed(["optimizer=dash", "solver=newton_db", "optimizer.epsilon=1e-3"]).optimizer
+    assert own.epsilon == 1e-3
 
 
 def test_eigen_gives_the_same_curve_in_both_classes(tiny, tmp_path):
     words = [*tiny, "steps=4", "precision=fp64", "optimizer.lr=0.01"]
-    for name in ("distributed_shampoo", "dash_eigen"):
+    for name in ("distributed_shampoo", "dash"):
         assert train([*words, f"optimizer={name}"], tmp_path / name) == 0
-    one, other = (losses(tmp_path / name) for name in ("distributed_shampoo", "dash_eigen"))
+    one, other = (losses(tmp_path / name) for name in ("distributed_shampoo", "dash"))
     # The factor matrices are fp32 in both, so the batched products differ by fp32 rounding.
     assert [x[2] for x in one] == pytest.approx([x[2] for x in other], rel=1e-4)
 
 
 def test_metrics_schema(tiny, tmp_path):
-    words = [*tiny, "optimizer=dash_eigen", "steps=5", "optimizer.lr=0.01"]
+    words = [*tiny, "optimizer=dash", "steps=5", "optimizer.lr=0.01"]
     assert train(words, tmp_path) == 0
     records = read_metrics(tmp_path / "metrics.jsonl")
     start = records[0]
@@ -115,7 +128,7 @@ def test_log_every_thins_the_records_out(tiny, tmp_path):
 
 def test_optimizers_see_the_same_first_loss(tiny, tmp_path):
     first = set()
-    for name in ("adamw", "dash_newton_db"):
+    for name in ("adamw", "dash"):
         train([*tiny, f"optimizer={name}", "steps=1"], tmp_path / name)
         first.add(losses(tmp_path / name)[1])
     assert len(first) == 1
@@ -132,7 +145,7 @@ def test_micro_batches_add_up(tiny, tmp_path):
 
 
 def test_embeddings_and_norms_can_go_the_way_of_adam(tiny, tmp_path, capsys):
-    words = [*tiny, "optimizer=dash_eigen", "steps=3", "parameter_groups=adam_for_embeddings"]
+    words = [*tiny, "optimizer=dash", "steps=3", "parameter_groups=adam_for_embeddings"]
     assert train(words, tmp_path / "split") == 0
     groups = state_of(tmp_path / "split")["optimizer"]["param_groups"]
     names = [set(group["param_names"]) for group in groups]
@@ -157,19 +170,20 @@ def test_embeddings_and_norms_can_go_the_way_of_adam(tiny, tmp_path, capsys):
 
 
 RESUMED = [
-    ("adamw", "fp32"),
-    ("distributed_shampoo", "fp32"),
-    ("dash_eigen", "fp32"),
-    ("dash_eigen", "fp64"),
-    ("dash_newton_db", "fp32"),
-    ("dash_default", "fp32"),
+    (["optimizer=adamw"], "fp32"),
+    (["optimizer=muon"], "fp32"),
+    (["optimizer=distributed_shampoo"], "fp32"),
+    (["optimizer=dash"], "fp32"),
+    (["optimizer=dash"], "fp64"),
+    (["optimizer=dash", "solver=newton_db"], "fp32"),
+    (["optimizer=dash_default"], "fp32"),
 ]
 
 
-@pytest.mark.parametrize(("name", "precision"), RESUMED)
-def test_a_continued_run_is_bitwise_the_straight_one(name, precision, tiny, tmp_path):
-    words = [*tiny, f"optimizer={name}", "optimizer.lr=0.01", f"precision={precision}"]
-    if name != "adamw":
+@pytest.mark.parametrize(("chosen", "precision"), RESUMED)
+def test_a_continued_run_is_bitwise_the_straight_one(chosen, precision, tiny, tmp_path):
+    words = [*tiny, *chosen, "optimizer.lr=0.01", f"precision={precision}"]
+    if chosen[0] not in ("optimizer=adamw", "optimizer=muon"):
         # Roots at steps 2, 4 and 6: the stop after 3 is between two, so roots must survive too.
         words.append("optimizer.precondition_frequency=2")
     check_exact_resume(words, tmp_path)
@@ -179,7 +193,7 @@ def test_averaged_iterates_survive_too(tiny, tmp_path):
     averaging = "{_target_: dash_shampoo.GeneralizedPrimalAveragingConfig}"
     words = [
         *tiny,
-        "optimizer=dash_eigen",
+        "optimizer=dash",
         "optimizer.lr=0.01",
         "optimizer.precondition_frequency=2",
         "optimizer.betas=[0.0, 0.95]",
@@ -195,7 +209,7 @@ def check_exact_resume(words, folder):
     assert train(words, straight) == 0
     assert train([*words, "checkpoint_every=3", "keep_checkpoints=9"], halves) == 0
     forget_after(halves, step=3)
-    assert train([*words, "resume=true"], halves) == 0
+    assert train([*words, "resume=always"], halves) == 0
 
     one, other = state_of(straight), state_of(halves)
     assert one["step"] == other["step"] == 6
@@ -220,7 +234,7 @@ def forget_after(folder, step):
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_continues(tiny, tmp_path):
-    words = [*tiny, "optimizer=dash_eigen", "steps=100000", "evaluate_every=0"]
+    words = [*tiny, "optimizer=dash", "steps=100000", "evaluate_every=0"]
     folder = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments", "train", *words, f"output_dir={folder}"],
@@ -264,27 +278,27 @@ def test_a_finished_run_is_not_trained_further(tiny, tmp_path):
     before = losses(tmp_path)
     assert train(words, tmp_path) == 0
     assert losses(tmp_path) == before
-    assert train([*words, "resume=false"], tmp_path) == 0
+    assert train([*words, "resume=never"], tmp_path) == 0
     assert losses(tmp_path) == before
     assert not any(r["event"] == "resume" for r in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_resume_refuses_another_run(tiny, tmp_path, capsys):
     words = [*tiny, "optimizer=adamw", "steps=2"]
-    assert train([*words, "resume=true"], tmp_path) == 2
+    assert train([*words, "resume=always"], tmp_path) == 2
     assert "there is no checkpoint" in capsys.readouterr().err
     assert train(words, tmp_path) == 0
-    for change in ("model.width=32", "seed=1", "batch_size=8", "optimizer=dash_eigen"):
+    for change in ("model.width=32", "seed=1", "batch_size=8", "optimizer=dash"):
         assert train([*words, change], tmp_path) == 2
         error = capsys.readouterr().err
         assert change.split("=")[0].split(".")[0] + "=" in error
-        assert "resume=false" in error
+        assert "resume=never" in error
 
 
 def test_a_run_may_go_on_with_another_solver(tiny, tmp_path):
     words = [*tiny, "optimizer.precondition_frequency=2"]
     assert train([*words, "optimizer=distributed_shampoo", "steps=3"], tmp_path) == 0
-    assert train([*words, "optimizer=dash_newton_db", "steps=6"], tmp_path) == 0
+    assert train([*words, "optimizer=dash", "solver=newton_db", "steps=6"], tmp_path) == 0
     assert [x[1] for x in losses(tmp_path) if x[0] == "train"] == [1, 2, 3, 4, 5, 6]
 
 

@@ -1,0 +1,46 @@
+"""What machine and versions a result comes from."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dash_shampoo
+
+_BASE = dash_shampoo.DistributedShampoo.__module__
+
+
+def environment(device: torch.device | str = "cpu", world_size: int = 1) -> dict[str, Any]:
+    """Versions and hardware, for the first record of a metrics file and the head of a report.
+
+    Args:
+        device: Where it was computed.
+        world_size: Number of processes.
+
+    Returns:
+        Plain values.
+    """
+    device = torch.device(device)
+    on_cuda = device.type == "cuda"
+    return {
+        "dash_shampoo": dash_shampoo.__version__,
+        "base": "embedded" if _BASE.startswith("dash_shampoo.") else "meta",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+    }
+
+
+def processor() -> str:
+    """Name of the CPU, such as "AMD EPYC"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
