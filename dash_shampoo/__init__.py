@@ -11,7 +11,10 @@ package where it is importable, else from the embedded base; `dash_shampoo.base.
 """
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
+from dash_shampoo import base as _base
 from dash_shampoo.base import (
     AdaGradPreconditionerConfig,
     AdamPreconditionerConfig,
@@ -44,11 +47,9 @@ from dash_shampoo.base import (
     EigendecompositionConfig,
     EigenvalueCorrectedShampooPreconditionerConfig,
     EighEigendecompositionConfig,
-    FSDPDistributedConfig,
     FSDPParamAssignmentStrategy,
     FullyShardDistributedConfig,
     GeneralizedPrimalAveragingConfig,
-    HSDPDistributedConfig,
     HybridShardDistributedConfig,
     IterateAveragingConfig,
     LoadBalancingConfig,
@@ -75,7 +76,6 @@ from dash_shampoo.base import (
     SpectralDescentPreconditionerConfig,
     SVDOrthogonalizationConfig,
     WeightDecayType,
-    compile_fsdp_parameter_metadata,
 )
 from dash_shampoo.checkpoint import safe_globals
 from dash_shampoo.config import (
@@ -132,12 +132,10 @@ __all__ = [
     "EigendecompositionConfig",
     "EigenvalueCorrectedShampooPreconditionerConfig",
     "EighEigendecompositionConfig",
-    "FSDPDistributedConfig",
     "FSDPParamAssignmentStrategy",
     "FrobeniusScaling",
     "FullyShardDistributedConfig",
     "GeneralizedPrimalAveragingConfig",
-    "HSDPDistributedConfig",
     "HybridShardDistributedConfig",
     "IterateAveragingConfig",
     "LoadBalancingConfig",
@@ -173,6 +171,12 @@ __all__ = [
     "TraceScaling",
     "WeightDecayType",
     "__version__",
-    "compile_fsdp_parameter_metadata",
     "safe_globals",
 ]
+
+if not _TYPE_CHECKING:
+
+    def __getattr__(missing: str) -> _Any:
+        if missing in _base.META_ONLY:
+            return getattr(_base, missing)
+        raise AttributeError(f"module {__name__!r} has no attribute {missing!r}")

@@ -1,9 +1,11 @@
 """The one door to Distributed Shampoo: Meta's package if it is importable, else the embedded base.
 
 The environment variable DASH_SHAMPOO_BASE chooses before the first import: `auto` (the default),
-`meta` or `embedded`; `dash_shampoo.base.name` tells. Both bases have the same names here. For type
-checkers they are the embedded base's.
+`meta` or `embedded`; `dash_shampoo.base.name` tells. Both bases have the same names here, but for those
+that say they need Meta's package. For type checkers they are the embedded base's.
 """
+
+# ruff: noqa: F403, F405 (the names are listed once, in __all__)
 
 import os
 from collections.abc import Mapping
@@ -19,118 +21,33 @@ _HOW_TO_GET_IT = (
     "pip install git+https://github.com/facebookresearch/optimizers "
     "(as in the dependency group `meta` of dash_shampoo's pyproject.toml)"
 )
-# Where Meta's package has the names that it does not export itself.
-_SHAMPOO_TYPES = f"{_PACKAGE}.shampoo_types"
-_LOAD_BALANCING = f"{_PACKAGE}.utils.load_balancing_utils"
-_META_MODULES = {
-    "DISTRIBUTOR": _SHAMPOO_TYPES,
-    "FILTERED_GRAD_LIST": _SHAMPOO_TYPES,
-    "GRAFTING_PRECONDITIONER_LIST": _SHAMPOO_TYPES,
-    "MASKED_BLOCKED_GRADS": _SHAMPOO_TYPES,
-    "MASKED_BLOCKED_PARAMS": _SHAMPOO_TYPES,
-    "MASKED_FILTERED_GRAD_LIST": _SHAMPOO_TYPES,
-    "MASKED_MOMENTUM_BUFFER_LIST": _SHAMPOO_TYPES,
-    "MASKED_WEIGHT_BUFFER_LIST": _SHAMPOO_TYPES,
-    "MOMENTUM_BUFFER_LIST": _SHAMPOO_TYPES,
-    "PREVIOUS_GRAD_SELECTOR": _SHAMPOO_TYPES,
-    "SHAMPOO_PRECONDITIONER_LIST": _SHAMPOO_TYPES,
-    "WEIGHT_BUFFER_LIST": _SHAMPOO_TYPES,
-    "AdagradPreconditionerList": f"{_PACKAGE}.preconditioner.adagrad_preconditioner_list",
-    "AlignedMemoryCostModel": _LOAD_BALANCING,
-    "ClassicMomentumConfig": _SHAMPOO_TYPES,
-    "ConcurrencyConfig": _SHAMPOO_TYPES,
-    "CostModel": _LOAD_BALANCING,
-    "DefaultConcurrencyConfig": _SHAMPOO_TYPES,
-    "DefaultShampooRuntimeConfig": _SHAMPOO_TYPES,
-    "LoadBalancingConfig": _SHAMPOO_TYPES,
-    "PolynomialComputationalCostModel": _LOAD_BALANCING,
-    "PreconditionerValueError": _SHAMPOO_TYPES,
-    "RootInvShampooPreconditionerList": f"{_PACKAGE}.preconditioner.shampoo_preconditioner_list",
-    "SGDPreconditionerList": f"{_PACKAGE}.preconditioner.sgd_preconditioner_list",
-    "ShampooRuntimeConfig": _SHAMPOO_TYPES,
-}
+# Where Meta's package has its names; its own `__init__` has most of those that are for users.
+_META_MODULES = (
+    _PACKAGE,
+    f"{_PACKAGE}.shampoo_types",
+    f"{_PACKAGE}.utils.load_balancing_utils",
+    f"{_PACKAGE}.preconditioner.shampoo_preconditioner_list",
+    f"{_PACKAGE}.preconditioner.adagrad_preconditioner_list",
+    f"{_PACKAGE}.preconditioner.sgd_preconditioner_list",
+)
+
+# What only Meta's package has (FSDP1); without it, the names say so.
+META_ONLY = ("FSDPDistributedConfig", "HSDPDistributedConfig", "compile_fsdp_parameter_metadata")
+# The same on both bases.
+_OURS = ("META_ONLY", "grid_view", "name", "native_config")
 
 if TYPE_CHECKING:
-    from dash_shampoo.base.embedded import (
-        DISTRIBUTOR,
-        FILTERED_GRAD_LIST,
-        GRAFTING_PRECONDITIONER_LIST,
-        MASKED_BLOCKED_GRADS,
-        MASKED_BLOCKED_PARAMS,
-        MASKED_FILTERED_GRAD_LIST,
-        MASKED_MOMENTUM_BUFFER_LIST,
-        MASKED_WEIGHT_BUFFER_LIST,
-        MOMENTUM_BUFFER_LIST,
-        PREVIOUS_GRAD_SELECTOR,
-        SHAMPOO_PRECONDITIONER_LIST,
-        WEIGHT_BUFFER_LIST,
-        AdaGradPreconditionerConfig,
-        AdagradPreconditionerList,
-        AdamPreconditionerConfig,
-        AlignedMemoryCostModel,
-        BaseShampooPreconditionerConfig,
-        ClassicMomentumConfig,
-        ClassicShampooPreconditionerConfig,
-        ConcurrencyConfig,
-        CostModel,
-        CoupledHigherOrderConfig,
-        CoupledNewtonConfig,
-        DDPDistributedConfig,
-        DefaultConcurrencyConfig,
-        DefaultEigenConfig,
-        DefaultEigendecompositionConfig,
-        DefaultEigenvalueCorrectedShampooConfig,
-        DefaultNewtonSchulzOrthogonalizationConfig,
-        DefaultPerturbationConfig,
-        DefaultShampooConfig,
-        DefaultShampooRuntimeConfig,
-        DefaultSignDescentPreconditionerConfig,
-        DefaultSingleDeviceDistributedConfig,
-        DefaultSOAPConfig,
-        DefaultSpectralDescentPreconditionerConfig,
-        DistributedConfig,
-        DistributedShampoo,
-        EigenConfig,
-        EigendecomposedKLShampooPreconditionerConfig,
-        EigendecomposedShampooPreconditionerConfig,
-        EigendecompositionConfig,
-        EigenvalueCorrectedShampooPreconditionerConfig,
-        EighEigendecompositionConfig,
-        FSDPDistributedConfig,
-        FSDPParamAssignmentStrategy,
-        FullyShardDistributedConfig,
-        GeneralizedPrimalAveragingConfig,
-        HSDPDistributedConfig,
-        HybridShardDistributedConfig,
-        IterateAveragingConfig,
-        LoadBalancingConfig,
-        MatrixFunctionConfig,
-        NewtonSchulzOrthogonalizationConfig,
-        OrthogonalizationConfig,
-        PerturbationConfig,
-        PolynomialComputationalCostModel,
-        PreconditionerConfig,
-        PreconditionerValueError,
-        PseudoInverseConfig,
-        QREigendecompositionConfig,
-        RankDeficientStabilityConfig,
-        RMSpropPreconditionerConfig,
-        RootInvConfig,
-        RootInvKLShampooPreconditionerConfig,
-        RootInvShampooPreconditionerConfig,
-        RootInvShampooPreconditionerList,
-        ScheduleFreeConfig,
-        SGDPreconditionerConfig,
-        SGDPreconditionerList,
-        ShampooPT2CompileConfig,
-        ShampooRuntimeConfig,
-        SignDescentPreconditionerConfig,
-        SingleDeviceDistributedConfig,
-        SpectralDescentPreconditionerConfig,
-        SVDOrthogonalizationConfig,
-        WeightDecayType,
-        compile_fsdp_parameter_metadata,
-    )
+    from dash_shampoo.base.embedded.configs import *
+    from dash_shampoo.base.embedded.distributed_configs import *
+    from dash_shampoo.base.embedded.keys import *
+    from dash_shampoo.base.embedded.matrix_function_configs import *
+    from dash_shampoo.base.embedded.optimizer import DistributedShampoo
+    from dash_shampoo.base.embedded.preconditioner_list import *
+    from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
+
+    FSDPDistributedConfig: Any
+    HSDPDistributedConfig: Any
+    compile_fsdp_parameter_metadata: Any
 
 __all__ = [
     "DISTRIBUTOR",
@@ -141,6 +58,7 @@ __all__ = [
     "MASKED_FILTERED_GRAD_LIST",
     "MASKED_MOMENTUM_BUFFER_LIST",
     "MASKED_WEIGHT_BUFFER_LIST",
+    "META_ONLY",
     "MOMENTUM_BUFFER_LIST",
     "PREVIOUS_GRAD_SELECTOR",
     "SHAMPOO_PRECONDITIONER_LIST",
@@ -177,11 +95,9 @@ __all__ = [
     "EigendecompositionConfig",
     "EigenvalueCorrectedShampooPreconditionerConfig",
     "EighEigendecompositionConfig",
-    "FSDPDistributedConfig",
     "FSDPParamAssignmentStrategy",
     "FullyShardDistributedConfig",
     "GeneralizedPrimalAveragingConfig",
-    "HSDPDistributedConfig",
     "HybridShardDistributedConfig",
     "IterateAveragingConfig",
     "LoadBalancingConfig",
@@ -210,15 +126,10 @@ __all__ = [
     "SingleDeviceDistributedConfig",
     "SpectralDescentPreconditionerConfig",
     "WeightDecayType",
-    "compile_fsdp_parameter_metadata",
     "grid_view",
     "name",
     "native_config",
 ]
-
-
-# The same on both bases.
-_OURS = ("grid_view", "name", "native_config")
 
 
 def _choose(variables: Mapping[str, str]) -> Literal["meta", "embedded"]:
@@ -249,11 +160,24 @@ def _choose(variables: Mapping[str, str]) -> Literal["meta", "embedded"]:
 
 
 def _load(base: Literal["meta", "embedded"]) -> dict[str, Any]:
-    exported = [n for n in __all__ if n not in _OURS]
+    """Everything that the door takes from a base.
+
+    Raises:
+        ImportError: If Meta's package lacks a name.
+    """
+    wanted = set(__all__) - set(_OURS)
     if base == "embedded":
-        module = import_module("dash_shampoo.base.embedded")
-        return {n: getattr(module, n) for n in exported}
-    return {n: getattr(import_module(_META_MODULES.get(n, _PACKAGE)), n) for n in exported}
+        return {n: getattr(import_module(f"{__name__}.embedded"), n) for n in wanted}
+    wanted |= set(META_ONLY)
+    found: dict[str, Any] = {}
+    for module in map(import_module, _META_MODULES):
+        found |= {n: getattr(module, n) for n in wanted - found.keys() if hasattr(module, n)}
+    if missing := wanted - found.keys():
+        raise ImportError(
+            f"This version of {_PACKAGE} lacks {', '.join(sorted(missing))}: use the one that "
+            f"dash_shampoo is tested with ({_HOW_TO_GET_IT}), or {_VARIABLE}=embedded."
+        )
+    return found
 
 
 def native_config(value: Any) -> Any:
@@ -268,6 +192,17 @@ def native_config(value: Any) -> Any:
     return _native_config(value, globals())
 
 
+def _say_what_is_missing(missing: str) -> Any:
+    if missing in META_ONLY:
+        raise ImportError(
+            f"{missing} (FSDP1) is not in the embedded base of dash_shampoo: fully_shard with "
+            "FullyShardDistributedConfig is, and Meta's package has both. To get it: "
+            f"{_HOW_TO_GET_IT}; then leave {_VARIABLE} unset."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {missing!r}")
+
+
 name: Literal["meta", "embedded"] = _choose(os.environ)
 if not TYPE_CHECKING:
     globals().update(_load(name))
+    __getattr__ = _say_what_is_missing

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import dash_shampoo
 import dash_shampoo.base as door
 import dash_shampoo.base.embedded as embedded
 from tests.base.cases import meta, meta_types
@@ -30,8 +31,8 @@ DefaultSignDescentPreconditionerConfig DefaultSingleDeviceDistributedConfig
 DefaultSpectralDescentPreconditionerConfig DistributedConfig DistributedShampoo EigenConfig
 EigendecomposedKLShampooPreconditionerConfig EigendecomposedShampooPreconditionerConfig
 EigendecompositionConfig EigenvalueCorrectedShampooPreconditionerConfig EighEigendecompositionConfig
-FSDPDistributedConfig FSDPParamAssignmentStrategy FullyShardDistributedConfig
-GeneralizedPrimalAveragingConfig HSDPDistributedConfig HybridShardDistributedConfig
+FSDPParamAssignmentStrategy FullyShardDistributedConfig
+GeneralizedPrimalAveragingConfig HybridShardDistributedConfig
 IterateAveragingConfig LoadBalancingConfig MatrixFunctionConfig NewtonSchulzOrthogonalizationConfig
 OrthogonalizationConfig PerturbationConfig PolynomialComputationalCostModel PreconditionerConfig
 PreconditionerValueError PseudoInverseConfig QREigendecompositionConfig RMSpropPreconditionerConfig
@@ -39,11 +40,11 @@ RankDeficientStabilityConfig RootInvConfig RootInvKLShampooPreconditionerConfig
 RootInvShampooPreconditionerConfig RootInvShampooPreconditionerList SGDPreconditionerConfig
 SHAMPOO_PRECONDITIONER_LIST SVDOrthogonalizationConfig ScheduleFreeConfig ShampooPT2CompileConfig
 ShampooRuntimeConfig SignDescentPreconditionerConfig SingleDeviceDistributedConfig
-SpectralDescentPreconditionerConfig WeightDecayType compile_fsdp_parameter_metadata
+SpectralDescentPreconditionerConfig WeightDecayType
 AdagradPreconditionerList SGDPreconditionerList FILTERED_GRAD_LIST GRAFTING_PRECONDITIONER_LIST
 MASKED_BLOCKED_GRADS MASKED_BLOCKED_PARAMS MASKED_FILTERED_GRAD_LIST MASKED_MOMENTUM_BUFFER_LIST
 MASKED_WEIGHT_BUFFER_LIST MOMENTUM_BUFFER_LIST PREVIOUS_GRAD_SELECTOR WEIGHT_BUFFER_LIST
-grid_view name native_config
+META_ONLY grid_view name native_config
 """
 EXPORTED = tuple(NAMES.split())
 
@@ -61,7 +62,6 @@ def base_taken(choice):
 
 def test_the_exported_names_are_pinned():
     assert sorted(door.__all__) == sorted(EXPORTED)
-    assert sorted([*embedded.__all__, *door._OURS]) == sorted(EXPORTED)
     for name in EXPORTED:
         assert hasattr(door, name), name
 
@@ -70,12 +70,31 @@ def test_both_bases_have_all_names():
     meta()
     from_meta = door._load("meta")
     from_embedded = door._load("embedded")
-    assert from_meta.keys() == from_embedded.keys() == set(EXPORTED) - set(door._OURS)
+    assert from_embedded.keys() == set(EXPORTED) - set(door._OURS)
+    assert from_meta.keys() == from_embedded.keys() | set(door.META_ONLY)
     assert set(meta().__all__) <= from_meta.keys()
     for name, value in from_embedded.items():
         assert isinstance(value, type) == isinstance(from_meta[name], type), name
         if isinstance(value, str):
             assert value == from_meta[name]
+
+
+def test_a_version_of_meta_that_lacks_a_name_is_refused(monkeypatch):
+    monkeypatch.setattr(door, "_META_MODULES", ("dash_shampoo.base.embedded",))
+    with pytest.raises(ImportError, match=r"This version of distributed_shampoo lacks .*FSDPDistr"):
+        door._load("meta")
+
+
+@pytest.mark.parametrize("name", door.META_ONLY)
+def test_what_only_metas_package_has_says_so_at_once(name):
+    if door.name == "meta":
+        assert getattr(dash_shampoo, name) is getattr(door, name) is getattr(meta(), name)
+        return
+    for module in (dash_shampoo, door):
+        with pytest.raises(ImportError, match=rf"{name} \(FSDP1\).*pip install git\+https"):
+            getattr(module, name)
+        with pytest.raises(AttributeError, match="has no attribute 'NoSuchName'"):
+            module.NoSuchName  # noqa: B018
 
 
 @pytest.mark.parametrize("variables", [{}, {VARIABLE: "auto"}, {VARIABLE: "embedded"}])
@@ -143,7 +162,7 @@ def test_native_configs_and_other_values_stay():
 
 
 def picklable():
-    names = [n for n in embedded.__all__ if n.startswith("Default")]
+    names = [n for n in vars(embedded) if n.startswith("Default")]
     return [getattr(embedded, name) for name in names]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dash_shampoo.base as door
 import dash_shampoo.base.embedded as embedded
 from dash_shampoo.base.embedded import matrix_functions
 from tests.base.cases import gradients, parameters, take_steps
@@ -101,8 +102,6 @@ LEFT_TO_META = [
     {"preconditioner_config": embedded.DefaultSignDescentPreconditionerConfig},
     {"preconditioner_config": QR},
     {"grafting_config": embedded.DefaultSignDescentPreconditionerConfig},
-    {"distributed_config": embedded.FSDPDistributedConfig(param_to_metadata={})},
-    {"distributed_config": embedded.HSDPDistributedConfig(param_to_metadata={}, device_mesh=None)},
     *(
         {
             "distributed_config": embedded.FullyShardDistributedConfig(
@@ -139,13 +138,8 @@ def test_what_only_meta_has_is_refused_by_name(options):
     assert type(config).__name__ in str(error.value)
 
 
-def test_fsdp1_metadata_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match=r"FSDP1.*Meta's distributed_shampoo package"):
-        embedded.compile_fsdp_parameter_metadata(torch.nn.Linear(2, 2))
-
-
 def abstract_configs():
-    classes = [getattr(embedded, n) for n in embedded.__all__]
+    classes = [getattr(embedded, n, None) for n in door.__all__]
     return [c for c in classes if isinstance(c, type) and getattr(c, "_is_abstract", False)]
 
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import dash_shampoo.base.embedded as embedded
-from dash_shampoo.base.embedded.state import local_tensor
+from dash_shampoo.base.embedded.dtensors import local_tensor
 from tests.base.cases import config_class, flatten, gradients, parameters, take_steps
 
 logging.getLogger("dash_shampoo").setLevel(logging.ERROR)

@@ -4,10 +4,10 @@ import enum
 import math
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dash_shampoo.base.embedded.matrix_function_configs import Config, check
 
@@ -117,18 +117,6 @@ class DDPDistributedConfig(DistributedConfig):
     load_balancing_config: LoadBalancingConfig = field(default_factory=LoadBalancingConfig)
 
 
-@dataclass
-class FSDPParameterMetadata:
-    """Where the local shard lies in a parameter flattened by FSDP1. Not in the embedded base."""
-
-    fqn: str
-    shape: torch.Size
-    numel: int
-    start_idx: int
-    end_idx: int
-    sharding_strategy: Any
-
-
 @enum.unique
 class FSDPParamAssignmentStrategy(enum.Enum):
     """Which part of a sharded parameter a process preconditions.
@@ -140,20 +128,6 @@ class FSDPParamAssignmentStrategy(enum.Enum):
     DEFAULT = enum.auto()
     REPLICATE = enum.auto()
     ROUND_ROBIN = enum.auto()
-
-
-@dataclass(kw_only=True)
-class FSDPDistributedConfig(DistributedConfig):
-    """Parameters sharded by FSDP1. Not in the embedded base."""
-
-    param_to_metadata: dict[nn.Parameter, FSDPParameterMetadata]
-
-
-@dataclass(kw_only=True)
-class HSDPDistributedConfig(FSDPDistributedConfig, DDPDistributedConfig):
-    """Parameters sharded and replicated by FSDP1. Not in the embedded base."""
-
-    device_mesh: "DeviceMesh"
 
 
 @dataclass(kw_only=True)
@@ -193,18 +167,6 @@ class HybridShardDistributedConfig(FullyShardDistributedConfig, DDPDistributedCo
     """
 
     device_mesh: "DeviceMesh"
-
-
-def compile_fsdp_parameter_metadata(
-    module: nn.Module,
-) -> dict[nn.Parameter, FSDPParameterMetadata]:
-    """Metadata of parameters flattened by FSDP1. Not in the embedded base.
-
-    Raises:
-        NotImplementedError: Always.
-    """
-    del module
-    raise not_implemented("compile_fsdp_parameter_metadata (FSDP1)")
 
 
 def not_implemented(option: str) -> NotImplementedError:

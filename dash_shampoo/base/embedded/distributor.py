@@ -17,7 +17,7 @@ from dash_shampoo.base.embedded.blocking import (
     multi_dim_split,
 )
 from dash_shampoo.base.embedded.configs import DefaultShampooRuntimeConfig, ShampooRuntimeConfig
-from dash_shampoo.base.embedded.state import is_dtensor
+from dash_shampoo.base.embedded.dtensors import is_dtensor
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class BlockInfo:
 
 
 @dataclass(kw_only=True, eq=False)
-class _ParamPlan:
+class _CutParam:
     """How a parameter and its gradient are cut.
 
     Attributes:
@@ -93,22 +93,22 @@ class Distributor:
         self._runtime_config = runtime_config
         self._max_dim: int | float = param_group[keys.MAX_PRECONDITIONER_DIM]
         self._staged: list[tuple[Tensor, Tensor]] = []
-        self._plans: dict[int, _ParamPlan] = {}
+        self._cuts: dict[int, _CutParam] = {}
         blocks: list[Tensor] = []
         for param in self._select_params(param_group[keys.PARAMS]):
-            blocks.extend(self._plan_param(param))
+            blocks.extend(self._cut_param(param))
         self._global_blocked_params: tuple[Tensor, ...] = tuple(blocks)
 
         self._distributor_selector = self._assign_blocks()
         local_flags = iter(self._distributor_selector)
-        for plan in self._plans.values():
-            plan.local_selector = tuple(next(local_flags) for _ in range(plan.num_blocks))
+        for cut in self._cuts.values():
+            cut.local_selector = tuple(next(local_flags) for _ in range(cut.num_blocks))
         self._local_blocked_params = tuple(
             compress(self._global_blocked_params, self._distributor_selector)
         )
         self._local_block_info_list: tuple[BlockInfo, ...] = tuple(self._make_block_infos())
         self._active_params: tuple[bool, ...] | None = None
-        self._select_active((True,) * len(self._plans))
+        self._select_active((True,) * len(self._cuts))
 
     @property
     def local_blocked_params(self) -> tuple[Tensor, ...]:
@@ -146,15 +146,15 @@ class Distributor:
         self.refresh_blocked_params()
         blocks: list[Tensor] = []
         active = []
-        for plan in self._plans.values():
-            grad = self._local_gradient(plan.param)
+        for cut in self._cuts.values():
+            grad = self._local_gradient(cut.param)
             has_grad = grad is not None and grad.numel() > 0
             active.append(has_grad)
-            if grad is None or not has_grad or not any(plan.local_selector):
+            if grad is None or not has_grad or not any(cut.local_selector):
                 continue
-            self._check_gradient(grad, plan)
-            pieces = multi_dim_split(grad.reshape(plan.merged_shape), self._max_dim)
-            blocks.extend(compress(pieces, plan.local_selector))
+            self._check_gradient(grad, cut)
+            pieces = multi_dim_split(grad.reshape(cut.merged_shape), self._max_dim)
+            blocks.extend(compress(pieces, cut.local_selector))
         if tuple(active) != self._active_params:
             self._select_active(tuple(active))
         return tuple(blocks)
@@ -219,8 +219,8 @@ class Distributor:
         self._active_params = active_params
         self._global_grad_selector: tuple[bool, ...] = tuple(
             has_grad
-            for plan, has_grad in zip(self._plans.values(), active_params, strict=True)
-            for _ in range(plan.num_blocks)
+            for cut, has_grad in zip(self._cuts.values(), active_params, strict=True)
+            for _ in range(cut.num_blocks)
         )
         self._local_grad_selector = tuple(
             compress(self._global_grad_selector, self._distributor_selector)
@@ -231,7 +231,7 @@ class Distributor:
 
     # ------------------------------------------------------------------------------ helpers
 
-    def _plan_param(self, param: Tensor) -> tuple[Tensor, ...]:
+    def _cut_param(self, param: Tensor) -> tuple[Tensor, ...]:
         local = self._local_tensor(param).detach()
         shape = merge_small_dims(
             tuple(local.shape),
@@ -247,9 +247,9 @@ class Distributor:
             self._staged.append((local, copy))
             merged = copy.view(shape)
         blocks = multi_dim_split(merged, self._max_dim)
-        self._plans[id(param)] = _ParamPlan(
+        self._cuts[id(param)] = _CutParam(
             param=param,
-            index=len(self._plans),
+            index=len(self._cuts),
             merged_shape=shape,
             num_blocks=len(blocks),
             grids=tuple(
@@ -268,16 +268,16 @@ class Distributor:
         active_params: tuple[bool, ...] | None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Blocks and their directions, with one pair instead of many where both lie in a grid."""
-        if len(self._plans) == len(self._global_blocked_params):
+        if len(self._cuts) == len(self._global_blocked_params):
             return list(params), list(directions)
         targets: list[Tensor] = []
         increments: list[Tensor] = []
         start = 0
-        for plan in compress(self._plans.values(), active_params or repeat(True)):
-            if not plan.grids:
+        for cut in compress(self._cuts.values(), active_params or repeat(True)):
+            if not cut.grids:
                 targets.append(params[start])
                 increments.append(directions[start])
-            for numbers, counts, target in plan.grids:
+            for numbers, counts, target in cut.grids:
                 own = [directions[start + n] for n in numbers]
                 increment = None if target is None else grid_view(own, counts)
                 if target is None or increment is None:
@@ -286,7 +286,7 @@ class Distributor:
                 else:
                     targets.append(target)
                     increments.append(increment)
-            start += plan.num_blocks
+            start += cut.num_blocks
         return targets, increments
 
     def _make_block_infos(self) -> Iterator[BlockInfo]:
@@ -294,27 +294,27 @@ class Distributor:
         name_of = (
             dict(zip(map(id, self._param_group[keys.PARAMS]), names, strict=True)) if names else {}
         )
-        for plan in self._plans.values():
-            for block_index in compress(range(plan.num_blocks), plan.local_selector):
+        for cut in self._cuts.values():
+            for block_index in compress(range(cut.num_blocks), cut.local_selector):
                 yield self._make_block_info(
-                    param=plan.param,
-                    composable_block_ids=(plan.index, self._block_key(block_index)),
-                    param_name=name_of.get(id(plan.param)),
+                    param=cut.param,
+                    composable_block_ids=(cut.index, self._block_key(block_index)),
+                    param_name=name_of.get(id(cut.param)),
                 )
 
     def _local_gradient(self, param: Tensor) -> Tensor | None:
         return None if param.grad is None else self._local_tensor(param.grad)
 
-    def _check_gradient(self, grad: Tensor, plan: _ParamPlan) -> None:
+    def _check_gradient(self, grad: Tensor, cut: _CutParam) -> None:
         if grad.is_sparse:
             raise RuntimeError(
-                f"Parameter {plan.index} of its group, of shape {tuple(plan.param.shape)}, has a "
+                f"Parameter {cut.index} of its group, of shape {tuple(cut.param.shape)}, has a "
                 "sparse gradient: Shampoo needs dense ones."
             )
         if self._runtime_config.eager_nan_check and not torch.isfinite(grad).all():
             raise AssertionError(
-                f"The gradient of parameter {plan.index} of its group, of shape "
-                f"{tuple(plan.param.shape)}, has NaN or infinite values: check the model's "
+                f"The gradient of parameter {cut.index} of its group, of shape "
+                f"{tuple(cut.param.shape)}, has NaN or infinite values: check the model's "
                 "stability or clip the gradients."
             )
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from dash_shampoo.base.embedded.distributor import Distributor
+from dash_shampoo.base.embedded.dtensors import local_tensor
 from dash_shampoo.base.embedded.gathering import is_foreign_shard, select_shards
-from dash_shampoo.base.embedded.state import local_tensor
 
 
 class FullyShardDistributor(Distributor):

@@ -25,7 +25,7 @@ from dash_shampoo.base.embedded.distributed_configs import (
     HybridShardDistributedConfig,
 )
 from dash_shampoo.base.embedded.distributor import BlockInfo, Distributor
-from dash_shampoo.base.embedded.state import is_dtensor, local_tensor
+from dash_shampoo.base.embedded.dtensors import is_dtensor, local_tensor
 
 # Names of the dimensions of the meshes below.
 _REPLICATE, _DISTRIBUTE, _SHARD = "replicate", "distribute", "shard"
@@ -139,8 +139,8 @@ class DDPDistributor(Distributor):
 
     def is_foreign_block(self, param: Tensor, key: str) -> bool:
         """Whether a key of the state is a block of the parameter that another process owns."""
-        plan = self._plans.get(id(param))
-        return plan is not None and key in map(self._block_key, range(plan.num_blocks))
+        cut = self._cuts.get(id(param))
+        return cut is not None and key in map(self._block_key, range(cut.num_blocks))
 
     # ------------------------------------------------------- what other distributors override
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import chain
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -36,20 +36,21 @@ from dash_shampoo.base.embedded.distributed_configs import (
     DistributedConfig,
 )
 from dash_shampoo.base.embedded.distributor import Distributor
-from dash_shampoo.base.embedded.hyper_parameters import check_and_complete
-from dash_shampoo.base.embedded.preconditioner_list import (
-    PreconditionerList,
-)
-from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
-from dash_shampoo.base.embedded.state import copy_nested, native_config, pair_params, plan_loading
-from dash_shampoo.base.embedded.step import (
-    ShampooStep,
+from dash_shampoo.base.embedded.group_state import (
+    GroupState,
     is_averaging,
     mask_state_lists,
     set_interpolation_coefficients,
     step_arguments,
     switch_mode,
 )
+from dash_shampoo.base.embedded.hyper_parameters import check_and_complete
+from dash_shampoo.base.embedded.preconditioner_list import (
+    PreconditionerList,
+)
+from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
+from dash_shampoo.base.embedded.state import copy_nested, match_state, native_config, pair_params
+from dash_shampoo.base.embedded.step import ShampooStep
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
         del concurrency_config  # a matter of speed alone
         for group in self.param_groups:
             check_and_complete(group)
-        self._per_group_state_lists: list[dict[str, Any]] = [{} for _ in self.param_groups]
+        self._per_group_state_lists: list[GroupState] = [{} for _ in self.param_groups]
         with torch.no_grad():
             # Group by group and in this order: it is the order of the keys in the state.
             for state_lists, group in self._groups():
@@ -158,7 +159,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
             self._compile_step(shampoo_pt2_compile_config)
         self.register_state_dict_post_hook(self._export_state)
 
-    def _groups(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def _groups(self) -> Iterator[tuple[GroupState, dict[str, Any]]]:
         yield from zip(self._per_group_state_lists, self.param_groups, strict=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -186,7 +187,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
 
     def _preconditioner_config_to_list_cls(
         self,
-        state_lists: dict[str, Any],
+        state_lists: Any,
         group: dict[str, Any],
         preconditioner_config: PreconditionerConfig | None,
     ) -> PreconditionerList | None:
@@ -199,7 +200,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
             preconditioner_config, self.state, state_lists[keys.DISTRIBUTOR], group
         )
 
-    def _instantiate_distributor(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
+    def _instantiate_distributor(self, state_lists: GroupState, group: dict[str, Any]) -> None:
         distributor_class = self._select_distributor_class(group[keys.DISTRIBUTED_CONFIG])
         distributor = distributor_class(group, self._runtime_config)
         state_lists[keys.DISTRIBUTOR] = distributor
@@ -213,23 +214,24 @@ class DistributedShampoo(ShampooStep, Optimizer):
         for info in distributor.local_block_info_list:
             self.state[info.param][info.composable_block_ids[1]] = {}
 
-    def _instantiate_preconditioners(
-        self, state_lists: dict[str, Any], group: dict[str, Any]
-    ) -> None:
+    def _instantiate_preconditioners(self, state_lists: GroupState, group: dict[str, Any]) -> None:
         if group[keys.PRECONDITIONER_CONFIG] is None:
             raise ValueError(f"Invalid {keys.PRECONDITIONER_CONFIG}=None: must be a config.")
-        for key, config_key in (
-            (keys.SHAMPOO_PRECONDITIONER_LIST, keys.PRECONDITIONER_CONFIG),
-            (keys.GRAFTING_PRECONDITIONER_LIST, keys.GRAFTING_CONFIG),
-        ):
-            state_lists[key] = self._preconditioner_config_to_list_cls(
-                state_lists=state_lists, group=group, preconditioner_config=group[config_key]
+        shampoo, grafting = (
+            self._preconditioner_config_to_list_cls(
+                state_lists=state_lists, group=group, preconditioner_config=group[key]
             )
+            for key in (keys.PRECONDITIONER_CONFIG, keys.GRAFTING_CONFIG)
+        )
+        for preconditioners in (shampoo, grafting):
             # A list of a subclass has solvers of its own, and checks them itself.
-            if type(state_lists[key]) is RootInvShampooPreconditionerList:
-                state_lists[key].check_supported()
+            if type(preconditioners) is RootInvShampooPreconditionerList:
+                preconditioners.check_supported()
+        assert shampoo is not None
+        state_lists[keys.SHAMPOO_PRECONDITIONER_LIST] = shampoo
+        state_lists[keys.GRAFTING_PRECONDITIONER_LIST] = grafting
 
-    def _instantiate_scalars(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
+    def _instantiate_scalars(self, state_lists: GroupState, group: dict[str, Any]) -> None:
         """Step count and coefficients: as tensors, so that compiled steps take them as inputs."""
         device = group[keys.PARAMS][0].device
         # On the CPU, where counting and reading it waits for no device.
@@ -240,10 +242,10 @@ class DistributedShampoo(ShampooStep, Optimizer):
         state_lists[keys.LR_CPU_PINNED] = torch.empty(
             (), dtype=torch.float32, pin_memory=group[keys.USE_PIN_MEMORY]
         )
-        for key in (keys.TRAIN_INTERP_COEFF, keys.EVAL_INTERP_COEFF):
-            state_lists[key] = torch.zeros((), dtype=torch.float32, device=device)
+        state_lists[keys.TRAIN_INTERP_COEFF] = torch.zeros((), dtype=torch.float32, device=device)
+        state_lists[keys.EVAL_INTERP_COEFF] = torch.zeros((), dtype=torch.float32, device=device)
 
-    def _instantiate_buffers(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
+    def _instantiate_buffers(self, state_lists: GroupState, group: dict[str, Any]) -> None:
         if group[keys.BETAS][0] != 0.0:
             self._allocate(state_lists, keys.FILTERED_GRAD)
         match group[keys.ITERATE_AVERAGING_CONFIG]:
@@ -271,8 +273,8 @@ class DistributedShampoo(ShampooStep, Optimizer):
                     f"{keys.ITERATE_AVERAGING_CONFIG}={config!r} is not known."
                 )
 
-    def _allocate(self, state_lists: dict[str, Any], key: str) -> None:
-        distributor: Distributor = state_lists[keys.DISTRIBUTOR]
+    def _allocate(self, state_lists: GroupState, key: str) -> None:
+        distributor = state_lists[keys.DISTRIBUTOR]
         buffers = []
         for block, info in zip(
             distributor.local_blocked_params, distributor.local_block_info_list, strict=True
@@ -282,8 +284,8 @@ class DistributedShampoo(ShampooStep, Optimizer):
             )
             info.block_state(self.state)[key] = tensor
             buffers.append(info.get_tensor(tensor))
-        list_key, masked_list_key = keys.BUFFER_LISTS[key]
-        state_lists[list_key] = state_lists[masked_list_key] = tuple(buffers)
+        lists = cast("dict[str, Any]", state_lists)
+        lists.update(dict.fromkeys(keys.BUFFER_LISTS[key], tuple(buffers)))
 
     def _compile_step(self, config: ShampooPT2CompileConfig) -> None:
         # The preconditioners stay out of the graphs: their lists change with the selection of
@@ -325,7 +327,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
             self._step_group(state_lists, group)
         return loss
 
-    def _step_group(self, state_lists: dict[str, Any], group: dict[str, Any]) -> None:
+    def _step_group(self, state_lists: GroupState, group: dict[str, Any]) -> None:
         state_lists[keys.MASKED_BLOCKED_GRADS] = state_lists[
             keys.DISTRIBUTOR
         ].merge_and_block_gradients()
@@ -399,7 +401,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
         saved_groups = state_dict["param_groups"]
         pairs = pair_params(self.param_groups, saved_groups)
         distributors = [lists[keys.DISTRIBUTOR] for lists in self._per_group_state_lists]
-        copies = plan_loading(pairs, self.state, state_dict["state"], distributors)
+        copies = match_state(pairs, self.state, state_dict["state"], distributors)
         updates = [
             {k: native_config(v, _NATIVE_CONFIGS) for k, v in saved.items() if k not in _STRUCTURE}
             for saved in saved_groups

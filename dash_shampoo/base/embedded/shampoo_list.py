@@ -1,9 +1,10 @@
 """Shampoo's preconditioners of a parameter group, block by block."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from itertools import compress
 from typing import Any
 
@@ -144,6 +145,11 @@ class RootInvShampooKroneckerFactors:
         return index if self.param_name is None else f"{index} (of parameter {self.param_name})"
 
 
+def _identity(size: int, is_packed: bool, device: torch.device) -> Tensor:
+    identity = torch.eye(size, device=device)
+    return pack_upper_triangular(identity) if is_packed else identity
+
+
 class RootInvShampooPreconditionerList(PreconditionerList):
     """Shampoo with stored inverse roots, one block after the other (arXiv 2309.06497).
 
@@ -186,8 +192,9 @@ class RootInvShampooPreconditionerList(PreconditionerList):
             tuple(self._exponent(k, len(dims)) != 0.0 for k in range(len(dims)))
             for dims in self._dims_list
         )
+        identity = cache(_identity)  # one for all blocks: thousands cost seconds
         self._local_kronecker_factors_unwrapped: tuple[RootInvShampooKroneckerFactors, ...] = tuple(
-            self._allocate(block, info, selector, state)
+            self._allocate(block, info, selector, state, identity)
             for block, info, selector in zip(
                 block_list,
                 block_info_list,
@@ -312,6 +319,7 @@ class RootInvShampooPreconditionerList(PreconditionerList):
         info: BlockInfo,
         selector: tuple[bool, ...],
         state: Mapping[Tensor, Any],
+        identity: Callable[[int, bool, torch.device], Tensor],
     ) -> RootInvShampooKroneckerFactors:
         config = self._preconditioner_config
         dimensions = tuple(compress(range(block.dim()), selector))
@@ -324,10 +332,7 @@ class RootInvShampooPreconditionerList(PreconditionerList):
         factor_matrices = [zeros(size, config.factor_matrix_dtype) for size in sizes]
         inv_factor_matrices = [zeros(size, config.inv_factor_matrix_dtype) for size in sizes]
         for size, inverse in zip(sizes, map(info.get_tensor, inv_factor_matrices), strict=True):
-            identity = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
-            inverse.copy_(
-                pack_upper_triangular(identity) if config.use_symmetric_packing else identity
-            )
+            inverse.copy_(identity(size, config.use_symmetric_packing, inverse.device))
         block_state = info.block_state(state)
         block_state[keys.SHAMPOO] = {
             name: dict(enumerate(matrices))

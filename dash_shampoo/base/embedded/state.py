@@ -4,17 +4,14 @@ import enum
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-    from dash_shampoo.base.embedded.distributor import Distributor
+from dash_shampoo.base.embedded.distributor import Distributor
+from dash_shampoo.base.embedded.dtensors import local_tensor
 
 _MAX_NAMED = 5
 # One tensor for all parameters of a group.
@@ -74,11 +71,11 @@ def pair_params(
     ]
 
 
-def plan_loading(
+def match_state(
     groups: Sequence[Sequence[tuple[Any, Tensor]]],
     state: Mapping[Tensor, Mapping[str, Any]],
     saved: Mapping[Any, Any],
-    distributors: Sequence["Distributor"],
+    distributors: Sequence[Distributor],
 ) -> list[tuple[Tensor, Tensor]]:
     """Checks a saved state against the current one, changing nothing.
 
@@ -156,13 +153,3 @@ def _match(
         yield f"{path} has shape {tuple(source.shape)} instead of {tuple(target.shape)}"
         return
     copies.append((target, source))
-
-
-def is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
-    """Whether a tensor is a DTensor, without the import of what takes a second to import."""
-    return hasattr(tensor, "to_local")
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The local part of a DTensor; a plain tensor itself."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor

@@ -3,72 +3,23 @@
 W: parameters, G: gradients, P: search directions, Z: the unaveraged sequence of primal averaging.
 """
 
-from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
-from dash_shampoo.base.embedded.configs import (
-    ClassicMomentumConfig,
-    GeneralizedPrimalAveragingConfig,
-    IterateAveragingConfig,
-    ScheduleFreeConfig,
-    WeightDecayType,
-)
+from dash_shampoo.base.embedded.configs import WeightDecayType
 from dash_shampoo.base.embedded.preconditioner_list import scalar_of
 
 # Keeps the grafting's quotient of norms finite for a direction of zeros.
 _SMALLEST_NORM = 1e-16
-_SMALLEST_LR_SUM = torch.finfo(torch.float32).tiny
-
-
-def is_averaging(config: IterateAveragingConfig | None) -> bool:
-    """Whether there is a second sequence Z (with train and eval modes)."""
-    return isinstance(config, (GeneralizedPrimalAveragingConfig, ScheduleFreeConfig))
-
-
-def mask_state_lists(state_lists: dict[str, Any]) -> bool:
-    """Restricts all lists to the blocks that have a gradient in this step.
-
-    Returns:
-        Whether the selection differs from the previous step's.
-    """
-    distributor = state_lists[keys.DISTRIBUTOR]
-    selector = distributor.local_grad_selector
-    previous = state_lists[keys.PREVIOUS_GRAD_SELECTOR]
-    if selector == previous:
-        return False
-    state_lists[keys.PREVIOUS_GRAD_SELECTOR] = selector
-    state_lists[keys.MASKED_BLOCKED_PARAMS] = distributor.local_masked_blocked_params
-    for key in (keys.SHAMPOO_PRECONDITIONER_LIST, keys.GRAFTING_PRECONDITIONER_LIST):
-        if state_lists[key] is not None:
-            state_lists[key].compress_preconditioner_list(local_grad_selector=selector)
-    for key, masked_key in keys.BUFFER_LISTS.values():
-        if key in state_lists:
-            state_lists[masked_key] = tuple(compress(state_lists[key], selector))
-    return previous is not None
-
-
-def set_interpolation_coefficients(
-    state_lists: dict[str, Any], config: IterateAveragingConfig | None, is_step: bool
-) -> None:
-    """Fills μ_y and, in a step, μ_x; the sum of the learning rates' powers grows with each step."""
-    if isinstance(config, GeneralizedPrimalAveragingConfig):
-        state_lists[keys.TRAIN_INTERP_COEFF].fill_(config.train_interp_coeff)
-        state_lists[keys.EVAL_INTERP_COEFF].fill_(config.eval_interp_coeff)
-    elif isinstance(config, ScheduleFreeConfig):
-        state_lists[keys.TRAIN_INTERP_COEFF].fill_(config.train_interp_coeff)
-        if is_step:
-            # μ_x = 1 - lr_t^r / Σ_{i≤t} lr_i^r, and 1 as long as a warm-up has learning rate zero.
-            power = torch.pow(state_lists[keys.LR_TENSOR], config.eval_coeff_lr_power)
-            lr_sum = state_lists[keys.LR_SUM].add_(power).clamp(min=_SMALLEST_LR_SUM)
-            state_lists[keys.EVAL_INTERP_COEFF].copy_(1.0 - power / lr_sum)
 
 
 class ShampooStep:
     """What a step does between the gradients and the update: the base class of DistributedShampoo.
+
+    `state_lists` is a GroupState; to overrides it is a dict, as in Meta's class.
 
     Every operation here is elementwise on the tensors of a list, but for the two preconditioner lists
     and the norms of grafting. So `_compute_search_directions` works on any tensors that `state_lists`
@@ -77,7 +28,7 @@ class ShampooStep:
 
     def _compute_search_directions(
         self,
-        state_lists: dict[str, Any],
+        state_lists: Any,
         step: Tensor,
         lr: Tensor,
         beta1: float,
@@ -180,7 +131,7 @@ class ShampooStep:
 
     def _update_preconditioners(
         self,
-        state_lists: dict[str, Any],
+        state_lists: Any,
         grads: tuple[Tensor, ...],
         step: Tensor,
         perform_amortized_computation: bool,
@@ -198,7 +149,7 @@ class ShampooStep:
 
     def _precondition_and_grafting(
         self,
-        state_lists: dict[str, Any],
+        state_lists: Any,
         masked_filtered_grad_list: tuple[Tensor, ...],
         use_grafting_method: bool,
         grafting_config_not_none: bool,
@@ -223,31 +174,6 @@ class ShampooStep:
             torch._foreach_div_(scales, norms)
             torch._foreach_mul_(directions, scales)
         return directions
-
-
-def step_arguments(group: dict[str, Any], step: int) -> dict[str, Any]:
-    """What a step of a group does, apart from tensors, as arguments of _compute_search_directions."""
-    start = group[keys.START_PRECONDITIONING_STEP]
-    is_due = step % group[keys.PRECONDITION_FREQUENCY] == 0 and step > start
-    averaging = group[keys.ITERATE_AVERAGING_CONFIG]
-    momentum = averaging if isinstance(averaging, ClassicMomentumConfig) else None
-    use_grafting = group[keys.GRAFTING_CONFIG] is not None
-    return {
-        "beta1": group[keys.BETAS][0],
-        "beta3": group[keys.BETA3],
-        "weight_decay": group[keys.WEIGHT_DECAY],
-        "peak_lr": group[keys.PEAK_LR],
-        "weight_decay_type": group[keys.WEIGHT_DECAY_TYPE],
-        "grafting_config_not_none": use_grafting,
-        "perform_amortized_computation": is_due or step == start,
-        "use_bias_correction": group[keys.USE_BIAS_CORRECTION],
-        "use_grafting_method": use_grafting and step < start,
-        "iterate_averaging_enabled": is_averaging(averaging),
-        "classic_momentum_enabled": momentum is not None,
-        "momentum_param": 0.0 if momentum is None else momentum.momentum,
-        "dampening": 0.0 if momentum is None else momentum.dampening,
-        "use_nesterov": momentum is not None and momentum.use_nesterov,
-    }
 
 
 def _filter(
@@ -308,27 +234,3 @@ def _average(
     torch._foreach_mul_(directions, 1 - mu_y * mu_x)
     torch._foreach_mul_(differences, 1 - mu_x)
     torch._foreach_add_(directions, differences)
-
-
-def switch_mode(
-    state_lists: dict[str, Any], averaging: IterateAveragingConfig, is_train: bool
-) -> None:
-    """Moves the parameters from the evaluation sequence X to the training sequence Y, or back.
-
-        Y = X + (1 - mu_y) * (Z - X),   X = Y + (1 - 1 / mu_y) * (Z - Y)
-
-    Args:
-        state_lists: The group's lists.
-        averaging: The group's averaging.
-        is_train: Whether to Y.
-    """
-    set_interpolation_coefficients(state_lists, averaging, is_step=False)
-    mu_y = state_lists[keys.TRAIN_INTERP_COEFF]
-    distributor = state_lists[keys.DISTRIBUTOR]
-    distributor.refresh_blocked_params()
-    updates: tuple[Tensor, ...] = ()
-    if buffers := state_lists[keys.WEIGHT_BUFFER_LIST]:
-        updates = tuple(torch._foreach_sub(buffers, distributor.local_blocked_params))
-        torch._foreach_mul_(updates, 1 - (mu_y if is_train else mu_y.reciprocal()))
-    distributor.update_params(updates, use_masked_tensors=False)
-    state_lists[keys.TRAIN_MODE].fill_(is_train)
