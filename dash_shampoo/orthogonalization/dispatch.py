@@ -1,0 +1,100 @@
+"""The one entry to all orthogonalisations: checks, dispatch by config, bad blocks, the scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base import (
+    NewtonSchulzOrthogonalizationConfig,
+    OrthogonalizationConfig,
+    SVDOrthogonalizationConfig,
+)
+from dash_shampoo.orthogonalization.gram import GramOrthogonalizationConfig, gram
+from dash_shampoo.orthogonalization.minimax_polar import MinimaxPolarConfig, minimax_polar
+from dash_shampoo.orthogonalization.newton_schulz import newton_schulz
+from dash_shampoo.orthogonalization.svd import svd
+
+_METHODS: dict[type[OrthogonalizationConfig], Callable[[Tensor, Any], Tensor]] = {
+    SVDOrthogonalizationConfig: svd,
+    NewtonSchulzOrthogonalizationConfig: newton_schulz,
+    MinimaxPolarConfig: minimax_polar,
+    GramOrthogonalizationConfig: gram,
+}
+
+
+def _find_method(config: object) -> Callable[[Tensor, Any], Tensor]:
+    for cls in type(config).__mro__:
+        if cls in _METHODS:
+            return _METHODS[cls]
+    known = ", ".join(cls.__name__ for cls in _METHODS)
+    raise ValueError(
+        f"No orthogonalisation takes {type(config).__name__}; there are methods for {known}."
+    )
+
+
+def check_orthogonalization_supported(config: OrthogonalizationConfig) -> None:
+    """Refuse a config that no method takes.
+
+    Args:
+        config: How matrices are orthogonalised.
+
+    Raises:
+        ValueError: If there is no method for it.
+
+    Examples:
+        >>> check_orthogonalization_supported(SVDOrthogonalizationConfig())
+    """
+    _find_method(config)
+
+
+def orthogonalize(G: Tensor, config: OrthogonalizationConfig) -> Tensor:
+    """scale·U·Vᵀ of each matrix G = U·diag(σ)·Vᵀ of a stack, by the method of the config.
+
+    Args:
+        G: (K, M, N) stack, of any floating dtype. Not modified.
+        config: The method, and `scale_by_dims_fn` of (N, M), the columns and rows.
+
+    Returns:
+        (K, M, N) in the dtype of G; NaN for a matrix that holds NaN or infinity, which leaves the
+        others as they are.
+
+    Raises:
+        ValueError: If G is not such a stack, or no method takes the config.
+
+    Note:
+        The methods' docstrings have their costs.
+
+    Examples:
+        >>> G = torch.diag(torch.tensor([3.0, 1.0])).expand(4, 2, 2)
+        >>> orthogonalize(G, SVDOrthogonalizationConfig())[0].abs()
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    method = _find_method(config)
+    if G.ndim != 3 or not G.dtype.is_floating_point:
+        raise ValueError(
+            f"G must be a stack (K, M, N) of a floating dtype, not {tuple(G.shape)} of {G.dtype}."
+        )
+    scale = config.scale_by_dims_fn(G.shape[2], G.shape[1])
+    if G.numel() == 0:
+        return G.clone()
+    device_type = G.device.type
+    is_finite = torch.isfinite(torch.linalg.vector_norm(G, dim=(-2, -1), dtype=torch.float64))
+    clean = G.detach()
+    knows = device_type == "cpu"
+    is_clean = knows and bool(is_finite.all())
+    if not is_clean:
+        clean = torch.where(is_finite[:, None, None], clean, 0.0)
+    can_autocast = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():
+        result = method(clean, config)
+    if scale != 1.0:
+        result = result * scale
+    if not is_clean:
+        result = result.masked_fill(~is_finite[:, None, None], torch.nan)
+    return result.to(G.dtype)
