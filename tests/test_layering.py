@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"base"},
     "inverse_root": {"config"},
     "eigenbasis": {"base", "inverse_root"},
+    "orthogonalization": {"base", "config", "inverse_root"},
     "failures": {"base", "config", "inverse_root"},
     "preconditioner": {"base", "config", "stacks", "inverse_root", "failures"},
     "checkpoint": {"base", "config"},

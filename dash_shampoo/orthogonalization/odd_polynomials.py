@@ -20,7 +20,7 @@ def normalized(G: Tensor, smallest_norm: float | None = None) -> Tensor:
     entries would leave the range of the dtype.
     """
     if smallest_norm is not None:
-        norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
         return G / norm.clamp_min(smallest_norm)
     G = G if G.dtype == torch.float64 else G.float()
     norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=torch.float64)

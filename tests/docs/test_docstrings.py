@@ -11,6 +11,7 @@ import pytest
 import dash_shampoo
 import dash_shampoo.eigenbasis
 import dash_shampoo.inverse_root
+import dash_shampoo.orthogonalization
 
 OWN = "dash_shampoo."
 ELSEWHERE = ("dash_shampoo.base",)
@@ -19,7 +20,12 @@ ELSEWHERE = ("dash_shampoo.base",)
 def public_objects() -> dict[str, object]:
     """Every class and function of ours under a public name; those of the base are the base's."""
     found = {}
-    for module in (dash_shampoo, dash_shampoo.eigenbasis, dash_shampoo.inverse_root):
+    for module in (
+        dash_shampoo,
+        dash_shampoo.eigenbasis,
+        dash_shampoo.inverse_root,
+        dash_shampoo.orthogonalization,
+    ):
         names = getattr(module, "__all__", None) or [n for n in vars(module) if n[0] != "_"]
         for name in names:
             value = getattr(module, name)

@@ -162,7 +162,11 @@ def test_singular_values_end_near_1_and_singular_vectors_stay(
 @each_row
 def test_the_transpose_comes_out_transposed(row: Row) -> None:
     G, *_ = matrices(3, (8, 5), row.smallest, seed=1)
-    assert torch.equal(orthogonalize(G.mT, plain(row)), orthogonalize(G, plain(row)).mT)
+    transposed, result = orthogonalize(G.mT, plain(row)), orthogonalize(G, plain(row)).mT
+    if row.name == "svd":  # LAPACK's, on another matrix
+        assert torch.allclose(transposed, result, atol=1e-4)
+    else:
+        assert torch.equal(transposed, result)
 
 
 @each_row
@@ -235,7 +239,7 @@ def test_an_svd_can_be_scaled_by_the_nuclear_norm() -> None:
 
 
 def test_muon_in_bf16_is_torch_s_muon() -> None:
-    """One step of torch.optim.Muon from 0 with the same gradient, bit by bit but for the rounding of lr."""
+    """One step of torch.optim.Muon from 0 with the same gradient, but for bf16 sums in another order."""
     torch.manual_seed(0)
     for shape in ((32, 16), (16, 32)):
         parameter = torch.nn.Parameter(torch.zeros(shape))
@@ -250,7 +254,7 @@ def test_muon_in_bf16_is_torch_s_muon() -> None:
         )
         optimizer.step()
         ours = orthogonalize(parameter.grad[None], MuonOrthogonalizationConfig())[0]
-        assert torch.allclose(-parameter, ours, rtol=3e-2, atol=3e-3)
+        assert float((parameter + ours).norm() / ours.norm()) < 0.03
 
 
 # ---------------------------------------------------------------------------------- the table of quintics
@@ -274,7 +278,8 @@ def test_the_quintics_are_as_good_as_the_search_says_and_no_other_is_better(lowe
             residual = 1 - (a * t + b * t**3 + c * t**5)
             extremes = [float(residual[0]), float(residual.min()), float(residual[-1])]
             assert extremes == pytest.approx([error, -error, -error], rel=1e-4)
-            inner = residual[residual.argmin() :]
+            first_minimum = int((residual <= -error * (1 - 1e-4)).nonzero()[0])
+            inner = residual[first_minimum:]
             assert float(inner.max()) == pytest.approx(error, rel=1e-4)
         x = a * x + b * x**3 + c * x**5
         assert float((1 - x).abs().max()) <= error * (1 + 1e-6) + 1e-9
@@ -290,7 +295,11 @@ def test_the_quintics_are_as_good_as_the_search_says_and_no_other_is_better(lowe
         (MinimaxPolarConfig, {"num_iterations": 0}, r"num_iterations=0.*\[1, 8\]"),
         (MinimaxPolarConfig, {"num_iterations": 9}, "num_iterations=9"),
         (MinimaxPolarConfig, {"num_iterations": True}, "num_iterations=True"),
-        (MinimaxPolarConfig, {"smallest_singular_value": 0.2}, "smallest_singular_value=0.2.*0.001"),
+        (
+            MinimaxPolarConfig,
+            {"smallest_singular_value": 0.2},
+            "smallest_singular_value=0.2.*0.001",
+        ),
         (MinimaxPolarConfig, {"compute_dtype": torch.int8}, "compute_dtype=torch.int8"),
         (MuonOrthogonalizationConfig, {"compute_dtype": "bf16"}, "compute_dtype='bf16'"),
         (GramOrthogonalizationConfig, {"root_inv_config": None}, "NoneType"),
