@@ -92,7 +92,16 @@ from dash_shampoo.config import (
     SpectrumRepairConfig,
     TraceScaling,
 )
+from dash_shampoo.eigenbasis import OrthogonalIterationConfig
+from dash_shampoo.grouping import ParamGroups, ParamRule, param_groups
 from dash_shampoo.optimizer import DashShampoo
+from dash_shampoo.orthogonalization import (
+    GramOrthogonalizationConfig,
+    MinimaxPolarConfig,
+    MuonOrthogonalizationConfig,
+    match_rms_adamw,
+    muon_original,
+)
 
 __version__ = _version("dash-shampoo")
 
@@ -136,14 +145,20 @@ __all__ = [
     "FrobeniusScaling",
     "FullyShardDistributedConfig",
     "GeneralizedPrimalAveragingConfig",
+    "GramOrthogonalizationConfig",
     "HybridShardDistributedConfig",
     "IterateAveragingConfig",
     "LoadBalancingConfig",
     "MatrixFunctionConfig",
     "MinimaxConfig",
+    "MinimaxPolarConfig",
+    "MuonOrthogonalizationConfig",
     "NewtonDBConfig",
     "NewtonSchulzOrthogonalizationConfig",
+    "OrthogonalIterationConfig",
     "OrthogonalizationConfig",
+    "ParamGroups",
+    "ParamRule",
     "PerturbationConfig",
     "PolynomialComputationalCostModel",
     "PowerIterationScaling",
@@ -171,6 +186,9 @@ __all__ = [
     "TraceScaling",
     "WeightDecayType",
     "__version__",
+    "match_rms_adamw",
+    "muon_original",
+    "param_groups",
     "safe_globals",
 ]
 

@@ -28,8 +28,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preconditioner": {"base", "config", "stacks", "inverse_root", "failures"},
     "checkpoint": {"base", "config"},
     "optimizer": {"base", "checkpoint", "config", "preconditioner"},
+    "grouping": {"base", "planning"},
     "planning": {"base", "config", "stacks", "inverse_root"},
-    "dash_shampoo": {"base", "checkpoint", "config", "optimizer"},
+    "dash_shampoo": {
+        "base",
+        "checkpoint",
+        "config",
+        "optimizer",
+        "eigenbasis",
+        "grouping",
+        "orthogonalization",
+    },
     "experiments": {"dash_shampoo", "inverse_root", "planning"},
 }
 # What is imported by everyone is torch; the rest by these rooms (or files) alone.
