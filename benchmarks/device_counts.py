@@ -30,12 +30,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.multiprocessing import reductions
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
-StorageWeakRef: Any = reductions.StorageWeakRef
+from benchmarks.memory import Memory, tensors_in
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 _FREE = {"set_", "is_pinned", "lift_fresh", "_unsafe_view", "alias", "record_stream", "resize_"}
 _FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -83,9 +82,7 @@ class DeviceCounts:
         self._phases = {re.compile(pattern): phase for pattern, phase in phases.items()}
         self._default = default
         self._phase_of_code: dict[CodeType, str | None] = {}
-        # A weak reference keeps the storage's address from being used again, so addresses are names.
-        self._on_device: dict[int, Any] = {}
-        self._alive: dict[int, tuple[Any, int]] = {}
+        self._memory = Memory()
         self._modes = ExitStack()
 
     def __enter__(self) -> Self:
@@ -99,17 +96,15 @@ class DeviceCounts:
     def place(self, tensors: Iterable[Tensor]) -> None:
         """Puts tensors on the device."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._on_device.setdefault(storage._cdata, StorageWeakRef(storage))
+            tensor.untyped_storage().is_on_pretended_device = True  # type: ignore[attr-defined]
 
     def has(self, tensor: Tensor) -> bool:
         """Whether a tensor is on the device."""
-        return tensor.untyped_storage()._cdata in self._on_device
+        return hasattr(tensor.untyped_storage(), "is_on_pretended_device")
 
     def reset(self) -> None:
         """Counts from zero; what is allocated already is no longer counted."""
-        self.counts = Counts()
-        self._alive = {}
+        self.counts, self._memory = Counts(), Memory()
 
     def wait(self) -> None:
         """Counts a host synchronisation."""
@@ -123,11 +118,14 @@ class DeviceCounts:
             arguments: Its arguments, nested in any way.
             result: What it returned.
         """
-        outputs = _tensors_in(result)
-        if name != "set_":
-            self._allocate(outputs)
-        self.place(outputs)
-        operands = _tensors_in(arguments)
+        outputs = tensors_in(result)
+        for tensor in outputs:
+            if not self.has(tensor):
+                if name != "set_":
+                    self._memory.add(tensor)
+                self.place([tensor])
+        self.counts.peak_bytes = self._memory.peak
+        operands = tensors_in(arguments)
         number = _num_launches(name, arguments, operands, outputs)
         phase = self._phase()
         counts = self.counts
@@ -158,17 +156,6 @@ class DeviceCounts:
                 return phase
             frame = frame.f_back
         return self._default
-
-    def _allocate(self, tensors: Iterable[Tensor]) -> None:
-        new = [tensor for tensor in tensors if not self.has(tensor)]
-        if not new:
-            return
-        self._alive = {k: entry for k, entry in self._alive.items() if not entry[0].expired()}
-        for tensor in new:
-            storage = tensor.untyped_storage()
-            self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        size = sum(size for _, size in self._alive.values())
-        self.counts.peak_bytes = max(self.counts.peak_bytes, size)
 
 
 class _Pretend(TorchFunctionMode):
@@ -238,7 +225,7 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        if not function.is_view and any(map(self._counts.has, _tensors_in((args, kwargs)))):
+        if not function.is_view and any(map(self._counts.has, tensors_in((args, kwargs)))):
             self._counts.record(function.overloadpacket.__name__, (*args, *kwargs.values()), result)
         return result
 
@@ -301,7 +288,3 @@ def _multi_tensor_apply(tensors: list[Tensor], depth: int) -> int:
 def _lists(arguments: Any) -> list[list[Tensor]]:
     """The lists of tensors among the arguments of a foreach operation."""
     return [list(a) for a in arguments if isinstance(a, (list, tuple)) and isinstance(a[0], Tensor)]
-
-
-def _tensors_in(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

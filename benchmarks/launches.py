@@ -24,13 +24,10 @@ import torch
 import dash_shampoo as ds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.cases import CASES, Case, make_gradients, make_parameters
 from benchmarks.device_counts import Counts, DeviceCounts
-from benchmarks.step_time import SOLVERS, Case, llama, make_gradients, make_parameters
+from benchmarks.step_time import CONFIGS
 
-CASES = {
-    "llama-8-256": Case("Llama, 8 layers, width 256, block 128", llama(8, 256, 256), 128),
-    "llama-2-128": Case("Llama, 2 layers, width 128, block 64", llama(2, 128, 512), 64),
-}
 # Innermost function first; among the expressions that match it, the first.
 PHASES = {
     r"(Adagrad|SGD|RMSprop|Adam|Grafting)\w*\.(update|precondition)": "grafting",
@@ -44,14 +41,6 @@ PHASES = {
 PHASE_NAMES = [
     "gather", "factor update", "roots", "precondition", "grafting", "elementwise", "update",
 ]  # fmt: skip
-
-
-def configs() -> dict[str, ds.PreconditionerConfig]:
-    """The preconditioner configs that are counted: the default one, and one for every solver."""
-    return {"default": ds.DefaultDashConfig} | {
-        name: ds.RootInvShampooPreconditionerConfig(amortized_computation_config=solver.make())
-        for name, solver in SOLVERS.items()
-    }
 
 
 def count_steps(
@@ -112,7 +101,7 @@ def factor_elements(case: Case) -> int:
 def rows_of(case_name: str, name: str, num_operations: int) -> list[str]:
     """Lines of the table: a step with a refresh, and one without."""
     case = CASES[case_name]
-    config = configs()[name]
+    config = CONFIGS[name].make()
     lines = []
     both = count_steps(case, ds.DashShampoo, preconditioner_config=config)
     for is_refresh, counts in zip((True, False), both, strict=True):
@@ -136,8 +125,8 @@ def rows_of(case_name: str, name: str, num_operations: int) -> list[str]:
 def main(words: Sequence[str]) -> str:
     """Prints the table, and returns it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--case", choices=list(CASES), default="llama-8-256", help="parameters")
-    parser.add_argument("--configs", nargs="+", choices=list(configs()), default=list(configs()))
+    parser.add_argument("--case", choices=list(CASES), default="458-of-128", help="parameters")
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument(
         "--operations", type=int, default=0, help="print so many frequent operations"
     )

@@ -1,15 +1,21 @@
-"""Time of an optimizer step: DashShampoo against the base's own sequential list.
+"""Time and memory of an optimizer step: DashShampoo, the base's own list, and optimizers of others.
 
-All variants of a case take their steps in one interleaved run, in an order that is reversed every
+All optimizers of a case take their steps in one interleaved run, in an order that is reversed every
 round, so that whatever else the machine does falls on all of them alike. Given are medians, and ratios
-taken round by round, with their quartiles. fp32, no distribution, gradients are given: forward and
-backward are not timed.
+taken round by round, with their quartiles. On one thread it is processor time, on several the wall
+clock's. fp32, no distribution, gradients are given: forward and backward are not timed.
 
-    python benchmarks/step_time.py --threads 2 --output benchmarks/results/step_time_cpu_2026-01-31.md
+    python benchmarks/step_time.py --threads 1 --cases 146-of-64 --output table.md
+
+Roots are refreshed every 1, 10 or 0 (never) steps: a measurement spans the steps from one refresh to the
+next. Memory is counted, see `memory.py`, on one thread: what an optimizer keeps after three steps beside
+parameters and gradients, and the most that a step with a refresh has allocated at a time.
 """
 
 import argparse
 import datetime
+import gc
+import json
 import logging
 import os
 import platform
@@ -18,170 +24,190 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dash_shampoo as ds
+from benchmarks.cases import CASES, Case, make_gradients, make_parameters, set_gradients
+from benchmarks.memory import memory_of
+from benchmarks.peers import (
+    BETAS,
+    EPSILON,
+    GRAFTING_EPSILON,
+    LR,
+    NEVER,
+    PEERS,
+    Steppable,
+    of_groups,
+)
 
-Shapes = list[tuple[tuple[int, ...], int]]
-
-
-def llama(layers: int, width: int, vocabulary: int) -> Shapes:
-    """Weight shapes of a Llama, each with how often it occurs."""
-    hidden = 256 * -(-8 * width // (3 * 256))
-    return [
-        ((vocabulary, width), 2),
-        ((width, width), 4 * layers),
-        ((hidden, width), 2 * layers),
-        ((width, hidden), layers),
-        ((width,), 2 * layers + 1),
-    ]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Parameters to step, and the block size they are cut to."""
-
-    description: str
-    shapes: Shapes
-    block: int
-
-
-CASES = {
-    "256x64": Case("256 factors of 64 (128 weights of 64×64)", [((64, 64), 128)], 64),
-    "64x256": Case("64 factors of 256 (32 weights of 256×256)", [((256, 256), 32)], 256),
-    "llama-tiny": Case("Llama, 2 layers, width 128, block 64", llama(2, 128, 512), 64),
-    "llama-30m": Case("Llama, 6 layers, width 640, block 256", llama(6, 640, 32000), 256),
-    "llama-953m": Case("Llama, 16 layers, width 2048, block 1024", llama(16, 2048, 32000), 1024),
-}
-DEFAULT_CASES = ("256x64", "64x256", "llama-tiny")
+DEFAULT_CASES = ("256x64", "64x256", "146-of-64")
 
 
 @dataclass(frozen=True)
-class Solver:
-    """A solver config; `on_base` where the base can compute it too."""
+class Config:
+    """One of our configs; `on_base` where the base's own list can compute it too."""
 
-    make: Callable[[], ds.RootInvConfig]
-    on_base: bool
+    make: Callable[[], ds.PreconditionerConfig]
+    on_base: bool = False
 
 
-SOLVERS = {
-    "eigen": Solver(ds.EigenConfig, on_base=True),
-    "coupled_newton": Solver(lambda: ds.CoupledNewtonConfig(max_iterations=10), on_base=True),
-    "newton_db": Solver(ds.NewtonDBConfig, on_base=False),
-    "chebyshev": Solver(ds.ChebyshevConfig, on_base=False),
-    "minimax": Solver(ds.MinimaxConfig, on_base=False),
+def _solver(make: Callable[[], ds.RootInvConfig]) -> Callable[[], ds.PreconditionerConfig]:
+    return lambda: ds.RootInvShampooPreconditionerConfig(
+        amortized_computation_config=make(), use_symmetric_packing=False
+    )
+
+
+CONFIGS = {
+    "eigen": Config(_solver(ds.EigenConfig), on_base=True),
+    "coupled_newton": Config(
+        _solver(lambda: ds.CoupledNewtonConfig(max_iterations=10)), on_base=True
+    ),
+    "newton_db": Config(_solver(ds.NewtonDBConfig)),
+    "chebyshev": Config(_solver(ds.ChebyshevConfig)),
+    "minimax": Config(_solver(ds.MinimaxConfig)),
+    "default": Config(lambda: ds.DefaultDashConfig),
 }
 
 
 @dataclass
 class Variant:
-    """One optimizer of a case, and the times of its steps in milliseconds."""
+    """One optimizer of a case, and what was measured of it.
 
+    Attributes:
+        name (str): Its name in the table.
+        solver (str): What it computes, by the name of our config; "" if we have none for it.
+        kind (str): "ours", "base" or "peer".
+        make (Callable): Constructs it.
+        times (dict): Milliseconds of a step, by how often roots are refreshed and round.
+        construction (float): Seconds until it was constructed.
+        state_bytes (int): What it keeps.
+        peak_bytes (int): What a step allocates at most.
+    """
+
+    name: str
     solver: str
-    is_base: bool
-    initial: Sequence[Tensor]
-    parameters: list[torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    times: list[float] = field(default_factory=list)
+    kind: str
+    make: Callable[[Sequence[torch.nn.Parameter]], Steppable]
+    times: dict[int, list[float]] = field(default_factory=dict)
+    construction: float = 0.0
+    state_bytes: int = 0
+    peak_bytes: int = 0
 
 
-def make_parameters(case: Case, device: str) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(shape, generator=generator).to(device)
-        for shape, count in case.shapes
-        for _ in range(count)
-    ]
-
-
-def make_gradients(values: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Gradients whose rows and columns decay over two decades, so that factors are ill-conditioned."""
-    generator = torch.Generator().manual_seed(seed)
-    gradients = []
-    for value in values:
-        gradient = torch.randn(value.shape, generator=generator)
-        for dim, size in enumerate(value.shape):
-            shape = [1] * value.ndim
-            shape[dim] = size
-            gradient *= torch.logspace(0, -2, size).reshape(shape)
-        gradients.append(gradient.to(value.device))
-    return gradients
-
-
-def make_variant(
-    solver: str, is_base: bool, values: Sequence[Tensor], case: Case, options: argparse.Namespace
-) -> Variant:
-    parameters = [torch.nn.Parameter(value.clone()) for value in values]
-    optimizer_class = ds.DistributedShampoo if is_base else ds.DashShampoo
-    optimizer = optimizer_class(
-        parameters,
-        lr=1e-3,
-        betas=(0.9, 0.95),
-        epsilon=1e-10,
-        max_preconditioner_dim=case.block,
-        precondition_frequency=options.precondition_frequency,
-        start_preconditioning_step=options.precondition_frequency,
-        grafting_config=ds.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8),
-        preconditioner_config=ds.RootInvShampooPreconditionerConfig(
-            amortized_computation_config=SOLVERS[solver].make(),
-            use_symmetric_packing=options.use_symmetric_packing,
-        ),
+def shampoo(
+    optimizer_class: type[ds.DistributedShampoo], config: ds.PreconditionerConfig, block: int
+) -> Callable[[Sequence[torch.nn.Parameter]], Steppable]:
+    """Ours, or the base's class."""
+    return lambda parameters: of_groups(
+        optimizer_class(
+            parameters,
+            lr=LR,
+            betas=BETAS,
+            epsilon=EPSILON,
+            max_preconditioner_dim=block,
+            precondition_frequency=1,
+            grafting_config=ds.AdamPreconditionerConfig(beta2=BETAS[1], epsilon=GRAFTING_EPSILON),
+            preconditioner_config=config,
+        )
     )
-    return Variant(solver, is_base, values, parameters, optimizer)
 
 
-def milliseconds(function: Callable[[], object], device: str, repetitions: int) -> float:
-    """Time of one call, mean over `repetitions`; on CUDA between two events, from an idle GPU."""
-    if device == "cuda":
-        start, end = (
+def make_variants(block: int, configs: Sequence[str], peers: Sequence[str]) -> list[Variant]:
+    """The optimizers of a case: ours, the base's where it can, and those of others."""
+    variants: list[Variant] = []
+    make: Callable[[Sequence[torch.nn.Parameter]], Steppable]
+    for name in configs:
+        config = CONFIGS[name].make()
+        variants.append(
+            Variant(f"ours/{name}", name, "ours", shampoo(ds.DashShampoo, config, block))
+        )
+        if CONFIGS[name].on_base:
+            make = shampoo(ds.DistributedShampoo, config, block)
+            variants.append(Variant(f"base/{name}", name, "base", make))
+    for name in peers:
+        peer = PEERS[name]
+        variants.append(Variant(name, peer.solver, "peer", partial(peer.make, block)))
+    return variants
+
+
+def milliseconds(step: Callable[[], object], repetitions: int, clock: str) -> float:
+    """Time of one call, mean over `repetitions`: of the processor, the wall clock, or the GPU."""
+    if clock == "cuda":
+        begin, end = (
             torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             for _ in range(2)
         )
         torch.cuda.synchronize()
-        start.record()
+        begin.record()
         for _ in range(repetitions):
-            function()
+            step()
         end.record()
         torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / repetitions
-    begin = time.perf_counter()
+        return float(begin.elapsed_time(end)) / repetitions
+    now = time.process_time if clock == "processor" else time.perf_counter
+    start = now()
     for _ in range(repetitions):
-        function()
-    return (time.perf_counter() - begin) * 1e3 / repetitions
+        step()
+    return (now() - start) * 1e3 / repetitions
 
 
-def run_case(case: Case, options: argparse.Namespace) -> list[Variant]:
+def run_case(case: Case, variants: list[Variant], options: argparse.Namespace) -> None:
+    """Measures every variant."""
     values = make_parameters(case, options.device)
-    variants = [
-        make_variant(solver, is_base, values, case, options)
-        for solver in options.solvers
-        for is_base in ((True, False) if SOLVERS[solver].on_base else (False,))
-    ]
-    # Every measurement spans the steps from one refresh of the roots to the next.
-    repetitions = options.precondition_frequency
-    for number in range(options.warmup + options.rounds):
-        gradients = make_gradients(values, seed=number + 1)
-        for variant in variants if number % 2 == 0 else variants[::-1]:
-            for parameter, gradient in zip(variant.parameters, gradients, strict=True):
-                parameter.grad = gradient.clone()
-            elapsed = milliseconds(variant.optimizer.step, options.device, repetitions)
-            if number >= options.warmup:
-                variant.times.append(elapsed)
-    return variants
+    running: list[tuple[Variant, list[torch.nn.Parameter], Steppable]] = []
+    for variant in variants:
+        parameters = [torch.nn.Parameter(value.clone()) for value in values]
+        # What is imported late is imported now.
+        variant.make([torch.nn.Parameter(torch.ones(2, 2))])
+        made: list[Steppable] = []
+        construct = partial(lambda v, p, made: made.append(v.make(p)), variant, parameters, made)
+        variant.construction = milliseconds(construct, 1, options.clock) / 1e3
+        running.append((variant, parameters, made[0]))
+    for frequency in options.frequencies:
+        for number in range(options.warmup + options.rounds):
+            gradients = make_gradients(values, seed=number)
+            for variant, parameters, optimizer in running if number % 2 == 0 else running[::-1]:
+                optimizer.set_frequency(frequency or NEVER)
+                set_gradients(parameters, gradients)
+                elapsed = milliseconds(optimizer.step, frequency or 5, options.clock)
+                if number >= options.warmup:
+                    variant.times.setdefault(frequency, []).append(elapsed)
+    running.clear()
+    if options.memory:
+        torch.set_num_threads(1)
+        for variant in variants:
+            measure_memory(variant, values)
+        torch.set_num_threads(options.threads)
 
 
-def find(variants: Sequence[Variant], solver: str, is_base: bool) -> Variant | None:
-    return next((v for v in variants if v.solver == solver and v.is_base == is_base), None)
+def measure_memory(variant: Variant, values: Sequence[Tensor]) -> None:
+    """Fills in what an optimizer keeps after three steps, and what another one allocates."""
+    parameters = [torch.nn.Parameter(value.clone()) for value in values]
+    set_gradients(parameters, make_gradients(values, 0))
+    made: list[Steppable] = []
+
+    def three_steps() -> None:
+        made.append(variant.make(parameters))
+        for _ in range(3):
+            made[0].step()
+
+    kept = memory_of(three_steps)
+    gc.collect()
+    variant.state_bytes = kept.live
+    variant.peak_bytes = memory_of(made[0].step).peak
 
 
-def ratio(numerator: Variant | None, denominator: Variant | None) -> str:
+# ------------------------------------------------------------------------------------ tables
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> str:
     """Median of the rounds' ratios, and their quartiles."""
-    if numerator is None or denominator is None:
-        return "–"
-    ratios = [a / b for a, b in zip(numerator.times, denominator.times, strict=True)]
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     median = statistics.median(ratios)
     if len(ratios) < 4:
         return f"{median:.2f}"
@@ -189,39 +215,44 @@ def ratio(numerator: Variant | None, denominator: Variant | None) -> str:
     return f"{median:.2f} [{low:.2f}, {high:.2f}]"
 
 
-@torch.no_grad()
-def difference(base: Variant | None, ours: Variant | None) -> str:
-    """Largest relative distance of what a parameter has moved: both computed the same steps."""
-    if base is None or ours is None:
-        return "–"
-    worst = max(
-        float((a - b).norm() / (a - start).norm())
-        for a, b, start in zip(base.parameters, ours.parameters, base.initial, strict=True)
-    )
-    return f"{worst:.0e}"
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def rows_of(name: str, variants: Sequence[Variant]) -> list[str]:
+def every(frequency: int) -> str:
+    return f"every {frequency}" if frequency else "never"
+
+
+def absolute_table(variants: Sequence[Variant], frequencies: Sequence[int]) -> str:
+    header = ["Optimizer", *(f"refresh {every(f)}, ms" for f in frequencies)]
+    header += ["state, MiB", "peak of a step, MiB", "construction, s"]
     rows = []
-    eigen = find(variants, "eigen", is_base=True)
-    for solver in dict.fromkeys(variant.solver for variant in variants):
-        base, ours = (find(variants, solver, is_base) for is_base in (True, False))
-        cells = [
-            name,
-            solver,
-            *(f"{statistics.median(v.times):.1f}" if v else "–" for v in (base, ours)),
-            ratio(base, ours),
-            ratio(eigen, ours),
-            difference(base, ours),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+    for variant in variants:
+        medians = [f"{statistics.median(variant.times[f]):.1f}" for f in frequencies]
+        sizes = [f"{size / 2**20:.1f}" for size in (variant.state_bytes, variant.peak_bytes)]
+        rows.append([variant.name, *medians, *sizes, f"{variant.construction:.2f}"])
+    return table(header, rows)
 
 
-HEADER = (
-    "| Case | Solver | Base, ms | DashShampoo, ms | Base / DashShampoo | Base with eigen / DashShampoo "
-    "| Difference |\n|---|---|---|---|---|---|---|"
-)
+def ratio_table(variants: Sequence[Variant], frequencies: Sequence[int]) -> str:
+    """Ours over the base, over the fastest of the others with the same solver, and over the rest."""
+    others = [v for v in variants if v.kind == "peer" and not v.solver]
+    header = ["Ours", "refresh", "÷ base", "÷ fastest peer of that solver", "which"]
+    header += [f"÷ {other.name}" for other in others]
+    rows = []
+    for ours in (v for v in variants if v.kind == "ours"):
+        for frequency in frequencies:
+            time = ours.times[frequency]
+            rivals = [v for v in variants if v.solver == ours.solver and v.kind == "peer"]
+            rivals.sort(key=lambda v: statistics.median(v.times[frequency]))
+            bases = [v for v in variants if v.solver == ours.solver and v.kind == "base"]
+            cells = [ratio(time, v.times[frequency]) for v in (*bases, *rivals[:1])]
+            base = cells.pop(0) if bases else "–"
+            rival = [*cells, rivals[0].name.split("/")[0]] if rivals else ["–", "–"]
+            cells = [ratio(time, other.times[frequency]) for other in others]
+            rows.append([ours.solver, every(frequency), base, *rival, *cells])
+    return table(header, rows)
 
 
 def processor(device: str) -> str:
@@ -235,26 +266,28 @@ def processor(device: str) -> str:
 
 
 def preface(options: argparse.Namespace) -> str:
+    missing = [name for name in options.peers if name not in options.importable]
     lines = [
-        "# Optimizer step, DashShampoo against the base's sequential list",
+        "# Time of an optimizer step",
         "",
         f"- Date: {datetime.date.today().isoformat()}",
         f"- Hardware: {processor(options.device)}; {options.threads} threads of {os.cpu_count()}",
         f"- Versions: dash_shampoo {ds.__version__}, base {ds.base.name}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
-        f"- Command: `python benchmarks/step_time.py {' '.join(options.words)}`".rstrip(" `") + "`",
-        f"- Medians of {options.rounds} interleaved rounds after {options.warmup}; ratios are medians of "
-        "the rounds' ratios, with quartiles. fp32, Adam grafting; roots every "
-        f"{options.precondition_frequency} step(s), symmetric packing "
-        f"{'on' if options.use_symmetric_packing else 'off'}.",
-        "- Difference: of what a parameter has moved in all rounds, ours from the base's, relative, the "
-        "largest of all parameters.",
-        "",
-        *(f"- `{name}`: {CASES[name].description}" for name in options.cases),
-        *(f"- `{name}`: {SOLVERS[name].make()}" for name in options.solvers),
+        f"- Command: `python benchmarks/step_time.py {' '.join(options.words)}`".replace(
+            "py `", "py`"
+        ),
+        f"- Medians of {options.rounds} interleaved rounds after {options.warmup}, time by {options.clock}; "
+        "ratios are medians of the rounds' ratios, with quartiles: below 1, ours is faster. fp32, Adam "
+        "grafting, every optimizer with its solver's defaults.",
+        *([f"- Not importable here: {'; '.join(missing)}."] if missing else []),
+        *(f"- `{name}`: {CONFIGS[name].make()}" for name in options.solvers),
         "",
     ]
     return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------- main
 
 
 def positive(text: str) -> int:
@@ -266,30 +299,36 @@ def positive(text: str) -> int:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Time of an optimizer step: DashShampoo against the base's sequential list.",
+        description=(__doc__ or "").split("\n", 1)[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--cases", nargs="+", choices=list(CASES), default=DEFAULT_CASES, help="sets of parameters"
+    add = parser.add_argument
+    add("--cases", nargs="+", choices=list(CASES), default=DEFAULT_CASES, help="sets of parameters")
+    add("--solvers", nargs="*", choices=list(CONFIGS), default=list(CONFIGS), help="our configs")
+    add("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="other optimizers")
+    add(
+        "--frequencies",
+        nargs="+",
+        type=int,
+        default=[1, 10, 0],
+        help="steps from one refresh to the next",
     )
-    parser.add_argument(
-        "--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), help="solvers"
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
-    parser.add_argument("--threads", type=positive, default=2, help="threads of the CPU")
-    parser.add_argument("--rounds", type=positive, default=11, help="timed rounds of each case")
-    parser.add_argument("--warmup", type=positive, default=2, help="rounds before them")
-    parser.add_argument(
-        "--precondition-frequency", type=positive, default=1, help="steps between two refreshes"
-    )
-    parser.add_argument(
-        "--use-symmetric-packing", action="store_true", help="keep the base's packed state"
-    )
-    parser.add_argument("--output", type=Path, help="also write the table to this file")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
+    add("--threads", type=positive, default=1, help="threads of the CPU")
+    add("--rounds", type=positive, default=11, help="timed rounds of each case")
+    add("--warmup", type=positive, default=2, help="rounds before them")
+    add("--no-memory", dest="memory", action="store_false", help="leave the memory out")
+    add("--output", type=Path, help="also write the tables to this file")
+    add("--json", type=Path, help="also write the times of all rounds to this file")
     options = parser.parse_args(words)
-    options.words = list(words)
+    if min(options.frequencies) < 0:
+        parser.error(f"--frequencies {options.frequencies}: must be at least 0")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
+    options.words = list(words)
+    options.clock = "processor" if options.threads == 1 else "wall clock"
+    options.clock = "cuda" if options.device == "cuda" else options.clock
+    options.importable = [name for name in options.peers if PEERS[name].is_importable()]
     return options
 
 
@@ -298,16 +337,24 @@ def main(words: Sequence[str]) -> str:
     torch.set_num_threads(options.threads)
     # Both bases warn of every capped Newton iteration; writing that down would be timed too.
     logging.disable(logging.WARNING)
-    report = [preface(options), HEADER]
-    print("\n".join(report), flush=True)
+    report = [preface(options)]
+    print(report[0], flush=True)
+    measured = {}
     for name in options.cases:
-        rows = rows_of(name, run_case(CASES[name], options))
-        print("\n".join(rows), flush=True)
-        report += rows
-    text = "\n".join(report) + "\n"
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
+        case = CASES[name]
+        variants = make_variants(case.block, options.solvers, options.importable)
+        run_case(case, variants, options)
+        measured[name] = {v.name: {every(f): t for f, t in v.times.items()} for v in variants}
+        parts = [absolute_table(variants, options.frequencies)]
+        if options.solvers:
+            parts.append(ratio_table(variants, options.frequencies))
+        report += [f"## `{name}`: {case.description}\n", *parts]
+        print("\n".join(report[-1 - len(parts) :]), flush=True)
+    text = "\n".join(report)
+    for path, content in ((options.output, text), (options.json, json.dumps(measured, indent=1))):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
     return text
 
 
