@@ -13,12 +13,14 @@ from dash_shampoo.base import (
     SHAMPOO_PRECONDITIONER_LIST,
     CoupledHigherOrderConfig,
     CoupledNewtonConfig,
+    DistributedConfig,
     DistributedShampoo,
     EigenConfig,
     PreconditionerConfig,
     RootInvKLShampooPreconditionerConfig,
     RootInvShampooPreconditionerConfig,
     RootInvShampooPreconditionerList,
+    own_distributor_class,
 )
 from dash_shampoo.base import name as base_name
 from dash_shampoo.checkpoint import native_groups, without_cast
@@ -77,6 +79,11 @@ class DashShampoo(DistributedShampoo):
     """
 
     _state_to_load: dict[str, Any] | None = None
+
+    def _select_distributor_class(self, distributed_config: DistributedConfig) -> Any:
+        """Our own distributor, on both bases, where there is one for the config."""
+        own = own_distributor_class(distributed_config)
+        return own or super()._select_distributor_class(distributed_config)
 
     def _preconditioner_config_to_list_cls(
         self,

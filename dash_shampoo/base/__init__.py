@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from dash_shampoo.base.embedded.blocking import grid_view
+from dash_shampoo.base.embedded.distributor import Distributor
+from dash_shampoo.base.embedded.factories import own_distributor_class as _own_distributor_class
 from dash_shampoo.base.embedded.state import native_config as _native_config
 
 _VARIABLE = "DASH_SHAMPOO_BASE"
@@ -34,7 +36,7 @@ _META_MODULES = (
 # What only Meta's package has (FSDP1); without it, the names say so.
 META_ONLY = ("FSDPDistributedConfig", "HSDPDistributedConfig", "compile_fsdp_parameter_metadata")
 # The same on both bases.
-_OURS = ("META_ONLY", "grid_view", "name", "native_config")
+_OURS = ("META_ONLY", "grid_view", "name", "native_config", "own_distributor_class")
 
 if TYPE_CHECKING:
     from dash_shampoo.base.embedded.configs import *
@@ -129,6 +131,7 @@ __all__ = [
     "grid_view",
     "name",
     "native_config",
+    "own_distributor_class",
 ]
 
 
@@ -190,6 +193,23 @@ def native_config(value: Any) -> Any:
         The config in this base's classes.
     """
     return _native_config(value, globals())
+
+
+def own_distributor_class(config: Any) -> type[Distributor] | None:
+    """The embedded base's distributor for a config of either base.
+
+    They read no more than both bases' configs have, and give the state the same keys and values.
+
+    Args:
+        config: A distributed config.
+
+    Returns:
+        The class, or None where only Meta's package has one.
+    """
+    # By exact type: what a subclass adds would be ignored.
+    if type(config) is not globals().get(type(config).__name__):
+        return None
+    return _own_distributor_class(config)
 
 
 def _say_what_is_missing(missing: str) -> Any:

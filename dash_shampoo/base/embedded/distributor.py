@@ -42,6 +42,20 @@ class BlockInfo:
         """Zeros for the optimizer's state."""
         return torch.zeros(tuple(size), dtype=dtype, device=device)
 
+    def allocate_ones_tensor(
+        self, size: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Ones for the optimizer's state."""
+        tensor = self.allocate_zeros_tensor(size=size, dtype=dtype, device=device)
+        self.get_tensor(tensor).fill_(1.0)
+        return tensor
+
+    def allocate_eye_tensor(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An identity for the optimizer's state."""
+        tensor = self.allocate_zeros_tensor(size=(n, n), dtype=dtype, device=device)
+        self.get_tensor(tensor).fill_diagonal_(1.0)
+        return tensor
+
     def get_tensor(self, tensor: Tensor) -> Tensor:
         """The local tensor of an allocated one."""
         return tensor

@@ -15,12 +15,6 @@ from dash_shampoo.base.embedded.configs import (
     SGDPreconditionerConfig,
 )
 from dash_shampoo.base.embedded.distributed_configs import (
-    DDPDistributedConfig,
-    DistributedConfig,
-    FSDPParamAssignmentStrategy,
-    FullyShardDistributedConfig,
-    HybridShardDistributedConfig,
-    SingleDeviceDistributedConfig,
     not_implemented,
 )
 from dash_shampoo.base.embedded.distributor import Distributor
@@ -32,32 +26,33 @@ from dash_shampoo.base.embedded.preconditioner_list import (
 from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
 
 
-def distributor_class(config: DistributedConfig) -> type[Distributor]:
-    """The distributor for a config.
+def own_distributor_class(config: Any) -> type[Distributor] | None:
+    """The distributor for a config of either base, or None.
 
-    Raises:
-        NotImplementedError: If the embedded base has none.
+    Args:
+        config: A distributed config; looked up by the name of its class.
     """
-    if isinstance(config, SingleDeviceDistributedConfig):
-        return Distributor
-    is_sharded = (
-        isinstance(config, FullyShardDistributedConfig)
-        and config.param_assignment_strategy == FSDPParamAssignmentStrategy.DEFAULT
-    )
+    strategy = getattr(config, "param_assignment_strategy", None)
+    if strategy is not None and strategy.name != "DEFAULT":
+        return None
     # DTensor takes a while to import, which a single device need not wait for.
-    if is_sharded and isinstance(config, HybridShardDistributedConfig):
-        from dash_shampoo.base.embedded.gathering import HybridShardDistributor
+    match type(config).__name__:
+        case "SingleDeviceDistributedConfig":
+            return Distributor
+        case "DDPDistributedConfig":
+            from dash_shampoo.base.embedded.gathering import DDPDistributor
 
-        return HybridShardDistributor
-    if is_sharded:
-        from dash_shampoo.base.embedded.fully_shard import FullyShardDistributor
+            return DDPDistributor
+        case "FullyShardDistributedConfig":
+            from dash_shampoo.base.embedded.fully_shard import FullyShardDistributor
 
-        return FullyShardDistributor
-    if type(config) is DDPDistributedConfig:
-        from dash_shampoo.base.embedded.gathering import DDPDistributor
+            return FullyShardDistributor
+        case "HybridShardDistributedConfig":
+            from dash_shampoo.base.embedded.gathering import HybridShardDistributor
 
-        return DDPDistributor
-    raise not_implemented(f"{keys.DISTRIBUTED_CONFIG}={config!r}")
+            return HybridShardDistributor
+        case _:
+            return None
 
 
 def preconditioner_list(

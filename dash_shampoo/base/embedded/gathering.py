@@ -171,7 +171,10 @@ class DDPDistributor(Distributor):
         layout, names = self._mesh_of_replicas()
         device_type = self._param_group[keys.PARAMS][0].device.type
         mesh = DeviceMesh(device_type, layout, mesh_dim_names=names)
-        self._owners_mesh = mesh[_REPLICATE]
+        # Not a slice of the mesh: a DTensor that was saved has no root, and would be another's.
+        self._owners_mesh = DeviceMesh.from_group(
+            mesh.get_group(_REPLICATE), device_type, mesh_dim_names=(_REPLICATE,)
+        )
         self._communication_group: dist.ProcessGroup = mesh.get_group(_DISTRIBUTE)
         rank, size = mesh.get_local_rank(_DISTRIBUTE), mesh.size(1)
 

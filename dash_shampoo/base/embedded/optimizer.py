@@ -34,6 +34,7 @@ from dash_shampoo.base.embedded.configs import (
 from dash_shampoo.base.embedded.distributed_configs import (
     DefaultSingleDeviceDistributedConfig,
     DistributedConfig,
+    not_implemented,
 )
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.group_state import (
@@ -183,7 +184,10 @@ class DistributedShampoo(ShampooStep, Optimizer):
         Raises:
             NotImplementedError: If the embedded base has none.
         """
-        return factories.distributor_class(distributed_config)
+        distributor_class = factories.own_distributor_class(distributed_config)
+        if distributor_class is None:
+            raise not_implemented(f"{keys.DISTRIBUTED_CONFIG}={distributed_config!r}")
+        return distributor_class
 
     def _preconditioner_config_to_list_cls(
         self,
