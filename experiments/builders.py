@@ -12,8 +12,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
 
-from experiments.data import TokenData
 from experiments.settings import SettingsError
+from experiments.tokens import TokenData
 
 
 def build(config: DictConfig, key: str, **arguments: Any) -> Any:

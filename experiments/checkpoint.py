@@ -6,8 +6,9 @@ processes the tensors go through ``torch.distributed.checkpoint``, and ``state.p
 """
 
 import os
+import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -23,26 +25,83 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PREFIX = "step_"
 _STATE_FILE = "state.pt"
 _SHARDS = "shards"
 
+Groups = Sequence[Mapping[str, Any]]
 
-def find_latest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step.
+
+class DamagedError(Exception):
+    """A checkpoint that can't be read."""
+
+
+class SaveError(Exception):
+    """A checkpoint that couldn't be written, for lack of room or rights."""
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the highest step first.
 
     Args:
         folder: Where checkpoints are; need not exist.
 
     Returns:
-        Its folder, or None where there is none.
+        Their folders.
     """
-    return max(_complete(folder), default=None)
+    found = (path for path in folder.glob(f"{_PREFIX}*") if is_checkpoint(path))
+    return sorted(found, reverse=True)
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / _STATE_FILE).is_file())
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint.
+
+    Args:
+        path: Any path.
+
+    Returns:
+        True if it has a checkpoint's main file.
+    """
+    return (path / _STATE_FILE).is_file()
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint.
+
+    Args:
+        path: Its folder.
+    """
+    shutil.rmtree(path)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what an interrupted `save` has left behind; one process calls this.
+
+    Args:
+        folder: Where checkpoints are; need not exist.
+    """
+    for replaced in folder.glob(f"old_{_PREFIX}*"):
+        # The process went down between the two renames that replace a checkpoint.
+        if not (place := folder / replaced.name.removeprefix("old_")).exists():
+            os.rename(replaced, place)
+    for leftover in [*folder.glob(f"tmp_{_PREFIX}*"), *folder.glob(f"old_{_PREFIX}*")]:
+        shutil.rmtree(leftover)
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name under which it is not found again.
+
+    Args:
+        path: Its folder.
+
+    Returns:
+        The new one.
+    """
+    aside = path.with_name(f"damaged_{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    return aside
 
 
 def save(
@@ -59,33 +118,64 @@ def save(
 
     Returns:
         The folder of this checkpoint.
+
+    Raises:
+        SaveError: If it can't be written; on every process.
     """
     final = folder / f"{_PREFIX}{step:08d}"
     temporary = folder / f"tmp_{final.name}"
     document: dict[str, Any] = {"version": FORMAT_VERSION, "step": step, **progress}
-    if _is_first():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    if _is_distributed():
-        dist.barrier()
-        state_dict_saver.save(_sharded_state(model, optimizer), checkpoint_id=temporary / _SHARDS)
-    else:
+    document["world_size"] = dist.get_world_size() if _is_distributed() else 1
+    failure = _on_first(lambda: _make_anew(temporary))
+    if failure is None and _is_distributed():
+        try:
+            state = _sharded_state(model, optimizer)
+            state_dict_saver.save(state, checkpoint_id=temporary / _SHARDS)
+        except CheckpointException as error:  # on every process, whichever it is that failed
+            failure = str(error)
+    elif failure is None:
         document["model"] = model.state_dict()
         document["optimizer"] = without_configs(optimizer.state_dict())
-    if _is_first():
-        with (temporary / _STATE_FILE).open("wb") as file:
-            torch.save(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():  # only a run that was continued and stopped at once gets here
-            os.rename(final, replaced := temporary.with_name(f"old_{final.name}"))
-            os.rename(temporary, final)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(temporary, final)
-    if _is_distributed():
-        dist.barrier()
+    if failure is None:
+        failure = _on_first(lambda: _finish(document, temporary, final))
+    if failure is not None:
+        raise SaveError(f"The checkpoint of step {step} can't be written to {folder}: {failure}.")
     return final
+
+
+def _on_first(action: Any) -> str | None:
+    """Do something on the first process, and tell all what went wrong."""
+    failure: list[str | None] = [None]
+    if _is_first():
+        try:
+            action()
+        except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+            failure = [str(error)]
+    if _is_distributed():
+        dist.broadcast_object_list(failure, src=0)
+    return failure[0]
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _finish(document: dict[str, Any], temporary: Path, final: Path) -> None:
+    shards = sorted((temporary / _SHARDS).glob("*")) + sorted(
+        (temporary / _SHARDS).glob(".metadata")
+    )
+    document["files"] = {path.name: path.stat().st_size for path in shards}
+    with (temporary / _STATE_FILE).open("wb") as file:
+        torch.save(document, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():  # only a run that was continued and stopped at once gets here
+        os.rename(final, replaced := temporary.with_name(f"old_{final.name}"))
+        os.rename(temporary, final)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(temporary, final)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -98,13 +188,25 @@ def read(path: Path) -> dict[str, Any]:
         The entries, on the CPU.
 
     Raises:
+        DamagedError: If it can't be read, or a file of it is missing or too short.
         ValueError: If the checkpoint is of another format, or was written by one process and is
             read by several, or the other way round.
     """
-    document: dict[str, Any] = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
-    if document["version"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {document['version']}, not {FORMAT_VERSION}.")
-    if _is_distributed() != (path / _SHARDS).is_dir():
+    try:
+        document: dict[str, Any] = torch.load(
+            path / _STATE_FILE, map_location="cpu", weights_only=True
+        )
+        version = document["version"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise DamagedError(f"{path / _STATE_FILE}: {reason}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format {version}, not {FORMAT_VERSION}.")
+    for name, size in document["files"].items():
+        file = path / _SHARDS / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise DamagedError(f"{file} is missing or was cut off")
+    if _is_distributed() != bool(document["files"]):
         raise ValueError(
             f"{path} was written with{'out' if _is_distributed() else ''} torch.distributed; "
             "continue it the same way."
@@ -112,36 +214,50 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
-def restore(path: Path, document: Mapping[str, Any], model: nn.Module, opt: Optimizer) -> None:
+def restore(
+    path: Path, document: Mapping[str, Any], model: nn.Module, opt: Optimizer, configured: Groups
+) -> None:
     """Put a checkpoint's state into a model and an optimizer; every process calls this.
 
     Args:
         path: The checkpoint's folder.
         document: What `read` returned.
         model: Built with the settings of the saved run.
-        opt: The optimizer, likewise.
+        opt: The optimizer, likewise; where its settings are others, they stay.
+        configured: What `plain_groups` returned when `opt` was new.
+
+    Raises:
+        DamagedError: If the tensors can't be read.
     """
-    if _is_distributed():
-        state = _sharded_state(model, opt)
-        state_dict_loader.load(state, checkpoint_id=path / _SHARDS)
-        set_model_state_dict(model, state["model"])
-        current = get_optimizer_state_dict(model, opt)
-        set_optimizer_state_dict(model, opt, with_configs_of(state["optimizer"], current))
-    else:
+    saved = document["configured"]
+    if not _is_distributed():
         model.load_state_dict(document["model"])
-        opt.load_state_dict(with_configs_of(document["optimizer"], opt.state_dict()))
+        current = opt.state_dict()
+        opt.load_state_dict(_merged(document["optimizer"], current, saved, configured))
+        return
+    state = _sharded_state(model, opt)
+    try:
+        state_dict_loader.load(state, checkpoint_id=path / _SHARDS)
+    except CheckpointException as error:
+        raise DamagedError(f"{path / _SHARDS}: {str(error).splitlines()[0]}") from error
+    set_model_state_dict(model, state["model"])
+    current = get_optimizer_state_dict(model, opt)
+    merged = _merged(state["optimizer"], current, saved, configured)
+    set_optimizer_state_dict(model, opt, merged)
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
     """Delete all but the newest checkpoints.
 
     Args:
         folder: Where checkpoints are.
         keep: How many stay.
+        keep_every: Those of a multiple of this step stay too; 0: none.
     """
     if _is_first():
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
+        for old in newest_first(folder)[keep:]:
+            if not keep_every or int(old.name.removeprefix(_PREFIX)) % keep_every:
+                shutil.rmtree(old)
 
 
 def _sharded_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -167,26 +283,44 @@ def without_configs(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
-def with_configs_of(state: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `without_configs`, with the configs of the present optimizer.
+def plain_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of each group that a checkpoint keeps too.
 
     Args:
-        state: What `without_configs` returned.
-        current: What ``optimizer.state_dict()`` returns now.
+        optimizer: A new one, so that these are the settings that were configured.
 
     Returns:
-        A state dict for ``optimizer.load_state_dict``.
+        Plain values by name.
+    """
+    return [
+        {
+            k: v
+            for k, v in group.items()
+            if k != "params" and _is_plain(v) and not torch.is_tensor(v)
+        }
+        for group in optimizer.param_groups
+    ]
 
-    Raises:
-        ValueError: If the number of groups differs.
+
+def _merged(
+    state: Mapping[str, Any], current: Mapping[str, Any], saved: Groups, configured: Groups
+) -> dict[str, Any]:
+    """A state for loading, in which what was configured otherwise than in the saved run wins.
+
+    What only an optimizer itself changes in its groups, such as a step count, is kept.
     """
     if len(state["param_groups"]) != len(current["param_groups"]):
         raise ValueError(
             f"The checkpoint has {len(state['param_groups'])} parameter groups, the optimizer "
             f"{len(current['param_groups'])}."
         )
-    pairs = zip(state["param_groups"], current["param_groups"], strict=True)
-    return {**state, "param_groups": [{**now, **saved} for saved, now in pairs]}
+    groups = []
+    for group, now, before, wanted in zip(
+        state["param_groups"], current["param_groups"], saved, configured, strict=True
+    ):
+        changed = {k: v for k, v in wanted.items() if k in before and before[k] != v}
+        groups.append({**now, **group, **changed})
+    return {**state, "param_groups": groups}
 
 
 def _is_plain(value: object) -> bool:

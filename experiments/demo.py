@@ -24,7 +24,7 @@ from experiments.parallel import Process, process_group
 from experiments.plots import Curve, plot_losses, plot_step_times
 from experiments.settings import overrides
 from experiments.tables import markdown_table
-from experiments.trainer import DivergedError, Trainer
+from experiments.trainer import RunError, Trainer
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def run(config: DictConfig) -> int:
         )
         try:
             signal_number = _take_turns(runs, config.steps, config.turn, config.progress)
-        except DivergedError as error:
+        except RunError as error:
             return fail(str(error), 1)
         if signal_number:
             return fail("stopped before the end; nothing to compare.", 128 + signal_number)

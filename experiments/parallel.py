@@ -65,11 +65,27 @@ class Process:
         Returns:
             The answer.
         """
+        return bool(self.largest(float(flag)))
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def largest(self, value: float) -> float:
+        """The largest value of all processes.
+
+        Args:
+            value: This process's value.
+
+        Returns:
+            The maximum, the same on all processes.
+        """
         if self.world_size == 1:
-            return flag
-        shared = torch.tensor([flag], dtype=torch.int32, device=self.device)
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return bool(shared.item())
+        return float(shared.item())
 
     def from_first(self, value: str) -> str:
         """The first process's value, on all.

@@ -45,6 +45,14 @@ class Resume(Enum):
     never = "never"
 
 
+class Averaging(Enum):
+    """Of the weights: an exponential moving average, or the plain mean of the last part."""
+
+    none = "none"
+    ema = "ema"
+    swa = "swa"
+
+
 @dataclass
 class TrainSettings:
     """The settings of ``train``.
@@ -54,7 +62,8 @@ class TrainSettings:
         batch_size: Sequences per step, of all processes together.
         micro_batch_size: Sequences per forward pass of a process; null: all of its share at once.
         sequence_length: Tokens of a sequence.
-        seed: Of the initial weights and of the order of the batches.
+        seed: Of the initial weights, and of the order of the batches.
+        data_seed: Of the order of the batches alone; null: seed.
         clip_grad_norm: Largest norm of the gradient; null: no clipping.
         device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
         precision: fp32, fp64, or bf16 (fp32 weights, forward pass under autocast).
@@ -65,8 +74,15 @@ class TrainSettings:
         log_every: Steps between records; each waits for the device.
         checkpoint_every: 0: only at the end, and when stopped by Ctrl-C or SIGTERM.
         keep_checkpoints: How many of the newest stay.
+        keep_every: Steps between checkpoints that stay for good; 0: none.
+        stop_after: Stop after this step of the schedule; null: after the last.
+        averaging: none, ema, or swa (the mean of the steps from average_from on); evaluated beside
+            the weights themselves.
+        ema_decay: Of averaging=ema.
+        average_from: Share of the steps after which averaging begins.
         output_dir: Null: a new folder below outputs/. With several runs: the folder of them all.
         resume: auto (go on if output_dir holds a checkpoint), always (it must), never (start over).
+        resume_from: Another run's folder, or a checkpoint, to begin from where output_dir has none.
         progress: Progress bar on a terminal, one line per validation elsewhere.
     """
 
@@ -75,6 +91,7 @@ class TrainSettings:
     micro_batch_size: int | None = None
     sequence_length: int = 128
     seed: int = 42
+    data_seed: int | None = None
     clip_grad_norm: float | None = 1.0
     device: str = "auto"
     precision: Precision = Precision.fp32
@@ -85,8 +102,14 @@ class TrainSettings:
     log_every: int = 1
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    stop_after: int | None = None
+    averaging: Averaging = Averaging.none
+    ema_decay: float = 0.999
+    average_from: float = 0.0
     output_dir: str | None = None
     resume: Resume = Resume.auto
+    resume_from: str | None = None
     progress: bool = True
     # Groups of YAML files.
     optimizer: Any = MISSING
@@ -158,6 +181,8 @@ _AT_LEAST = {
     "vocab_size": 1,
     "evaluate_every": 0,
     "checkpoint_every": 0,
+    "keep_every": 0,
+    "stop_after": 1,
 }
 
 
@@ -177,6 +202,8 @@ def check(config: DictConfig) -> None:
         require(
             config.batch_size % piece == 0, "micro_batch_size", piece, "a divisor of batch_size"
         )
+    for name in ("ema_decay", "average_from"):
+        require(0 <= config.get(name, 0) <= 1, name, config.get(name), "in [0, 1]")
     norm = config.get("clip_grad_norm")
     require(norm is None or norm > 0, "clip_grad_norm", norm, "> 0 or null")
     unused = [word for word in overrides() if word.startswith(("solver=", "solver."))]

@@ -1,5 +1,7 @@
 """``python -m experiments train``."""
 
+import itertools
+import os
 import shlex
 import sys
 import time
@@ -10,9 +12,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.main import fail
-from experiments.parallel import process_group
-from experiments.settings import choice, overrides
-from experiments.trainer import DivergedError, Trainer, TrainResult
+from experiments.parallel import Process, process_group
+from experiments.settings import SettingsError, choice, overrides
+from experiments.trainer import RunError, Trainer, TrainResult
 
 
 def run(config: DictConfig) -> int:
@@ -25,19 +27,23 @@ def run(config: DictConfig) -> int:
         Exit status, as of `experiments.main.main`.
     """
     with process_group(config.parallelism, config.device) as process:
-        output_dir = Path(process.from_first(_output_dir(config)))
-        output_dir.mkdir(parents=True, exist_ok=True)
+        output_dir = Path(process.from_first(str(_output_dir(config, process))))
         trainer = Trainer(config, process, output_dir)
         if process.is_first:
+            changed = "".join(
+                f"  {k}: {a} -> {b}\n" for k, (a, b) in trainer.changed_settings.items()
+            )
+            if changed:
+                print(f"set otherwise than in {trainer.last_checkpoint}:\n{changed}", end="")
             (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
             print(
                 f"{trainer.num_parameters:,} parameters, {trainer.data.train.numel():,} training "
-                f"tokens ({trainer.data.name}), from step {trainer.step} to {config.steps}, "
+                f"tokens ({trainer.data.name}), from step {trainer.step} to {trainer.last_step}, "
                 f"into {output_dir}"
             )
         try:
             result = trainer.run()
-        except DivergedError as error:
+        except RunError as error:
             return fail(str(error), 1)
         finally:
             trainer.close()
@@ -46,14 +52,26 @@ def run(config: DictConfig) -> int:
     return 0 if result.signal_number is None else 128 + result.signal_number
 
 
-def _output_dir(config: DictConfig) -> str:
+def _output_dir(config: DictConfig, process: Process) -> Path:
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
-        return str(hydra.runtime.output_dir)
+        return Path(hydra.runtime.output_dir)
     if config.output_dir is not None:
-        return str(config.output_dir)
-    moment = time.strftime("%Y%m%d-%H%M%S")
-    return f"outputs/{choice('model')}_{choice('optimizer')}_{moment}"
+        return Path(config.output_dir)
+    stem = f"{choice('model')}_{choice('optimizer')}_{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = Path("outputs") / (stem if number == 1 else f"{stem}_{number}")
+        try:
+            if process.is_first:
+                folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue  # another run was started in the same second
+        except OSError as error:
+            raise SettingsError(
+                f"{folder} can't be made: {error.strerror}; give output_dir."
+            ) from error
+    return folder
 
 
 def _tell(result: TrainResult, output_dir: Path) -> None:
@@ -63,12 +81,33 @@ def _tell(result: TrainResult, output_dir: Path) -> None:
             f"{result.seconds:.1f} s; metrics and checkpoint in {output_dir}"
         )
         return
-    kept = [word for word in overrides() if not word.startswith(("output_dir=", "resume="))]
-    command = shlex.join(
-        ["python", "-m", "experiments", "train", *kept, f"output_dir={output_dir}"]
-    )
     print(
         f"Stopped after step {result.step}; the checkpoint is {result.checkpoint}. "
-        f"Continue with:\n  {command}",
+        f"Continue with:\n  {shlex.join(_command_again(output_dir))}",
         file=sys.stderr,
     )
+
+
+def _command_again(output_dir: Path) -> list[str]:
+    """The command that was run, torchrun's part of it too, with the folder that it chose."""
+    command = ["python", "-m", "experiments", "train"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        command = _torchrun_words() or ["torchrun", *_torchrun_numbers(), *command[1:]]
+    kept = [word for word in overrides() if not word.startswith(("output_dir=", "resume="))]
+    return [*command, *kept, f"output_dir={output_dir}"]
+
+
+def _torchrun_words() -> list[str]:
+    """What torchrun, which is our parent, was called with, up to our own settings."""
+    try:
+        line = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8")
+        words = line.rstrip("\0").split("\0")
+        return words[: words.index("train", words.index("experiments")) + 1]
+    except (OSError, ValueError):
+        return []
+
+
+def _torchrun_numbers() -> list[str]:
+    processes = os.environ["LOCAL_WORLD_SIZE"]
+    nodes = int(os.environ["WORLD_SIZE"]) // int(processes)
+    return ["--nnodes", str(nodes), "--nproc-per-node", processes]

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from experiments import checkpoint
+from experiments import checkpoint, resuming
 from experiments.builders import (
     build,
     build_data,
@@ -22,29 +25,19 @@ from experiments.builders import (
     optimizer_family,
     parameter_groups,
 )
-from experiments.data import BatchSampler, TokenData
 from experiments.environment import environment
 from experiments.metrics import FILE_NAME, MetricsFile, Stopwatch, peak_memory_mib
 from experiments.model import count_parameters
 from experiments.parallel import Process, gradient_sync, parallelise
+from experiments.sampler import BatchSampler
 from experiments.schedule import LearningRate
-from experiments.settings import Precision, Resume, SettingsError, plain
+from experiments.settings import Averaging, Precision, SettingsError, plain
 from experiments.signals import StopRequest
-
-# A continued run must agree in these, or the batches and the model would be other ones.
-_FIXED_ON_RESUME = (
-    "model",
-    "data",
-    "parameter_groups",
-    "seed",
-    "sequence_length",
-    "batch_size",
-    "precision",
-)
+from experiments.tokens import TokenData, TokenSequence
 
 
-class DivergedError(Exception):
-    """The loss is no longer finite."""
+class RunError(Exception):
+    """A run that can't go on: its loss is not finite, or its checkpoint can't be written."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +63,18 @@ class Trainer:
     """A model, an optimizer and data, and the loop over them.
 
     Args:
-        config: The composed configuration of ``train``.
+        config: The composed settings of ``train``.
         process: This process.
         output_dir: Where metrics and checkpoints go; the same on all processes.
         data: Tokens, where the caller has them already; otherwise the group ``data`` is loaded.
 
     Raises:
-        SettingsError: If settings contradict each other or the checkpoint.
+        SettingsError: If settings contradict each other, the data or the checkpoint, or nothing
+            can be written to `output_dir`.
     """
 
     def __init__(
-        self,
-        config: DictConfig,
-        process: Process,
-        output_dir: Path,
-        data: TokenData | None = None,
+        self, config: DictConfig, process: Process, output_dir: Path, data: TokenData | None = None
     ) -> None:
         if config.batch_size % process.world_size:
             raise SettingsError(
@@ -93,10 +83,18 @@ class Trainer:
             )
         self.config = config
         self.process = process
+        self.output_dir = output_dir
         self.checkpoints = output_dir / "checkpoints"
         self.data = data if data is not None else build_data(config)
+        self._check_vocabulary()
         self.train_sampler = self._sampler(self.data.train)
         self.validation_sampler = self._sampler(self.data.validation)
+        try:
+            self.validation_windows = self.validation_sampler.fixed_windows(
+                config.validation_batches, process.rank, process.world_size
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
 
         torch.manual_seed(config.seed)
         model = build(
@@ -111,13 +109,15 @@ class Trainer:
         self.model, distributed_config = parallelise(model, config.parallelism, process)
         groups = parameter_groups(model, config.parameter_groups)
         self.optimizer = build_optimizer(config.optimizer, groups, distributed_config)
+        self.configured = checkpoint.plain_groups(self.optimizer)
         factor = build(config.schedule, "schedule")
         self.learning_rate = LearningRate(self.optimizer, config.steps, factor)
         try:
             self.learning_rate.apply(0)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        self._averaging_mode("train")
+        self.averaged = self._averaged()
+        self._optimizer_mode("train")
         if config.compile:
             model.compile()
         self.step = 0
@@ -125,14 +125,66 @@ class Trainer:
         self._watch = Stopwatch(process.device)
         self.seconds = 0.0
         self.validation_loss = math.nan
+        self.changed_settings: dict[str, list[Any]] = {}
+        self._check_disk()
         self.last_checkpoint = self._resume()
-        self.metrics = self._open_metrics(output_dir) if process.is_first else None
+        self.metrics = self._open_metrics() if process.is_first else None
 
-    def _sampler(self, tokens: Tensor) -> BatchSampler:
+    def _sampler(self, tokens: TokenSequence) -> BatchSampler:
         config = self.config
-        return BatchSampler(tokens, config.sequence_length, config.batch_size, config.seed)
+        seed = config.seed if config.data_seed is None else config.data_seed
+        try:
+            return BatchSampler(tokens, config.sequence_length, config.batch_size, seed)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
 
-    def _averaging_mode(self, mode: str) -> None:
+    def _check_vocabulary(self) -> None:
+        for name, tokens in self.data.unchecked:
+            process = self.process
+            largest = int(process.largest(tokens.largest(process.rank, process.world_size)))
+            if largest >= self.data.vocab_size:
+                raise SettingsError(
+                    f"{name} holds token {largest}, outside of its vocabulary of "
+                    f"{self.data.vocab_size}: data.vocab_size must be larger, or the file is no "
+                    "token file."
+                )
+
+    def _check_disk(self) -> None:
+        """Better now than after the first hours."""
+        if not self.process.is_first:
+            return
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output_dir):
+                pass
+            free = shutil.disk_usage(self.output_dir).free
+        except OSError as error:
+            raise SettingsError(
+                f"output_dir={self.output_dir} can't be written to: {error.strerror}."
+            ) from error
+        parameters = list(self.model.parameters())
+        state = [v for s in self.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        # An optimizer without state so far will have two moments.
+        needed = _bytes(parameters) + max(_bytes(state), 2 * _bytes(parameters))
+        if free < needed:
+            raise SettingsError(
+                f"output_dir={self.output_dir} has {free / 2**30:.2f} GiB left, and a checkpoint takes "
+                f"about {needed / 2**30:.2f}: free some, or choose another disk."
+            )
+
+    def _averaged(self) -> AveragedModel | None:
+        averaging = self.config.averaging
+        if averaging == Averaging.none:
+            return None
+        if self.config.parallelism.strategy not in ("none", "ddp"):
+            raise SettingsError(
+                f"averaging={averaging.name} needs whole parameters: parallelism=none or ddp."
+            )
+        ema = get_ema_multi_avg_fn(self.config.ema_decay)  # type: ignore[no-untyped-call]
+        multi_avg_fn = ema if averaging == Averaging.ema else None
+        return AveragedModel(_unwrapped(self.model), multi_avg_fn=multi_avg_fn)
+
+    def _optimizer_mode(self, mode: str) -> None:
         """Optimizers that average iterates keep other weights for evaluation than for training."""
         if switch := getattr(self.optimizer, mode, None):
             switch()
@@ -140,66 +192,66 @@ class Trainer:
     # Checkpoints
 
     def _resume(self) -> Path | None:
-        latest = checkpoint.find_latest(self.checkpoints)
-        resume = self.config.resume
-        if resume == Resume.always and latest is None:
-            raise SettingsError(f"resume=always, but there is no checkpoint in {self.checkpoints}.")
-        if resume == Resume.never and self.process.is_first:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        if resume == Resume.never or latest is None:
-            return None
-        try:
-            state = checkpoint.read(latest)
-            self._check_same_run(state, latest)
-            self.train_sampler.load_state_dict(state["sampler"])
-            checkpoint.restore(latest, state, self.model, self.optimizer)
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
-        torch.set_rng_state(state["rng"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.validation_loss = state["validation_loss"]
-        return latest
-
-    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        saved, current = state["config"], plain(self.config)
-        pairs = [(key, saved[key], current[key]) for key in _FIXED_ON_RESUME]
-        pairs.append(("optimizer", state["optimizer_family"], optimizer_family(self.optimizer)))
-        for key, before, now in pairs:
-            if before != now:
-                raise SettingsError(
-                    f"{path} was written with {key}={before}, this run has {key}={now}. Use the "
-                    "same, another output_dir, or resume=never."
+        for path in resuming.candidates(self.config, self.checkpoints, self.process):
+            state = resuming.restore(
+                path,
+                self.config,
+                self.process,
+                self.model,
+                self.optimizer,
+                self.train_sampler,
+                self.configured,
+            )
+            if state is not None:
+                torch.set_rng_state(state["rng"])
+                self.step, self.seconds = state["step"], state["seconds"]
+                self.validation_loss = state["validation_loss"]
+                self.changed_settings = resuming.changed_settings(
+                    state["config"], plain(self.config)
                 )
+                if self.averaged is not None:
+                    self.averaged.load_state_dict(state["averaged"])
+                return path
+        return None
 
     def save(self) -> Path:
         """Write a checkpoint of this moment.
 
         Returns:
             Its folder.
+
+        Raises:
+            RunError: If it can't be written.
         """
-        self.last_checkpoint = checkpoint.save(
-            self.checkpoints,
-            self.step,
-            self.model,
-            self.optimizer,
-            {
-                "seconds": self.seconds,
-                "validation_loss": self.validation_loss,
-                "sampler": dict(self.train_sampler.state_dict()),
-                "rng": torch.get_rng_state(),
-                "optimizer_family": optimizer_family(self.optimizer),
-                "config": plain(self.config),
-            },
-        )
-        checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
+        try:
+            self.last_checkpoint = checkpoint.save(
+                self.checkpoints,
+                self.step,
+                self.model,
+                self.optimizer,
+                {
+                    "seconds": self.seconds,
+                    "validation_loss": self.validation_loss,
+                    "sampler": dict(self.train_sampler.state_dict()),
+                    "rng": torch.get_rng_state(),
+                    "averaged": None if self.averaged is None else self.averaged.state_dict(),
+                    "optimizer_family": optimizer_family(self.optimizer),
+                    "configured": self.configured,
+                    "config": plain(self.config),
+                },
+            )
+        except checkpoint.SaveError as error:
+            raise RunError(f"{error} The last one is {self.last_checkpoint}.") from error
+        config = self.config
+        checkpoint.prune(self.checkpoints, config.keep_checkpoints, config.keep_every)
         return self.last_checkpoint
 
-    def _open_metrics(self, output_dir: Path) -> MetricsFile:
+    def _open_metrics(self) -> MetricsFile:
         resumed = self.last_checkpoint is not None
-        metrics = MetricsFile(output_dir / FILE_NAME, self.step if resumed else None)
-        if resumed:
-            metrics.write("resume", step=self.step)
-        else:
+        path = self.output_dir / FILE_NAME
+        is_new = not (resumed and path.is_file())
+        metrics = MetricsFile(path, None if is_new else self.step)
+        if is_new:
             metrics.write(
                 "start",
                 **environment(self.process.device, self.process.world_size),
@@ -208,9 +260,24 @@ class Trainer:
                 parameters=self.num_parameters,
                 config=plain(self.config),
             )
+        if resumed:
+            metrics.write(
+                "resume",
+                step=self.step,
+                checkpoint=str(self.last_checkpoint),
+                changed=self.changed_settings,
+            )
         return metrics
 
     # The loop
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run ends: that of the schedule, or an earlier stop."""
+        config = self.config
+        return int(
+            config.steps if config.stop_after is None else min(config.stop_after, config.steps)
+        )
 
     def run(self, until: int | None = None, bar: "tqdm[Any] | None" = None) -> TrainResult:
         """Train up to the last step, or until a signal asks to stop.
@@ -223,25 +290,24 @@ class Trainer:
             How it ended.
 
         Raises:
-            DivergedError: If the loss is not finite.
+            RunError: If the loss is not finite, or a checkpoint can't be written.
         """
         config = self.config
-        last = config.steps if until is None else min(until, config.steps)
+        end = self.last_step
+        last = end if until is None else min(until, end)
         hidden = not (config.progress and self.process.is_first)
-        bar = bar or tqdm(
-            total=config.steps, initial=self.step, disable=hidden or None, dynamic_ncols=True
-        )
+        bar = bar or tqdm(total=end, initial=self.step, disable=hidden or None, dynamic_ncols=True)
         with StopRequest() as stop:
             if self.step == 0:
                 self._validate(bar)
             while self.step < last:
                 self._train_step(bar)
                 bar.update()
-                done = self.step == config.steps
+                done = self.step == end
                 if done or _is_due(self.step, config.evaluate_every):
                     self._validate(bar)
                 stopped = self._is_logged() and self.process.any(stop.signal_number is not None)
-                if done or stopped or _is_due(self.step, config.checkpoint_every):
+                if done or stopped or self._is_checkpoint_due():
                     self.save()
                 if stopped:
                     break
@@ -251,7 +317,7 @@ class Trainer:
             self.step,
             self.validation_loss,
             self.seconds,
-            stop.signal_number if self.step < config.steps else None,
+            stop.signal_number if self.step < end else None,
             self.last_checkpoint,
         )
 
@@ -267,18 +333,20 @@ class Trainer:
         batch = self.train_sampler.next_batch(process.rank, process.world_size)
         share = batch.shape[0]
         pieces = torch.split(batch, min(config.micro_batch_size or share, share))
-        loss = torch.zeros((), device=process.device)
+        loss = torch.zeros((), dtype=torch.float64, device=process.device)
         self.optimizer.zero_grad()
         for index, piece in enumerate(pieces):
             with gradient_sync(self.model, enabled=index == len(pieces) - 1):
                 with watch.measure("forward"):
-                    piece_loss = self._loss(piece) * (piece.shape[0] / share)
+                    piece_loss = self._loss(self.model, piece)[0] * (piece.shape[0] / share)
                 with watch.measure("backward"):
                     torch.autograd.backward(piece_loss)
             loss += piece_loss.detach()
         grad_norm = self._clip()
         with watch.measure("optimizer"):
             self.optimizer.step()
+        if self.averaged is not None and self.step >= config.average_from * config.steps:
+            self.averaged.update_parameters(_unwrapped(self.model))
         self.step += 1
         self._unlogged_steps += 1
         if not self._is_logged():
@@ -295,17 +363,21 @@ class Trainer:
             lr=lr,
             grad_norm=None if grad_norm is None else grad_norm.item(),
             **times,
-            peak_memory_mib=peak_memory_mib(process.device),
+            peak_memory_mib=process.largest(peak_memory_mib(process.device)),
         )
         if not math.isfinite(value):
-            raise DivergedError(
+            raise RunError(
                 f"The loss of step {self.step} is {value}. The last checkpoint is "
                 f"{self.last_checkpoint}; try a smaller optimizer.lr."
             )
 
     def _is_logged(self) -> bool:
         """Whether this step ends with a record, for which the host waits for the device."""
-        return _is_due(self.step, self.config.log_every) or self.step == self.config.steps
+        return _is_due(self.step, self.config.log_every) or self.step == self.last_step
+
+    def _is_checkpoint_due(self) -> bool:
+        config = self.config
+        return _is_due(self.step, config.checkpoint_every) or _is_due(self.step, config.keep_every)
 
     def _clip(self) -> Tensor | None:
         if self.config.clip_grad_norm is None:
@@ -313,37 +385,42 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _loss(self, batch: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token, in nats."""
-        if int(batch.max()) >= self.data.vocab_size:
-            raise SettingsError(
-                f"The data holds token {int(batch.max())}, outside of its vocabulary of "
-                f"{self.data.vocab_size}."
-            )
+    def _loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of the next token in nats, and the logits."""
         batch = batch.to(self.process.device)
         use_bf16 = self.config.precision == Precision.bf16
         with torch.autocast(self.process.device.type, torch.bfloat16, enabled=use_bf16):
-            logits = self.model(batch[:, :-1])
-            return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            logits = model(batch[:, :-1])
+            loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        return loss, logits
 
     @torch.no_grad()
     def _validate(self, bar: "tqdm[Any]") -> None:
-        self.model.eval()
-        self._averaging_mode("eval")
-        process = self.process
-        total, rows = torch.zeros((), dtype=torch.float64, device=process.device), 0
-        for batch in self.validation_sampler.fixed_batches(
-            self.config.validation_batches, process.rank, process.world_size
-        ):
-            total += self._loss(batch) * batch.shape[0]
-            rows += batch.shape[0]
-        self.validation_loss = process.mean(total / rows).item()
-        self._averaging_mode("train")
-        self.model.train()
-        perplexity = math.exp(min(self.validation_loss, 700.0))
-        self._write("validation", loss=self.validation_loss, perplexity=perplexity)
+        self._optimizer_mode("eval")
+        results = self._evaluate(self.model)
+        self._optimizer_mode("train")
+        if self.averaged is not None and int(self.averaged.n_averaged) > 0:
+            averaged = self._evaluate(self.averaged)
+            results |= {f"averaged_{name}": value for name, value in averaged.items()}
+        self.validation_loss = results["loss"]
+        self._write("validation", **results)
         if self.process.is_first and self.config.progress:
             bar.write(f"step {self.step}: validation loss {self.validation_loss:.4f}")
+
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Loss, perplexity and accuracy over the fixed windows, micro-batch by micro-batch."""
+        model.eval()
+        process, config = self.process, self.config
+        sums = torch.zeros(2, dtype=torch.float64, device=process.device)
+        size = config.micro_batch_size or config.batch_size // process.world_size
+        for batch in self.validation_sampler.batches(self.validation_windows, size):
+            loss, logits = self._loss(model, batch)
+            right = logits.argmax(-1) == batch[:, 1:].to(process.device)
+            sums += torch.stack([loss.double(), right.double().mean()]) * batch.shape[0]
+        model.train()
+        loss_value, accuracy = process.mean(sums / len(self.validation_windows)).tolist()
+        perplexity = math.exp(min(loss_value, 700.0))
+        return {"loss": loss_value, "perplexity": perplexity, "accuracy": accuracy}
 
     def _write(self, event: str, **values: Any) -> None:
         if self.metrics is not None:
@@ -353,3 +430,11 @@ class Trainer:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _bytes(tensors: list[Tensor] | list[nn.Parameter]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -29,7 +29,7 @@ def corpus(tmp_path_factory):
 def tiny(corpus):
     """Overrides for runs of a fraction of a second a step."""
     return [
-        f"data.root={corpus}",
+        f"data.train={corpus}",
         "data.validation_percent=20",
         "model.num_layers=1",
         "model.width=16",

@@ -1,6 +1,7 @@
 """A rank that dies under torchrun: the restarted run goes on from the last checkpoint."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def kill_in_the_middle(agent, rank, folder):
         assert agent.poll() is None, "the run ended before its time"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    latest = checkpoint.find_latest(folder / "checkpoints")
+    latest = checkpoint.newest_first(folder / "checkpoints")[0]
     os.kill(process_of_rank(agent, rank), signal.SIGKILL)
     return int(latest.name.rpartition("_")[2])
 
@@ -115,3 +116,27 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tiny, tmp_path)
     assert states[0].keys() == states[1].keys()
     assert any("factor_matrices" in key for key in states[0])
     assert [k for k, v in states[0].items() if not torch.equal(v, states[1][k])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the agent in /proc")
+def test_a_stopped_run_tells_the_command_that_was_run(tiny, tmp_path):
+    words = [*tiny, "optimizer=adamw", "parallelism=ddp", "steps=100000", "evaluate_every=0"]
+    folder = tmp_path / "run"
+    with (tmp_path / "log").open("w") as log:
+        agent = torchrun(words, folder, log)
+        try:
+            deadline = time.monotonic() + TIMEOUT
+            while steps_done(folder) < 3:
+                assert agent.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            agent.terminate()  # torchrun passes it on to its processes
+            agent.wait(TIMEOUT)
+    text = (tmp_path / "log").read_text()
+    line = next(line for line in text.splitlines() if "--nproc-per-node" in line)
+    again = shlex.split(line)
+    assert again[1:] == [*agent.args[1 : -len(words) - 1], *words, f"output_dir={folder}"]
+    assert checkpoint.newest_first(folder / "checkpoints")

@@ -13,13 +13,14 @@ import dash_shampoo
 from experiments import checkpoint
 from experiments.main import main
 from experiments.metrics import MetricsFile, read_metrics
+from experiments.trainer import Trainer
 from tests.experiments.composing import composed, options
 
 TRAIN_KEYS = {
     "event", "step", "loss", "lr", "grad_norm", "forward_ms", "backward_ms", "optimizer_ms",
     "peak_memory_mib", "seconds", "tokens",
 }  # fmt: skip
-VALIDATION_KEYS = {"event", "step", "loss", "perplexity", "seconds", "tokens"}
+VALIDATION_KEYS = {"event", "step", "loss", "perplexity", "accuracy", "seconds", "tokens"}
 OPTIMIZERS = options("optimizer")
 SOLVERS = options("solver")
 
@@ -28,8 +29,12 @@ def train(words, folder):
     return main(["train", *words, f"output_dir={folder}"])
 
 
+def newest(folder):
+    return next(iter(checkpoint.newest_first(folder / "checkpoints")), None)
+
+
 def state_of(folder):
-    return checkpoint.read(checkpoint.find_latest(folder / "checkpoints"))
+    return checkpoint.read(newest(folder))
 
 
 def tensors(node, prefix=""):
@@ -230,7 +235,7 @@ def forget_after(folder, step):
             for file in path.iterdir():
                 file.unlink()
             path.rmdir()
-    assert checkpoint.find_latest(folder / "checkpoints").name == f"step_{step:08d}"
+    assert newest(folder).name == f"step_{step:08d}"
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_continues(tiny, tmp_path):
@@ -311,13 +316,20 @@ def test_a_diverged_run_stops(tiny, tmp_path, capsys):
     assert json.loads(text.splitlines()[-1])["loss"] is None
 
 
-def test_token_outside_of_the_vocabulary(tiny, tmp_path, capsys):
+def test_bad_data_is_told_before_the_first_step(tiny, tmp_path, capsys):
     path = tmp_path / "tokens.bin"
     path.write_bytes(bytes([200, 0]) * 400)
     own = [word for word in tiny if not word.startswith("data.")]
     words = [*own, "data=token_files", f"data.train={path}", f"data.validation={path}", "steps=1"]
-    assert train([*words, "data.vocab_size=100"], tmp_path / "bad") == 2
-    assert "token 200, outside of its vocabulary of 100" in capsys.readouterr().err
+    for more, message in [
+        (["data.vocab_size=100"], "tokens.bin holds token 200, outside of its vocabulary of 100"),
+        ([], "data.vocab_size must be given"),
+        (["data.vocab_size=201", "sequence_length=400"], "has 400 tokens, too few for one window"),
+        (["data.vocab_size=201", "data.train=nowhere.bin"], "data.train: no file matches"),
+    ]:
+        assert train([*words, *more], tmp_path / "bad") == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "bad" / "metrics.jsonl").exists()
     assert train([*words, "data.vocab_size=201", "optimizer=adamw"], tmp_path / "good") == 0
 
 
@@ -328,20 +340,196 @@ def test_old_checkpoints_are_removed(tiny, tmp_path):
     assert names == ["step_00000004", "step_00000005"]
 
 
-def test_an_unfinished_checkpoint_is_not_seen(tiny, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_with_a_sentence(tiny, tmp_path, monkeypatch, capsys):
     words = [*tiny, "optimizer=adamw", "steps=2", "checkpoint_every=1"]
 
-    def power_cut(*arguments):
-        raise OSError("no space left")
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", power_cut)
-        with pytest.raises(OSError, match="no space left"):
-            train(words, tmp_path)
-    assert checkpoint.find_latest(tmp_path / "checkpoints") is None
+        patch.setattr(checkpoint.os, "fsync", full)
+        assert train(words, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "The checkpoint of step 1 can't be written to" in error
+    assert "No space left on device" in error
+    assert newest(tmp_path) is None
     assert train(words, tmp_path) == 0
     assert state_of(tmp_path)["step"] == 2
     assert not list((tmp_path / "checkpoints").glob("tmp_*"))
+
+
+def test_a_disk_that_is_too_small_is_told_at_the_start(tiny, tmp_path, monkeypatch, capsys):
+    usage = type("Usage", (), {"free": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.trainer.shutil.disk_usage", lambda path: usage)
+        assert train([*tiny, "steps=1"], tmp_path) == 2
+    assert "has 0.00 GiB left, and a checkpoint takes about" in capsys.readouterr().err
+    assert train([*tiny, "steps=1"], "/dev/null/nowhere") == 2
+    assert (
+        "output_dir=/dev/null/nowhere can't be written to: Not a directory"
+        in capsys.readouterr().err
+    )
+    assert train([*tiny, "steps=1"], "/proc/nowhere") == 2
+    assert "output_dir=/proc/nowhere can't be written to" in capsys.readouterr().err
+
+
+def damage(path, how):
+    match how:
+        case "cut off":
+            (path / "state.pt").write_bytes((path / "state.pt").read_bytes()[:-500])
+        case "emptied":
+            (path / "state.pt").write_bytes(b"")
+        case "overwritten":
+            (path / "state.pt").write_bytes(b"not a checkpoint at all" * 99)
+
+
+@pytest.mark.parametrize("how", ["cut off", "emptied", "overwritten"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(how, tiny, tmp_path, capsys, caplog):
+    words = [*tiny, "optimizer=adamw", "steps=6", "checkpoint_every=2", "keep_checkpoints=9"]
+    assert train(words, tmp_path) == 0
+    before = losses(tmp_path)
+    damage(newest(tmp_path), how)
+    half_written = tmp_path / "checkpoints" / "tmp_step_00000008"
+    half_written.mkdir()
+    assert train(words, tmp_path) == 0
+    assert "A damaged checkpoint is now" in caplog.text
+    assert losses(tmp_path) == before
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if r["event"] == "resume"] == [4]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    steps = [f"step_{step:08d}" for step in (2, 4, 6)]
+    assert names == ["damaged_step_00000006", *steps]
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found_again(tiny, tmp_path):
+    words = [*tiny, "optimizer=adamw", "steps=2"]
+    assert train(words, tmp_path) == 0
+    path = newest(tmp_path)
+    path.rename(path.with_name(f"old_{path.name}"))
+    assert train([*words, "resume=always"], tmp_path) == 0
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [path.name]
+
+
+def test_what_is_configured_wins_over_the_checkpoint(tiny, tmp_path, capsys):
+    words = [*tiny, "optimizer.lr=0.01", "steps=4", "stop_after=2"]
+    assert train(words, tmp_path) == 0
+    assert state_of(tmp_path)["step"] == 2
+    capsys.readouterr()
+    changed = ["optimizer.lr=0.02", "optimizer.betas=[0.8,0.95]", "optimizer.weight_decay=0.1"]
+    assert train([*words, *changed, "steps=6", "stop_after=null"], tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "optimizer.lr: 0.01 -> 0.02" in printed
+    assert "steps: 4 -> 6" in printed
+    (group,) = state_of(tmp_path)["optimizer"]["param_groups"]
+    assert list(group["betas"]) == [0.8, 0.95]
+    assert group["weight_decay"] == 0.1
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    (resume,) = [r for r in records if r["event"] == "resume"]
+    assert resume["changed"] == {
+        "steps": [4, 6],
+        "optimizer.lr": [0.01, 0.02],
+        "optimizer.betas": [[0.9, 0.95], [0.8, 0.95]],
+        "optimizer.weight_decay": [0.0, 0.1],
+    }
+    rates = [r["lr"] for r in records if r["event"] == "train"]
+    assert max(rates[2:]) > 0.012 > max(rates[:2])
+
+
+def test_two_runs_of_one_second_have_two_folders(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.train.time.strftime", lambda form: "20260101-000000")
+    for _ in range(3):
+        assert main(["train", *tiny, "optimizer=adamw", "steps=1"]) == 0
+    stem = "tiny_adamw_20260101-000000"
+    names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
+    assert names == [stem, f"{stem}_2", f"{stem}_3"]
+    assert all(len(losses(tmp_path / "outputs" / name)) == 3 for name in names)
+
+
+def test_validation_keeps_to_the_micro_batch(tiny, tmp_path, monkeypatch):
+    """So does its memory: the logits are by far the largest tensor."""
+    sizes = []
+    original = Trainer._loss
+
+    def spy(self, model, batch):
+        sizes.append(len(batch))
+        return original(self, model, batch)
+
+    monkeypatch.setattr(Trainer, "_loss", spy)
+    words = [*tiny, "optimizer=adamw", "steps=1", "precision=fp64"]
+    curves = []
+    for name, more in [("whole", []), ("pieces", ["micro_batch_size=1"])]:
+        sizes.clear()
+        assert train([*words, *more], tmp_path / name) == 0
+        assert set(sizes) == ({1} if more else {4})
+        curves.append([x[2] for x in losses(tmp_path / name)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+
+
+def test_the_validation_of_the_paper_fits():
+    config = composed(["experiment=llama_953m", "data.train=x", "data.validation=x"])
+    rows = min(config.micro_batch_size, config.batch_size // 8)
+    logits = rows * config.sequence_length * 32_000 * 4
+    # bf16 logits, their fp32 copy in the loss and its log-softmax: 4 times them at the most.
+    assert 4 * logits < 10e9
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own(tiny, tmp_path):
+    words = [*tiny, "optimizer=adamw", "steps=1"]
+    for name, more in [("one", []), ("same", ["data_seed=42"]), ("other", ["data_seed=1"])]:
+        assert train([*words, *more], tmp_path / name) == 0
+    one, same, other = (losses(tmp_path / name) for name in ("one", "same", "other"))
+    assert one == same
+    assert one[0] == other[0]  # the same weights
+    assert one[1] != other[1]
+
+
+def test_a_run_may_stop_early_and_keep_checkpoints_for_good(tiny, tmp_path):
+    words = [*tiny, "optimizer=adamw", "steps=9", "keep_checkpoints=1"]
+    assert (
+        train([*words, "stop_after=7", "keep_every=2", "checkpoint_every=1"], tmp_path / "a") == 0
+    )
+    names = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
+    assert names == [f"step_{step:08d}" for step in (2, 4, 6, 7)]
+    # The schedule is that of all nine steps, so that going on gives what the straight run does.
+    assert train(words, tmp_path / "straight") == 0
+    assert losses(tmp_path / "a")[-1][:2] == ("validation", 7)
+    assert train([*words, f"resume_from={tmp_path / 'a'}"], tmp_path / "b") == 0
+    ends = {x for x in losses(tmp_path / "straight") if x[1] > 7}
+    assert ends == {x for x in losses(tmp_path / "b") if x[1] > 7}
+    # From one checkpoint of several, without touching that folder.
+    source = tmp_path / "a" / "checkpoints" / names[1]
+    assert train([*words, f"resume_from={source}"], tmp_path / "c") == 0
+    assert losses(tmp_path / "c")[-1] == losses(tmp_path / "straight")[-1]
+    assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir()) == names
+
+
+def test_a_missing_source_is_named(tiny, tmp_path, capsys):
+    assert train([*tiny, "steps=1", "resume_from=nowhere"], tmp_path) == 2
+    assert "resume_from=nowhere: there is no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("averaging", ["ema", "swa"])
+def test_averaged_weights_are_evaluated_and_survive(averaging, tiny, tmp_path):
+    words = [
+        *tiny,
+        "optimizer=adamw",
+        "optimizer.lr=0.01",
+        f"averaging={averaging}",
+        "ema_decay=0.5",
+    ]
+    assert train([*words, "steps=6"], tmp_path / "whole") == 0
+    assert train([*words, "steps=6", "stop_after=3"], tmp_path / "halves") == 0
+    assert train([*words, "steps=6"], tmp_path / "halves") == 0
+    whole, halves = (state_of(tmp_path / name)["averaged"] for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    last = [r for r in records if r["event"] == "validation"][-1]
+    assert last["averaged_loss"] != last["loss"]
+    assert last["averaged_loss"] == pytest.approx(last["loss"], abs=0.5)
+    weights = state_of(tmp_path / "whole")["model"]
+    assert not torch.equal(whole["module.head.weight"], weights["head.weight"])
 
 
 def test_metrics_survive_a_cut_line(tmp_path):
@@ -374,7 +562,14 @@ def test_configs_of_the_optimizer_are_not_in_the_file():
     assert "grafting_config" in state["param_groups"][0]
     assert "grafting_config" not in stripped["param_groups"][0]
     assert stripped["param_groups"][0]["lr"] == state["param_groups"][0]["lr"]
-    whole = checkpoint.with_configs_of(stripped, state)["param_groups"]
+    configured = checkpoint.plain_groups(optimizer)
+    whole = checkpoint._merged(stripped, state, configured, configured)["param_groups"]
     assert whole == state["param_groups"]
+    stripped["param_groups"][0] |= {"lr": 0.5, "counter": 7}
+    other = [configured[0] | {"lr": 0.3}]
+    (group,) = checkpoint._merged(stripped, state, configured, other)["param_groups"]
+    assert (group["lr"], group["counter"]) == (0.3, 7)
+    (group,) = checkpoint._merged(stripped, state, configured, configured)["param_groups"]
+    assert group["lr"] == 0.5
     with pytest.raises(ValueError, match="0 parameter groups, the optimizer 1"):
-        checkpoint.with_configs_of({**stripped, "param_groups": []}, state)
+        checkpoint._merged({**stripped, "param_groups": []}, state, [], configured)
