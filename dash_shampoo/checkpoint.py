@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dash_shampoo import base, config
+from dash_shampoo import base, config, eigenbasis, orthogonalization
 
 # The modules by whose names the configs of either base stand in a pickle.
 _HOMES = (
@@ -59,7 +59,14 @@ def safe_globals() -> list[type | tuple[type, str]]:
     """
     named = _config_classes(base).items()
     aliases = [(cls, f"{home}.{name}") for home in _HOMES for name, cls in named]
-    return [*_config_classes(config).values(), *aliases]
+    ours = [
+        cls
+        for room in (config, eigenbasis, orthogonalization)
+        for name, cls in _config_classes(room).items()
+        if room is config or name.endswith("Config")
+    ]
+    scales: list[Any] = [orthogonalization.match_rms_adamw, orthogonalization.muon_original]
+    return [*ours, *scales, *aliases]
 
 
 def native_groups(

@@ -82,6 +82,10 @@ def test_every_config_can_be_loaded_weights_only():
         ds.ScaledCoupledNewtonConfig(),
         ds.CoupledHigherOrderConfig(rel_epsilon=1e-3, abs_epsilon=0.0),
         ds.CoupledNewtonConfig(),
+        ds.OrthogonalIterationConfig(num_iterations=2),
+        ds.MuonOrthogonalizationConfig(scale_by_dims_fn=ds.muon_original),
+        ds.MinimaxPolarConfig(num_iterations=6),
+        ds.GramOrthogonalizationConfig(),
         ds.PseudoInverseConfig(),
         ds.DDPDistributedConfig(),
         ds.FSDPParamAssignmentStrategy.REPLICATE,
@@ -93,7 +97,7 @@ def test_every_config_can_be_loaded_weights_only():
 
 
 def test_every_public_config_class_is_safe():
-    listed = {entry if isinstance(entry, type) else entry[0] for entry in ds.safe_globals()}
+    listed = {entry[0] if isinstance(entry, tuple) else entry for entry in ds.safe_globals()}
     public = [getattr(ds, name) for name in ds.__all__ if name.endswith(("Config", "Scaling"))]
     classes = {value for value in public if isinstance(value, type)}
     assert len(classes) > 40

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "orthogonalization": {"base", "config", "inverse_root"},
     "failures": {"base", "config", "inverse_root"},
     "preconditioner": {"base", "config", "stacks", "inverse_root", "failures"},
-    "checkpoint": {"base", "config"},
+    "checkpoint": {"base", "config", "eigenbasis", "orthogonalization"},
     "optimizer": {"base", "checkpoint", "config", "preconditioner"},
     "grouping": {"base", "planning"},
     "planning": {"base", "config", "stacks", "inverse_root"},

@@ -156,12 +156,19 @@ class RootInvShampooPreconditionerConfig(ClassicShampooPreconditionerConfig):
 
 @dataclass(kw_only=True)
 class RootInvKLShampooPreconditionerConfig(RootInvShampooPreconditionerConfig):
-    """KL-Shampoo with stored inverse roots. Not in the embedded base."""
+    """KL-Shampoo with stored inverse roots; computed on stacks alone (`DashShampoo`)."""
 
 
 @dataclass(kw_only=True)
 class EigendecomposedShampooPreconditionerConfig(ClassicShampooPreconditionerConfig):
-    """Shampoo that stores the eigendecompositions. Not in the embedded base."""
+    """Shampoo that stores the eigendecompositions; computed on stacks alone (`DashShampoo`).
+
+    Attributes:
+        amortized_computation_config: How eigenvectors are computed.
+            (Default: EighEigendecompositionConfig())
+        factor_matrix_eigenvectors_dtype: Dtype of the eigenvectors. (Default: torch.float32)
+        factor_matrix_eigenvalues_dtype: Dtype of the eigenvalues. (Default: torch.float32)
+    """
 
     amortized_computation_config: EigendecompositionConfig = field(
         default_factory=EighEigendecompositionConfig
@@ -172,12 +179,22 @@ class EigendecomposedShampooPreconditionerConfig(ClassicShampooPreconditionerCon
 
 @dataclass(kw_only=True)
 class EigendecomposedKLShampooPreconditionerConfig(EigendecomposedShampooPreconditionerConfig):
-    """KL-Shampoo with stored eigendecompositions. Not in the embedded base."""
+    """KL-Shampoo with stored eigendecompositions; computed on stacks alone (`DashShampoo`)."""
 
 
 @dataclass(kw_only=True)
 class EigenvalueCorrectedShampooPreconditionerConfig(BaseShampooPreconditionerConfig):
-    """Adam in the eigenbasis of Shampoo's factors (SOAP). Not in the embedded base."""
+    """Adam in the eigenbasis of Shampoo's factors (SOAP); computed on stacks alone (`DashShampoo`).
+
+    Attributes:
+        amortized_computation_config: How eigenvectors are computed.
+            (Default: EighEigendecompositionConfig())
+        ignored_basis_change_dims: Dimensions by order of the block that keep their basis. (Default: {})
+        inverse_exponent_override: Exponent of the second moment by order of the block. Not given: 1/2.
+            (Default: {})
+        factor_matrix_eigenvectors_dtype: Dtype of the eigenvectors. (Default: torch.float32)
+        corrected_eigenvalues_dtype: Dtype of the second moment. (Default: torch.float32)
+    """
 
     amortized_computation_config: EigendecompositionConfig = field(
         default_factory=EighEigendecompositionConfig
@@ -196,11 +213,25 @@ class EigenvalueCorrectedShampooPreconditionerConfig(BaseShampooPreconditionerCo
             stability,
             "a PerturbationConfig",
         )
+        for order, dimensions in self.ignored_basis_change_dims.items():
+            check(order >= 0, "order in ignored_basis_change_dims", order, ">= 0")
+            name = f"ignored_basis_change_dims[{order}]"
+            last = max(order - 1, 0)
+            for dimension in dimensions:
+                check(0 <= dimension <= last, f"dimension in {name}", dimension, f"in [0, {last}]")
+            check(len(set(dimensions)) == len(dimensions), name, dimensions, "without repetitions")
+        for order, exponent in self.inverse_exponent_override.items():
+            check(order >= 0, "order in inverse_exponent_override", order, ">= 0")
+            check(exponent > 0.0, f"inverse_exponent_override[{order}]", exponent, "> 0.0")
 
 
 @dataclass(kw_only=True)
 class SpectralDescentPreconditionerConfig(PreconditionerConfig):
-    """Orthogonalised search directions (Muon). Not in the embedded base."""
+    """Orthogonalised search directions (Muon), of matrices alone; on stacks (`DashShampoo`).
+
+    Attributes:
+        orthogonalization_config: How. (Default: NewtonSchulzOrthogonalizationConfig())
+    """
 
     orthogonalization_config: OrthogonalizationConfig = field(
         default_factory=NewtonSchulzOrthogonalizationConfig
@@ -214,7 +245,11 @@ def _unit_scale(grad: Tensor) -> float:
 
 @dataclass(kw_only=True)
 class SignDescentPreconditionerConfig(PreconditionerConfig):
-    """The sign of the gradient. Not in the embedded base."""
+    """The sign of the gradient; computed on stacks alone (`DashShampoo`).
+
+    Attributes:
+        scale_fn: Factor of a block's signs as a function of its gradient. (Default: 1)
+    """
 
     scale_fn: Callable[[Tensor], float | Tensor] = _unit_scale
 

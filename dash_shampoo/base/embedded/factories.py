@@ -9,21 +9,44 @@ from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.configs import (
     AdaGradPreconditionerConfig,
     AdamPreconditionerConfig,
+    BaseShampooPreconditionerConfig,
+    EigendecomposedKLShampooPreconditionerConfig,
+    EigendecomposedShampooPreconditionerConfig,
+    EigenvalueCorrectedShampooPreconditionerConfig,
     PreconditionerConfig,
     RMSpropPreconditionerConfig,
+    RootInvKLShampooPreconditionerConfig,
     RootInvShampooPreconditionerConfig,
     SGDPreconditionerConfig,
+    SignDescentPreconditionerConfig,
+    SpectralDescentPreconditionerConfig,
 )
 from dash_shampoo.base.embedded.distributed_configs import (
     not_implemented,
 )
 from dash_shampoo.base.embedded.distributor import Distributor
+from dash_shampoo.base.embedded.kronecker_list import BaseShampooPreconditionerList
+from dash_shampoo.base.embedded.other_lists import (
+    EigendecomposedShampooPreconditionerList,
+    EigenvalueCorrectedShampooPreconditionerList,
+    RootInvKLShampooPreconditionerList,
+    SignDescentPreconditionerList,
+    SpectralDescentPreconditionerList,
+)
 from dash_shampoo.base.embedded.preconditioner_list import (
     AdagradPreconditionerList,
     PreconditionerList,
     SGDPreconditionerList,
 )
 from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
+
+_SHAMPOO_LISTS: dict[type[PreconditionerConfig], type[BaseShampooPreconditionerList]] = {
+    RootInvShampooPreconditionerConfig: RootInvShampooPreconditionerList,
+    RootInvKLShampooPreconditionerConfig: RootInvKLShampooPreconditionerList,
+    EigendecomposedShampooPreconditionerConfig: EigendecomposedShampooPreconditionerList,
+    EigendecomposedKLShampooPreconditionerConfig: EigendecomposedShampooPreconditionerList,
+    EigenvalueCorrectedShampooPreconditionerConfig: EigenvalueCorrectedShampooPreconditionerList,
+}
 
 
 def own_distributor_class(config: Any) -> type[Distributor] | None:
@@ -55,6 +78,14 @@ def own_distributor_class(config: Any) -> type[Distributor] | None:
             return None
 
 
+CHECKED_LISTS = (
+    *_SHAMPOO_LISTS.values(),
+    SignDescentPreconditionerList,
+    SpectralDescentPreconditionerList,
+)
+"""Lists that may find, once built, that they cannot do what is asked for."""
+
+
 def preconditioner_list(
     config: PreconditionerConfig | None,
     state: Mapping[Tensor, Any],
@@ -82,10 +113,15 @@ def preconditioner_list(
             blocks, state, infos, beta2, weight, config.epsilon, is_corrected
         )
     # By exact type: subclasses are other methods, or have options that would be ignored here.
-    if type(config) is RootInvShampooPreconditionerConfig:
+    if isinstance(config, SpectralDescentPreconditionerConfig):
+        return SpectralDescentPreconditionerList(blocks, config)
+    if isinstance(config, SignDescentPreconditionerConfig):
+        return SignDescentPreconditionerList(blocks, config)
+    if (list_class := _SHAMPOO_LISTS.get(type(config))) is not None:
+        assert isinstance(config, BaseShampooPreconditionerConfig)
         beta2 = group[keys.BETAS][1]
         is_sum = beta2 == 1.0 or config.drop_weighting_factor_on_gsquare
-        return RootInvShampooPreconditionerList(
+        return list_class(
             blocks,
             state,
             infos,

@@ -4,6 +4,9 @@ from typing import Final
 
 # Optimizer state of a parameter, saved in checkpoints.
 ADAGRAD: Final = "adagrad"
+CORRECTED_EIGENVALUES: Final = "corrected_eigenvalues"
+EIGENVALUES: Final = "factor_matrices_eigenvalues"
+EIGENVECTORS: Final = "factor_matrices_eigenvectors"
 FACTOR_MATRICES: Final = "factor_matrices"
 FILTERED_GRAD: Final = "filtered_grad"
 INV_FACTOR_MATRICES: Final = "inv_factor_matrices"

@@ -101,7 +101,7 @@ class EighEigendecompositionConfig(EigendecompositionConfig):
 
 @dataclass(kw_only=True)
 class QREigendecompositionConfig(EigendecompositionConfig):
-    """Eigendecomposition by warm-started QR iterations. Not in the embedded base.
+    """Eigendecomposition by warm-started QR iterations.
 
     Attributes:
         max_iterations: Cap on the iterations. (Default: 1)
@@ -171,7 +171,7 @@ def _no_scaling(d_in: int, d_out: int) -> float:
 
 @dataclass
 class OrthogonalizationConfig(MatrixFunctionConfig, abstract=True):
-    """The nearest orthogonal matrix. Not in the embedded base.
+    """The nearest orthogonal matrix.
 
     Attributes:
         scale_by_dims_fn: Factor as a function of the matrix's dimensions. (Default: 1)
@@ -182,7 +182,7 @@ class OrthogonalizationConfig(MatrixFunctionConfig, abstract=True):
 
 @dataclass(kw_only=True)
 class SVDOrthogonalizationConfig(OrthogonalizationConfig):
-    """Orthogonalisation by a singular value decomposition. Not in the embedded base.
+    """Orthogonalisation by a singular value decomposition.
 
     Attributes:
         scale_by_nuclear_norm: Whether the result is scaled by the nuclear norm. (Default: False)
@@ -193,7 +193,7 @@ class SVDOrthogonalizationConfig(OrthogonalizationConfig):
 
 @dataclass(kw_only=True)
 class NewtonSchulzOrthogonalizationConfig(OrthogonalizationConfig):
-    """Orthogonalisation by the quintic Newton-Schulz iteration. Not in the embedded base.
+    """Orthogonalisation by the quintic Newton-Schulz iteration.
 
     Attributes:
         num_iterations: Fixed number of iterations. (Default: 5)

@@ -49,7 +49,6 @@ from dash_shampoo.base.embedded.hyper_parameters import check_and_complete
 from dash_shampoo.base.embedded.preconditioner_list import (
     PreconditionerList,
 )
-from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
 from dash_shampoo.base.embedded.state import copy_nested, match_state, native_config, pair_params
 from dash_shampoo.base.embedded.step import ShampooStep
 
@@ -228,8 +227,8 @@ class DistributedShampoo(ShampooStep, Optimizer):
             for key in (keys.PRECONDITIONER_CONFIG, keys.GRAFTING_CONFIG)
         )
         for preconditioners in (shampoo, grafting):
-            # A list of a subclass has solvers of its own, and checks them itself.
-            if type(preconditioners) is RootInvShampooPreconditionerList:
+            # A list of a subclass has methods of its own, and checks them itself.
+            if preconditioners is not None and type(preconditioners) in factories.CHECKED_LISTS:
                 preconditioners.check_supported()
         assert shampoo is not None
         state_lists[keys.SHAMPOO_PRECONDITIONER_LIST] = shampoo

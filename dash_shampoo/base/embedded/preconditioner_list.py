@@ -52,6 +52,14 @@ class PreconditionerList(ABC):
     def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
         """Restricts the list to the blocks that have a gradient."""
 
+    def check_supported(self) -> None:  # noqa: B027 (most lists have nothing to refuse)
+        """Refuses what the list, once built, finds that it cannot do.
+
+        Raises:
+            NotImplementedError: If it lacks the method.
+            ValueError: If the method cannot do what is asked for.
+        """
+
 
 class SGDPreconditionerList(PreconditionerList):
     """The identity."""

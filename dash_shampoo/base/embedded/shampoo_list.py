@@ -1,74 +1,44 @@
 """Shampoo's preconditioners of a parameter group, block by block."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
-from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.blocking import pack_upper_triangular, unpack_upper_triangular
-from dash_shampoo.base.embedded.configs import RootInvShampooPreconditionerConfig
-from dash_shampoo.base.embedded.distributor import BlockInfo
+from dash_shampoo.base.embedded.kronecker_list import (
+    Allocator,
+    ClassicShampooPreconditionerList,
+    KroneckerFactors,
+)
 from dash_shampoo.base.embedded.matrix_function_configs import RootInvConfig
 from dash_shampoo.base.embedded.matrix_functions import check_supported, matrix_inverse_root
-from dash_shampoo.base.embedded.preconditioner_list import (
-    PreconditionerList,
-    PreconditionerValueError,
-)
+from dash_shampoo.base.embedded.preconditioner_list import PreconditionerValueError
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
-class RootInvShampooKroneckerFactors:
+class RootInvShampooKroneckerFactors(KroneckerFactors):
     """The factor matrices of a block and their inverse roots, as local tensors.
 
     Attributes:
-        factor_matrices: One (N, N) per preconditioned dimension, or packed (N(N+1)/2,).
-        inv_factor_matrices: Their inverse roots, stored alike.
-        factor_matrix_indices: "<parameter>.<block>.<number>" for messages.
-        roots: p of A^(-1/p) for each.
-        use_symmetric_packing: Whether the matrices are packed.
+        inv_factor_matrices: The inverse roots, stored as the factor matrices are.
         amortized_computation_config: The solver.
-        epsilon: Damping.
-        num_tolerated_failed_amortized_computations: How many failures in a row are tolerated.
-        use_trace_scaling: Whether a factor is multiplied by trace^(-trace_scaling_exponent).
-        trace_scaling_exponent: See there.
-        param_name: Name of the parameter for messages. (Default: None)
     """
 
-    factor_matrices: tuple[Tensor, ...]
     inv_factor_matrices: tuple[Tensor, ...]
-    factor_matrix_indices: tuple[str, ...]
-    roots: tuple[float, ...]
-    use_symmetric_packing: bool
     amortized_computation_config: RootInvConfig
-    epsilon: float
-    num_tolerated_failed_amortized_computations: int
-    use_trace_scaling: bool = False
-    trace_scaling_exponent: float = 0.5
-    param_name: str | None = None
-    _failed_amortized_computation_counter: int = field(init=False, default=0)
 
     def get_unpacked_inv_factor_matrices(self) -> tuple[Tensor, ...]:
         """The inverse factor matrices as (N, N); new memory if they are packed."""
         if not self.use_symmetric_packing:
             return self.inv_factor_matrices
         return tuple(map(unpack_upper_triangular, self.inv_factor_matrices))
-
-    def accumulate_(self, outer_products: list[Tensor], beta2: float, weight: float) -> None:
-        """F ← beta2·F + weight·GGᵀ."""
-        if self.use_symmetric_packing:
-            outer_products = list(map(pack_upper_triangular, outer_products))
-        if beta2 != 1.0:
-            torch._foreach_mul_(self.factor_matrices, beta2)
-        torch._foreach_add_(self.factor_matrices, outer_products, alpha=weight)
 
     def amortized_computation(self, bias_correction2: float | Tensor) -> None:
         """R ← (F / bias_correction2)^(-1/p); where the solver fails, R stays.
@@ -145,68 +115,15 @@ class RootInvShampooKroneckerFactors:
         return index if self.param_name is None else f"{index} (of parameter {self.param_name})"
 
 
-def _identity(size: int, is_packed: bool, device: torch.device) -> Tensor:
-    identity = torch.eye(size, device=device)
-    return pack_upper_triangular(identity) if is_packed else identity
-
-
-class RootInvShampooPreconditionerList(PreconditionerList):
+class RootInvShampooPreconditionerList(ClassicShampooPreconditionerList):
     """Shampoo with stored inverse roots, one block after the other (arXiv 2309.06497).
 
-        F_k ← beta2·F_k + weighting_factor·G₍ₖ₎G₍ₖ₎ᵀ      G₍ₖ₎ the mode-k unfolding
-        R_k ← (F_k / bias_correction2)^(-1/p_k)           every precondition_frequency steps
-        U ← G ×₁ R_1 ×₂ R_2 …
-
-    Args:
-        block_list: The blocks of this process.
-        state: The optimizer's state, in which the matrices are kept.
-        block_info_list: One per block.
-        preconditioner_config: Solver, dtypes, exponents, packing.
-        beta2: Decay of the factors; 1.0 sums.
-        weighting_factor: Weight of the new outer products.
-        epsilon: Damping.
-        use_bias_correction: Whether bias_correction2 = 1 - beta2^step instead of 1.
+    F_k ← beta2·F_k + weighting_factor·G₍ₖ₎G₍ₖ₎ᵀ      G₍ₖ₎ the mode-k unfolding
+    R_k ← (F_k / bias_correction2)^(-1/p_k)           every precondition_frequency steps
+    U ← G ×₁ R_1 ×₂ R_2 …
     """
 
-    def __init__(
-        self,
-        block_list: tuple[Tensor, ...],
-        state: Mapping[Tensor, Any],
-        block_info_list: Sequence[BlockInfo],
-        preconditioner_config: RootInvShampooPreconditionerConfig,
-        beta2: float = 1.0,
-        weighting_factor: float = 1.0,
-        epsilon: float = 1e-12,
-        use_bias_correction: bool = True,
-    ) -> None:
-        super().__init__(block_list)
-        self._preconditioner_config = preconditioner_config
-        self._beta2 = beta2
-        self._weighting_factor = weighting_factor
-        self._epsilon = epsilon
-        self._use_bias_correction = use_bias_correction
-        self._bias_correction2 = torch.tensor(1.0)
-
-        self._local_order_list: tuple[int, ...] = tuple(block.dim() for block in block_list)
-        self._local_preconditioned_dims_selector_list: tuple[tuple[bool, ...], ...] = tuple(
-            tuple(self._exponent(k, len(dims)) != 0.0 for k in range(len(dims)))
-            for dims in self._dims_list
-        )
-        identity = cache(_identity)  # one for all blocks: thousands cost seconds
-        self._local_kronecker_factors_unwrapped: tuple[RootInvShampooKroneckerFactors, ...] = tuple(
-            self._allocate(block, info, selector, state, identity)
-            for block, info, selector in zip(
-                block_list,
-                block_info_list,
-                self._local_preconditioned_dims_selector_list,
-                strict=True,
-            )
-        )
-        self._masked_order_list = self._local_order_list
-        self._masked_preconditioned_dims_selector_list = (
-            self._local_preconditioned_dims_selector_list
-        )
-        self._masked_kronecker_factors_unwrapped = self._local_kronecker_factors_unwrapped
+    _record = RootInvShampooKroneckerFactors
 
     def check_supported(self) -> None:
         """Refuses a solver that this list does not have, or roots that it cannot do.
@@ -221,34 +138,6 @@ class RootInvShampooPreconditionerList(PreconditionerList):
         for root in sorted(roots):
             check_supported(config, root)
 
-    def update_preconditioners(
-        self,
-        masked_grad_list: tuple[Tensor, ...],
-        step: Tensor,
-        perform_amortized_computation: bool = False,
-    ) -> None:
-        """Accumulates the factor matrices and, when due, refreshes their inverse roots.
-
-        Args:
-            masked_grad_list: Gradients of the active blocks.
-            step: Step count, a CPU tensor.
-            perform_amortized_computation: Whether the inverse roots are due.
-
-        Raises:
-            PreconditionerValueError: If a factor matrix or its inverse root is not finite.
-            ValueError: If the solver failed more often in a row than tolerated.
-        """
-        self._update_factor_matrices(masked_grad_list)
-        if (
-            self._use_bias_correction
-            and self._beta2 < 1.0
-            and not self._preconditioner_config.drop_weighting_factor_on_gsquare
-        ):
-            self._bias_correction2 = torch.tensor(1.0) - self._beta2**step
-        if perform_amortized_computation:
-            for factors in self._masked_kronecker_factors_unwrapped:
-                factors.amortized_computation(self._bias_correction2)
-
     def precondition(self, masked_grad_list: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """U = G ×₁ R_1 ×₂ R_2 … of the active blocks, in new memory and of the same dtypes."""
         return tuple(
@@ -260,35 +149,6 @@ class RootInvShampooPreconditionerList(PreconditionerList):
                 strict=True,
             )
         )
-
-    def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
-        """Restricts the list to the blocks that have a gradient."""
-        self._masked_order_list = tuple(compress(self._local_order_list, local_grad_selector))
-        self._masked_preconditioned_dims_selector_list = tuple(
-            compress(self._local_preconditioned_dims_selector_list, local_grad_selector)
-        )
-        self._masked_kronecker_factors_unwrapped = tuple(
-            compress(self._local_kronecker_factors_unwrapped, local_grad_selector)
-        )
-
-    def _update_factor_matrices(self, masked_grad_list: tuple[Tensor, ...]) -> None:
-        for grad, selector, factors in zip(
-            masked_grad_list,
-            self._masked_preconditioned_dims_selector_list,
-            self._masked_kronecker_factors_unwrapped,
-            strict=True,
-        ):
-            if not factors.factor_matrices:
-                continue
-            unfoldings = [
-                grad.movedim(k, 0).reshape(grad.shape[k], -1)
-                for k in compress(range(grad.dim()), selector)
-            ]
-            factors.accumulate_(
-                [unfolded @ unfolded.T for unfolded in unfoldings],
-                self._beta2,
-                self._weighting_factor,
-            )
 
     @staticmethod
     def _precondition_block(
@@ -308,55 +168,11 @@ class RootInvShampooPreconditionerList(PreconditionerList):
                 result = result.movedim(0, -1)
         return result.to(grad.dtype)
 
-    def _exponent(self, dimension: int, order: int) -> float:
-        default = 1 / (2 * max(order, 1))
-        override = self._preconditioner_config.inverse_exponent_override.get(order, default)
-        return override.get(dimension, default) if isinstance(override, dict) else override
-
-    def _allocate(
-        self,
-        block: Tensor,
-        info: BlockInfo,
-        selector: tuple[bool, ...],
-        state: Mapping[Tensor, Any],
-        identity: Callable[[int, bool, torch.device], Tensor],
-    ) -> RootInvShampooKroneckerFactors:
-        config = self._preconditioner_config
-        dimensions = tuple(compress(range(block.dim()), selector))
-        sizes = [block.shape[k] for k in dimensions]
-
-        def zeros(size: int, dtype: torch.dtype) -> Tensor:
-            shape = (size * (size + 1) // 2,) if config.use_symmetric_packing else (size, size)
-            return info.allocate_zeros_tensor(size=shape, dtype=dtype, device=block.device)
-
-        factor_matrices = [zeros(size, config.factor_matrix_dtype) for size in sizes]
-        inv_factor_matrices = [zeros(size, config.inv_factor_matrix_dtype) for size in sizes]
-        for size, inverse in zip(sizes, map(info.get_tensor, inv_factor_matrices), strict=True):
-            inverse.copy_(identity(size, config.use_symmetric_packing, inverse.device))
-        block_state = info.block_state(state)
-        block_state[keys.SHAMPOO] = {
-            name: dict(enumerate(matrices))
-            for name, matrices in (
-                (keys.FACTOR_MATRICES, factor_matrices),
-                (keys.INV_FACTOR_MATRICES, inv_factor_matrices),
-            )
-            if matrices
+    def _more_state(
+        self, allocate: Allocator, shape: torch.Size, sizes: Sequence[int]
+    ) -> dict[str, list[Tensor] | Tensor]:
+        del shape
+        dtype = self._preconditioner_config.inv_factor_matrix_dtype
+        return {
+            keys.INV_FACTOR_MATRICES: [allocate.symmetric_identity(size, dtype) for size in sizes]
         }
-        param_index, block_key = info.composable_block_ids
-        return RootInvShampooKroneckerFactors(
-            factor_matrices=tuple(map(info.get_tensor, factor_matrices)),
-            inv_factor_matrices=tuple(map(info.get_tensor, inv_factor_matrices)),
-            factor_matrix_indices=tuple(
-                f"{param_index}.{block_key}.{n}" for n in range(len(sizes))
-            ),
-            roots=tuple(1 / self._exponent(k, block.dim()) for k in dimensions),
-            use_symmetric_packing=config.use_symmetric_packing,
-            amortized_computation_config=config.amortized_computation_config,
-            epsilon=self._epsilon,
-            num_tolerated_failed_amortized_computations=(
-                config.num_tolerated_failed_amortized_computations
-            ),
-            use_trace_scaling=config.use_trace_scaling,
-            trace_scaling_exponent=config.trace_scaling_exponent,
-            param_name=info.param_name,
-        )
