@@ -10,6 +10,7 @@ The configs of Distributed Shampoo are re-exported here under their own names. T
 package where it is importable, else from the embedded base; `dash_shampoo.base.name` tells which.
 """
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
@@ -103,7 +104,10 @@ from dash_shampoo.orthogonalization import (
     muon_original,
 )
 
-__version__ = _version("dash-shampoo")
+try:
+    __version__ = _version("dash-shampoo")
+except _PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
+    __version__ = "0+checkout"
 
 __all__ = [
     "AdaGradPreconditionerConfig",

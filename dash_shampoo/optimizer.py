@@ -6,15 +6,12 @@ import logging
 from dataclasses import fields
 from typing import Any, cast
 
-import torch
-
 from dash_shampoo.base import (
     DISTRIBUTOR,
     SHAMPOO_PRECONDITIONER_LIST,
     CoupledHigherOrderConfig,
     CoupledNewtonConfig,
     DistributedConfig,
-    DistributedShampoo,
     EigenConfig,
     PreconditionerConfig,
     RootInvKLShampooPreconditionerConfig,
@@ -23,8 +20,8 @@ from dash_shampoo.base import (
     own_distributor_class,
 )
 from dash_shampoo.base import name as base_name
-from dash_shampoo.checkpoint import native_groups, without_cast
 from dash_shampoo.config import DashShampooPreconditionerConfig
+from dash_shampoo.guards import GuardedShampoo
 from dash_shampoo.preconditioner import (
     StackedRootInvKLShampooPreconditionerList,
     StackedRootInvShampooPreconditionerList,
@@ -44,7 +41,7 @@ _STACKED_LISTS: dict[type, type[StackedRootInvShampooPreconditionerList]] = {
 _SOLVERS_OF_BASE = (EigenConfig, CoupledNewtonConfig, CoupledHigherOrderConfig)
 
 
-class DashShampoo(DistributedShampoo):
+class DashShampoo(GuardedShampoo):
     """Distributed Shampoo, with all blocks of a size computed at once.
 
     A drop-in replacement for `DistributedShampoo`: the same constructor, parameter-group options, state
@@ -77,8 +74,6 @@ class DashShampoo(DistributedShampoo):
         >>> model(torch.ones(2, 8)).square().sum().backward()
         >>> optimizer.step()
     """
-
-    _state_to_load: dict[str, Any] | None = None
 
     def _select_distributor_class(self, distributed_config: DistributedConfig) -> Any:
         """Our own distributor, on both bases, where there is one for the config."""
@@ -137,32 +132,6 @@ class DashShampoo(DistributedShampoo):
                 names[id(param)] = given[index] if is_named else f"parameter {len(names)}"
         return [names[id(info.param)] for info in block_infos]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state that this class or the base's `DistributedShampoo` saved, of either base.
-
-        The state is copied in place and keeps its precision: fp32 factor matrices of bf16 parameters
-        are restored bit for bit. Configs in the parameter groups become those of the base in use, and
-        what a saved group lacks stays as it is; see `safe_globals` for reading a file.
-
-        Args:
-            state_dict: As returned by `state_dict()`.
-        """
-        # Registered now, so that it sees what the hooks of others have made of the state.
-        handle = self.register_load_state_dict_pre_hook(_keep_state_to_load)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self._state_to_load = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if self._state_to_load is not None and "state" in state:
-            exact = without_cast(
-                state["state"], self._state_to_load, self.param_groups, known=self.state
-            )
-            state = {**state, "state": exact}
-        super().__setstate__(state)
-
     def failure_counts(self) -> dict[str, int]:
         """How many inverse roots were not accepted since the start, by the name of their parameter.
 
@@ -179,15 +148,6 @@ class DashShampoo(DistributedShampoo):
                 for name, count in preconditioners.failure_counts().items():
                     counts[name] = counts.get(name, 0) + count
         return counts
-
-
-def _keep_state_to_load(
-    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-) -> dict[str, Any]:
-    assert isinstance(optimizer, DashShampoo)
-    groups = native_groups(state_dict["param_groups"], optimizer.param_groups)
-    optimizer._state_to_load = {**state_dict, "param_groups": groups}
-    return optimizer._state_to_load
 
 
 def _config_for_base(

@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "failures": {"base", "config", "inverse_root"},
     "preconditioner": {"base", "config", "stacks", "inverse_root", "failures"},
     "checkpoint": {"base", "config", "eigenbasis", "orthogonalization"},
-    "optimizer": {"base", "checkpoint", "config", "preconditioner"},
+    "guards": {"base", "checkpoint", "stacks"},
+    "optimizer": {"base", "config", "guards", "preconditioner"},
     "grouping": {"base", "planning"},
     "planning": {"base", "config", "stacks", "inverse_root"},
     "dash_shampoo": {

@@ -15,7 +15,7 @@ from dash_shampoo.stacks.plan import (
     plan_stacks,
     split_rows,
 )
-from dash_shampoo.stacks.storage import MatrixStack, bind_, pack, unpack
+from dash_shampoo.stacks.storage import MatrixStack, bind_, pack, row_of, unpack
 
 __all__ = [
     "ActiveBucket",
@@ -33,6 +33,7 @@ __all__ = [
     "num_rows",
     "pack",
     "plan_stacks",
+    "row_of",
     "split_rows",
     "unpack",
 ]

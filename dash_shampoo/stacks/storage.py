@@ -5,14 +5,18 @@ Shapes: B slots, N the size of a factor matrix, P = N(N+1)/2 the length of its p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dash_shampoo.stacks.plan import Rows
+
+# For each tensor that was bound its row, as long as the tensor lives.
+_ROWS: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
 
 
 class MatrixStack:
@@ -112,6 +116,12 @@ def bind_(tensor: Tensor, row: Tensor) -> None:
         return
     alias: Tensor = from_dlpack(row)
     tensor.set_(alias.untyped_storage(), 0, row.size(), row.stride())
+    _ROWS[tensor] = row
+
+
+def row_of(tensor: Tensor) -> Tensor | None:
+    """The row that a tensor was bound to, or None. It has left that where the two share no memory."""
+    return _ROWS.get(tensor)
 
 
 def pack(matrices: Tensor) -> Tensor:

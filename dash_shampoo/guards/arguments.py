@@ -1,0 +1,282 @@
+"""Checks of what the constructor and the parameter groups are given: the same words on both bases.
+
+Every message names the argument, its value and what is allowed. A wrong type is a TypeError, a value out
+of range a ValueError.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+from dash_shampoo.base import (
+    BaseShampooPreconditionerConfig,
+    ClassicMomentumConfig,
+    ConcurrencyConfig,
+    DistributedConfig,
+    EigendecompositionConfig,
+    GeneralizedPrimalAveragingConfig,
+    MatrixFunctionConfig,
+    PreconditionerConfig,
+    PseudoInverseConfig,
+    ScheduleFreeConfig,
+    ShampooPT2CompileConfig,
+    ShampooRuntimeConfig,
+    WeightDecayType,
+)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a value must be.
+
+    Attributes:
+        types: Allowed types.
+        allowed: The same in words.
+        in_range: Whether a value of these types is allowed.
+    """
+
+    types: tuple[type, ...]
+    allowed: str
+    in_range: Callable[[Any], bool] = lambda _: True
+
+    def check(self, name: str, value: object) -> None:
+        is_bool = isinstance(value, bool) and bool not in self.types
+        if is_bool or not isinstance(value, self.types):
+            raise TypeError(
+                f"Invalid {name}={_shown(value)}: must be {self.allowed}.{_hint(value)}"
+            )
+        if not self.in_range(value):
+            raise ValueError(f"Invalid {name}={_shown(value)}: must be {self.allowed}.")
+
+
+def _is_at_least(value: Any, least: float) -> bool:
+    return bool(least <= value < math.inf)
+
+
+def _is_decay(value: Any, is_closed: bool) -> bool:
+    return bool(0.0 <= value < 1.0 or (is_closed and value == 1.0))
+
+
+_BOOL = _Rule((bool,), "True or False")
+_AT_LEAST_0 = _Rule((Real,), "a finite number of at least 0", lambda v: _is_at_least(v, 0.0))
+_AT_LEAST_1 = _Rule((Integral,), "an integer of at least 1", lambda v: v >= 1)
+_CONFIG = _Rule((PreconditionerConfig,), "a PreconditionerConfig")
+_AVERAGING = (ClassicMomentumConfig, GeneralizedPrimalAveragingConfig, ScheduleFreeConfig)
+_BETA1 = _Rule((Real,), "a number in [0, 1)", lambda v: _is_decay(v, is_closed=False))
+_BETA2 = _Rule((Real,), "a number in [0, 1]", lambda v: _is_decay(v, is_closed=True))
+
+# Options of a parameter group, by name.
+_RULES: dict[str, _Rule] = {
+    "lr": _Rule(
+        (Real, Tensor),
+        "a finite number of at least 0, or a tensor of one such",
+        lambda v: _is_at_least(v.item() if isinstance(v, Tensor) else v, 0.0),
+    ),
+    "beta3": _Rule(
+        (Real,),
+        "a number in [0, 1), or -1 for beta1",
+        lambda v: v == -1 or _is_decay(v, is_closed=False),
+    ),
+    "epsilon": _AT_LEAST_0,
+    "weight_decay": _AT_LEAST_0,
+    "peak_lr": _AT_LEAST_0,
+    "weight_decay_type": _Rule(
+        (WeightDecayType,),
+        "one of " + ", ".join(f"WeightDecayType.{t.name}" for t in WeightDecayType),
+    ),
+    "max_preconditioner_dim": _Rule(
+        (Integral, float),
+        "an integer of at least 1, or math.inf",
+        lambda v: v == math.inf or (isinstance(v, Integral) and int(v) >= 1),
+    ),
+    "precondition_frequency": _AT_LEAST_1,
+    "start_preconditioning_step": _Rule(
+        (Integral, float),
+        "an integer of at least precondition_frequency, math.inf, or -1 for precondition_frequency",
+        lambda v: v == math.inf or (isinstance(v, Integral) and int(v) >= -1),
+    ),
+    "use_bias_correction": _BOOL,
+    "iterate_averaging_config": _Rule(
+        (*_AVERAGING, type(None)),
+        "one of " + ", ".join(c.__name__ for c in _AVERAGING) + ", or None",
+    ),
+    "grafting_config": _Rule((PreconditionerConfig, type(None)), "a PreconditionerConfig, or None"),
+    "use_pin_memory": _BOOL,
+    "distributed_config": _Rule((DistributedConfig,), "a DistributedConfig"),
+    "preconditioner_config": _CONFIG,
+}
+# Arguments of the constructor that are no options of a group.
+_OPTIMIZER_RULES: dict[str, _Rule] = {
+    "shampoo_pt2_compile_config": _Rule(
+        (ShampooPT2CompileConfig, type(None)), "a ShampooPT2CompileConfig, or None"
+    ),
+    "shampoo_runtime_config": _Rule((ShampooRuntimeConfig,), "a ShampooRuntimeConfig"),
+    "concurrency_config": _Rule((ConcurrencyConfig,), "a ConcurrencyConfig"),
+}
+
+OPTIONS = ("betas", *_RULES)
+"""The names of a group's options."""
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Checks the constructor's arguments, complete with defaults, `params` left out.
+
+    Raises:
+        TypeError: If one has a wrong type.
+        ValueError: If one is out of range.
+    """
+    for name, rule in _OPTIMIZER_RULES.items():
+        if name in arguments:
+            rule.check(name, arguments[name])
+    check_options(arguments)
+
+
+def check_options(options: Mapping[str, Any], where: str = "") -> None:
+    """Checks the options of a parameter group.
+
+    Args:
+        options: The group, or the constructor's arguments; unknown keys are the user's own.
+        where: Put behind the name in messages, such as " of parameter group 1". (Default: "")
+
+    Raises:
+        TypeError: If one has a wrong type.
+        ValueError: If one is out of range, or two contradict each other.
+    """
+    for name, rule in _RULES.items():
+        if name in options:
+            rule.check(f"{name}{where}", options[name])
+            if is_dataclass(options[name]):
+                _check_fields(f"{name}{where}", options[name])
+    if "betas" in options:
+        _check_betas(f"betas{where}", options["betas"])
+    _check_epsilon(options, where)
+    decay_type = options.get("weight_decay_type")
+    if decay_type in (WeightDecayType.CORRECTED, WeightDecayType.INDEPENDENT):
+        peak = options.get("peak_lr", options.get("lr"))
+        if not float(peak if peak is not None else 1.0) > 0.0:
+            raise ValueError(
+                f"Invalid peak_lr{where}={peak!r}: must be above 0 with "
+                f"weight_decay_type={decay_type}; it is the group's lr unless given."
+            )
+    start, frequency = (
+        options.get(name) for name in ("start_preconditioning_step", "precondition_frequency")
+    )
+    if start is not None and frequency is not None and start != -1 and start < frequency:
+        raise ValueError(
+            f"Invalid start_preconditioning_step{where}={start}: must be at least "
+            f"precondition_frequency={frequency}, or -1 for the same."
+        )
+
+
+def check_lr(lr: object, where: str) -> None:
+    """Checks a learning rate before a step; a tensor is not read, which would wait for its device.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative or not finite.
+    """
+    if not isinstance(lr, Tensor):
+        _RULES["lr"].check(f"lr{where}", lr)
+
+
+def misspelled(names: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names that nobody knows, each with the known one that was probably meant."""
+    for name in names:
+        if name not in known and (close := get_close_matches(name, known, n=1, cutoff=0.8)):
+            yield name, close[0]
+
+
+def _check_betas(name: str, betas: object) -> None:
+    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+        raise TypeError(f"Invalid {name}={_shown(betas)}: must be two numbers (beta1, beta2).")
+    _BETA1.check(f"{name}[0]", betas[0])
+    _BETA2.check(f"{name}[1]", betas[1])
+
+
+def _check_epsilon(options: Mapping[str, Any], where: str) -> None:
+    if "epsilon" not in options or "preconditioner_config" not in options:
+        return
+    epsilon, config = options["epsilon"], options["preconditioner_config"]
+    uses_pseudo_inverse = (
+        isinstance(config, BaseShampooPreconditionerConfig)
+        and isinstance(config.amortized_computation_config, EigendecompositionConfig)
+        and isinstance(
+            config.amortized_computation_config.rank_deficient_stability_config,
+            PseudoInverseConfig,
+        )
+    )
+    if uses_pseudo_inverse and epsilon != 0.0:
+        raise ValueError(
+            f"Invalid epsilon{where}={epsilon!r}: must be 0.0 when PseudoInverseConfig is used."
+        )
+    if not uses_pseudo_inverse and not epsilon > 0.0:
+        raise ValueError(f"Invalid epsilon{where}={epsilon!r}: must be above 0.")
+
+
+def _check_fields(path: str, config: Any) -> None:
+    """Types of a config's fields, and that its numbers are finite; ranges are the class's own matter."""
+    try:
+        hints = typing.get_type_hints(type(config))
+    except (NameError, TypeError):  # annotations of a future release that this Python can't resolve
+        return
+    for field in fields(config):
+        value = getattr(config, field.name, None)
+        name = f"{path}.{field.name}"
+        allowed = _scalar_types(hints.get(field.name))
+        if allowed and not _conforms(value, allowed):
+            words = " or ".join(sorted(t.__name__ for t in allowed))
+            raise TypeError(f"Invalid {name}={_shown(value)}: must be {words}.")
+        # "int | float" means an integer or infinity.
+        is_open = int in allowed and value == math.inf
+        if isinstance(value, float) and not math.isfinite(value) and not is_open:
+            raise ValueError(f"Invalid {name}={value!r}: must be finite.")
+        if is_dataclass(value) and not isinstance(value, type):
+            _check_fields(name, value)
+
+
+def _scalar_types(hint: Any) -> tuple[type, ...]:
+    """The scalar types of an annotation, or none where it says more than that."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if is_union else (hint,)
+    scalars = (bool, int, float, str, type(None))
+    return tuple(options) if options and all(option in scalars for option in options) else ()
+
+
+def _conforms(value: object, allowed: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in allowed
+    if float in allowed and isinstance(value, Real):
+        return True
+    if int in allowed and isinstance(value, Integral):
+        return True
+    return isinstance(value, allowed)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, type):
+        return value.__name__
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _hint(value: object) -> str:
+    """What to write instead, for the usual slips."""
+    if isinstance(value, MatrixFunctionConfig):
+        name = type(value).__name__
+        return (
+            f" {name} is a solver: wrap it, as in preconditioner_config="
+            f"RootInvShampooPreconditionerConfig(amortized_computation_config={name}(...))."
+        )
+    if isinstance(value, type) and (is_dataclass(value) or issubclass(value, enum.Enum)):
+        return f" {value.__name__} is a class: give an instance, {value.__name__}(...)."
+    return ""

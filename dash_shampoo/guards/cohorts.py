@@ -1,0 +1,70 @@
+"""Which parameters the base works on together.
+
+A *cohort* is a part of a parameter group whose parameters lie on one device and have the same step count:
+one group of the base. Parameters without state (frozen ones) are in none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARAMS = "params"
+PARAM_NAMES = "param_names"
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """A group of the base.
+
+    Attributes:
+        group_index: Which of the user's groups it belongs to.
+        params: The user's parameters.
+        group: The base's group: the options of the user's group, and the tensors that the base works on.
+    """
+
+    group_index: int
+    params: tuple[Tensor, ...]
+    group: dict[str, Any]
+
+
+def partition(
+    groups: Sequence[Mapping[str, Any]],
+    steps: Mapping[Tensor, int],
+    stand_ins: Mapping[Tensor, Tensor],
+) -> list[Cohort]:
+    """Cuts the user's groups into cohorts.
+
+    Args:
+        groups: The user's groups.
+        steps: The step count of every parameter that has state; the others are left out.
+        stand_ins: What the base works on instead of a parameter, where it can't work on it itself.
+
+    Returns:
+        The cohorts, in the order of the groups, and within one of their first parameters.
+    """
+    cohorts = []
+    for index, group in enumerate(groups):
+        names = group.get(PARAM_NAMES)
+        members: dict[tuple[torch.device, int], dict[Tensor, str | None]] = {}
+        for position, param in enumerate(group[PARAMS]):
+            if param in steps:
+                part = members.setdefault((param.device, steps[param]), {})
+                # A parameter that is given twice is trained once.
+                part.setdefault(param, names[position] if names else None)
+        for part in members.values():
+            options = options_of(group)
+            options[PARAMS] = [stand_ins.get(param, param) for param in part]
+            if names:
+                options[PARAM_NAMES] = list(part.values())
+            cohorts.append(Cohort(group_index=index, params=tuple(part), group=options))
+    return cohorts
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group without its parameters and their names."""
+    return {key: value for key, value in group.items() if key not in (PARAMS, PARAM_NAMES)}

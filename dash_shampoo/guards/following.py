@@ -1,0 +1,139 @@
+"""Steps that take over what has changed since the last one, and say so where they can't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dash_shampoo.base import PREVIOUS_GRAD_SELECTOR, DistributedShampoo
+from dash_shampoo.base import name as base_name
+from dash_shampoo.guards import settings
+from dash_shampoo.guards.cohorts import PARAMS, options_of
+from dash_shampoo.guards.reconstruction import ReconstructibleShampoo
+from dash_shampoo.guards.settings import GroupSettings
+
+# Taken before torch can have wrapped it for hooks: these run around our own step.
+_BASE_STEP = DistributedShampoo.step
+# A parameter whose first gradient comes later than this many steps after the group's first gets a step
+# count of its own; sooner, the group's count serves it, as in Meta's package.
+_LATE = 10
+
+
+class FollowingShampoo(ReconstructibleShampoo):
+    """Steps in neutral surroundings, on parameters and options as they are now.
+
+    Accepts the arguments of the base's class; see there.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates the parameters.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss. (Default: None)
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            RuntimeError: If averaging is in eval mode, or a gradient is sparse.
+            ValueError: If a parameter or an option has become something that can't be trained with.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._neutral():
+            self._follow()
+            if self._cohorts:
+                with self._inside(), self._lender.lent(self._cohorts):
+                    _BASE_STEP(self)
+        return loss
+
+    def train(self) -> None:
+        """Puts the parameters to the training sequence Y; without averaging does nothing."""
+        self._switch("train")
+
+    def eval(self) -> None:
+        """Puts the parameters to the evaluation sequence X; without averaging does nothing."""
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        if self._is_inside:
+            getattr(super(), mode)()
+            return
+        with self._neutral():
+            self._follow()
+            with self._inside(), self._lender.lent(self._cohorts):
+                getattr(super(), mode)()
+
+    def _follow(self) -> None:
+        """Takes over what has changed in the user's world since the last step."""
+        groups = self.param_groups
+        if self._seen.have_other_groups(groups):
+            self._take_over_groups()
+        elif self._seen.have_moved():
+            self._check_shapes()
+            self._reconstruct(self._steps(), "Parameters lie in other memory")
+        self._give_state_to_new_gradients()
+        if self._follow_settings():
+            for cohort in self._cohorts:
+                cohort.group.update(options_of(groups[cohort.group_index]))
+        else:
+            for cohort in self._cohorts:
+                cohort.group["lr"] = groups[cohort.group_index]["lr"]
+
+    def _take_over_groups(self) -> None:
+        """Parameters in the groups are other ones: state that was moved to them goes with them."""
+        groups = self.param_groups
+        for index in range(len(self._settings), len(groups)):
+            self._settings.append(GroupSettings(groups[index]))
+        del self._settings[len(groups) :]
+        for index, group in enumerate(groups):
+            self._check_group(group, index)
+        present = [param for group in groups for param in group[PARAMS]]
+        steps = self._steps()
+        kept = {param: steps[param] for param in present if param in steps}
+        new = [{PARAMS: [param for param in present if param not in kept]}]
+        self._reconstruct(
+            {**kept, **self._trainable(new)}, "Parameters in the groups were replaced"
+        )
+
+    def _check_shapes(self) -> None:
+        param = self._seen.reshaped()
+        if param is not None:
+            raise ValueError(
+                f"Parameter {self._name_of(param)} has now the shape {tuple(param.shape)}, which its "
+                "state can't follow: construct a new optimizer after the model's shapes have changed."
+            )
+
+    def _give_state_to_new_gradients(self) -> None:
+        born = [param for param in self._stateless if param.grad is not None]
+        first = [param for param in self._without_gradient if param.grad is not None]
+        if not born and not first:
+            return
+        self._without_gradient.difference_update(first)
+        steps = self._steps()
+        late = []
+        if base_name == "embedded":
+            late = [param for param in first if steps[param] >= _LATE]
+        if born or late:
+            steps.update(dict.fromkeys([*born, *late], 0))
+            self._reconstruct(steps, "Parameters have their first gradient")
+
+    def _follow_settings(self) -> bool:
+        has_changed = False
+        for index, (group, known) in enumerate(zip(self.param_groups, self._settings, strict=True)):
+            if not known.follow(group, f" of parameter group {index}"):
+                continue
+            has_changed = True
+            name = known.needs_rebuild(group)
+            if name is not None:
+                self._reconstruct(self._steps(), f"{name} of parameter group {index} was edited")
+            known.built(group)
+        if has_changed:
+            for state_lists, cohort in zip(self._per_group_state_lists, self._cohorts, strict=True):
+                settings.apply_(state_lists, self.param_groups[cohort.group_index])
+                # The lists of active blocks depend on whether beta1 is 0.
+                state_lists[PREVIOUS_GRAD_SELECTOR] = None
+        return has_changed

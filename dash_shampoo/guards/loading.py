@@ -1,0 +1,170 @@
+"""A saved state in terms of the parameters at hand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dash_shampoo.base import SingleDeviceDistributedConfig
+from dash_shampoo.base import name as base_name
+from dash_shampoo.guards.arguments import check_options
+from dash_shampoo.guards.cohorts import PARAM_NAMES, PARAMS, Cohort, options_of
+from dash_shampoo.guards.settings import STRUCTURE
+from dash_shampoo.guards.trees import STEP, leaves, local
+
+logger = logging.getLogger(__name__)
+
+_REFUSED = "Cannot load the optimizer's state, nothing was changed:"
+_MAX_NAMED = 5
+# State that does not begin as zeros, or that all parameters of a cohort share.
+_NOT_ACCUMULATED = {STEP, "train_mode", "lr_sum", "weight_buffer", "inv_factor_matrices"}
+
+
+class _Uncopied(dict[str, Any]):
+    """A group that torch's loading does not copy: its configs may hold parameters and meshes."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Uncopied:
+        return _Uncopied(self)
+
+
+def by_parameter(
+    groups: Sequence[Mapping[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any]],
+    saved: Mapping[Any, Any],
+) -> dict[Tensor, Any]:
+    """The saved state of each parameter; parameters without an entry are left out.
+
+    Raises:
+        ValueError: If the groups differ in number or size, or an entry belongs to no parameter.
+    """
+    sizes, saved_sizes = ([len(g[PARAMS]) for g in gs] for gs in (groups, saved_groups))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"{_REFUSED} the saved parameter groups have {saved_sizes} parameters, the optimizer's "
+            f"{sizes}."
+        )
+    identifiers = [identifier for group in saved_groups for identifier in group[PARAMS]]
+    params = [param for group in groups for param in group[PARAMS]]
+    if unknown := [key for key in saved if key not in set(identifiers)]:
+        raise ValueError(f"{_REFUSED} state[{unknown[0]!r}] is not known here.")
+    return {
+        param: saved[identifier]
+        for identifier, param in zip(identifiers, params, strict=True)
+        if identifier in saved
+    }
+
+
+def options_to_take_over(
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """For each group the saved options that a load changes.
+
+    Raises:
+        TypeError: If a saved option has a wrong type.
+        ValueError: If it is out of range.
+    """
+    updates = []
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        update = options_of(saved)
+        kept = [name for name in STRUCTURE if name in update]
+        averaging = "iterate_averaging_config"
+        if type(update.get(averaging)) is not type(group[averaging]):
+            kept.append(averaging)
+        for name in kept:
+            if update.pop(name) != group[name]:
+                logger.warning(
+                    "%s of parameter group %d stays the constructor's, %s: the checkpoint has another.",
+                    name,
+                    index,
+                    type(group[name]).__name__ if name.endswith("config") else group[name],
+                )
+        if PARAM_NAMES in saved and PARAM_NAMES not in group:
+            update[PARAM_NAMES] = saved[PARAM_NAMES]
+        check_options({**group, **update}, f" of the saved parameter group {index}")
+        updates.append(update)
+    return updates
+
+
+def steps_to_load(
+    groups: Sequence[Mapping[str, Any]], steps: Mapping[Tensor, int], saved: Mapping[Tensor, Any]
+) -> dict[Tensor, int]:
+    """The parameters that have state after a load, each with its step count.
+
+    Args:
+        groups: The user's groups.
+        steps: The step counts of now.
+        saved: The saved state by parameter.
+
+    Raises:
+        ValueError: If a parameter that is trained has no saved state.
+    """
+    result = {}
+    for group in groups:
+        is_single = isinstance(group["distributed_config"], SingleDeviceDistributedConfig)
+        members = [param for param in group[PARAMS] if param in steps or saved.get(param)]
+        known = [int(tree[STEP]) for p in members if (tree := saved.get(p)) and STEP in tree]
+        for param in members:
+            tree = saved.get(param)
+            if tree and STEP in tree:
+                result[param] = int(tree[STEP])
+            elif tree or not is_single:
+                result[param] = known[0] if known else 0
+            elif tree is None and param.requires_grad:
+                raise ValueError(
+                    f"{_REFUSED} it has no entry for a parameter of shape {tuple(param.shape)}, which "
+                    "is trained. Was it saved with other parameters or groups?"
+                )
+            else:  # frozen when the state was saved
+                result[param] = 0
+    return result
+
+
+def check_complete(
+    present: Mapping[Tensor, Any], saved: Mapping[Tensor, Any], name_of: Callable[[Tensor], str]
+) -> None:
+    """Refuses a state of which parts are missing; Meta's package would go on with what there is.
+
+    Raises:
+        ValueError: Naming what is missing or of another shape.
+    """
+    if base_name != "meta":  # the embedded base checks more closely, and as atomically
+        return
+    problems = []
+    for param, tree in present.items():
+        found = dict(leaves(saved[param]))
+        for path, tensor in leaves(tree):
+            where = f"{'.'.join(path)} of parameter {name_of(param)}"
+            if path not in found and path[-1] not in (STEP, "train_mode", "lr_sum"):
+                problems.append(f"{where} is missing")
+            elif path in found and local(found[path]).shape != local(tensor).shape:
+                problems.append(
+                    f"{where} has shape {tuple(local(found[path]).shape)} instead of "
+                    f"{tuple(local(tensor).shape)}"
+                )
+    if problems:
+        more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        raise ValueError(
+            f"{_REFUSED} {'; '.join(problems[:_MAX_NAMED])}{more}. Was it saved with other settings, or "
+            "by another process, which keeps other blocks?"
+        )
+
+
+def inner_state_dict(state: Mapping[int, Any], cohorts: Sequence[Cohort]) -> dict[str, Any]:
+    """A state dict for the base, whose groups are the cohorts."""
+    groups, start = [], 0
+    for cohort in cohorts:
+        stop = start + len(cohort.params)
+        groups.append(_Uncopied({**cohort.group, PARAMS: list(range(start, stop))}))
+        start = stop
+    return {"state": dict(state), "param_groups": groups}
+
+
+def is_untouched(tree: Any) -> bool:
+    """Whether a parameter's state shows that it has had no gradient yet."""
+    accumulated = [
+        tensor for path, tensor in leaves(tree) if not _NOT_ACCUMULATED.intersection(path)
+    ]
+    return bool(accumulated) and not any(bool(local(t).any()) for t in accumulated)

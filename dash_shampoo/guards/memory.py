@@ -1,0 +1,50 @@
+"""Whether the parameters are still those that the blocks were cut from: compared before every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dash_shampoo.guards.trees import local
+
+
+class SeenParameters:
+    """The memory of the parameters as it was when the blocks were cut.
+
+    Args:
+        groups: The user's parameter groups.
+        params: The parameters that have state.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]) -> None:
+        self._ids = _ids(groups)
+        self._params = tuple(params)
+        self._shapes = tuple(p.shape for p in params)
+        self._has_dtensors = any(local(p) is not p for p in params)
+        self._fingerprints = self._take()
+
+    def _take(self) -> list[tuple[int, tuple[int, ...]]]:
+        # Another dtype, device or layout is other memory, or other strides. About 0.15 µs each.
+        params = map(local, self._params) if self._has_dtensors else self._params
+        return [(p.data_ptr(), p.stride()) for p in params]
+
+    def have_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether other parameters are in the groups, or in another order."""
+        return _ids(groups) != self._ids
+
+    def have_moved(self) -> bool:
+        """Whether a parameter lies in other memory than its blocks."""
+        return self._take() != self._fingerprints
+
+    def reshaped(self) -> Tensor | None:
+        """A parameter that has another shape than its state, or None."""
+        for param, shape in zip(self._params, self._shapes, strict=True):
+            if param.shape != shape:
+                return param
+        return None
+
+
+def _ids(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    return [list(map(id, group["params"])) for group in groups]

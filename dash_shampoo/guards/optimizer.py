@@ -1,0 +1,191 @@
+"""GuardedShampoo: checkpoints, copies and the printed form, in terms of the user's parameters."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import StateDict
+
+from dash_shampoo.base import DistributedShampoo
+from dash_shampoo.checkpoint import exported_groups, native_groups, without_cast
+from dash_shampoo.guards import loading
+from dash_shampoo.guards.cohorts import PARAMS, partition
+from dash_shampoo.guards.following import FollowingShampoo
+from dash_shampoo.guards.reconstruction import HOOKS
+from dash_shampoo.guards.trees import STEP, copy_state
+
+_ARGUMENTS = "_arguments"
+_MAX_SHOWN_GROUPS = 10
+
+
+class GuardedShampoo(FollowingShampoo):
+    """The base's `DistributedShampoo`, sound in everything around its arithmetic.
+
+    Accepts the arguments of the base's class; see there. What the parts do: `ReconstructibleShampoo`
+    builds the base again where something structural has changed, `FollowingShampoo` looks for that
+    before every step.
+
+    Raises:
+        TypeError: If an argument or a parameter has a wrong type.
+        ValueError: If one is out of range.
+    """
+
+    _state_to_load: dict[str, Any] | None = None
+
+    # -------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> StateDict:
+        """The state, by the numbers of the parameters, and the parameter groups.
+
+        Keys, shapes and dtypes are those of the base's class. Configs in the groups read as strings, for
+        tools that take plain values only, and are configs again where they are copied or loaded. A
+        parameter without state (a frozen one) has an empty entry.
+
+        Returns:
+            A dict for `load_state_dict` of this class and of the base's.
+        """
+        if self._is_inside:
+            return DistributedShampoo.state_dict(self)
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state = self._exported_state()
+        groups, numbers = exported_groups(self.param_groups)
+        state_dict: StateDict = {
+            "state": {number: state.get(param, {}) for param, number in numbers.items()},
+            "param_groups": groups,
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def _exported_state(self) -> dict[Tensor, dict[str, Any]]:
+        """Nested dicts of the state's tensors, by parameter."""
+        self._bound.heal_()
+        if not self._cohorts:
+            return {}
+        with self._inside():
+            exported = DistributedShampoo.state_dict(self)
+        params = [param for cohort in self._cohorts for param in cohort.params]
+        return {param: exported["state"][number] for number, param in enumerate(params)}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Loads a state that this class or the base's `DistributedShampoo` saved, of either base.
+
+        The state is copied in place and keeps its precision: fp32 factor matrices of bf16 parameters
+        are restored bit for bit. Options in the saved groups are taken over; what the state is built
+        from (preconditioner, grafting, blocking, distribution) stays the constructor's.
+
+        Args:
+            state_dict: As returned by `state_dict()`.
+
+        Raises:
+            ValueError: If groups, keys or shapes do not fit; then nothing was changed.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups = native_groups(state_dict["param_groups"], self.param_groups)
+        saved = loading.by_parameter(self.param_groups, groups, state_dict["state"])
+        updates = loading.options_to_take_over(self.param_groups, groups)
+        before = dict(vars(self))
+        try:
+            with self._neutral():
+                self._load(saved)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+        for group, update in zip(self.param_groups, updates, strict=True):
+            group.update(update)
+        for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
+            post_hook(self)
+
+    def _load(self, saved: dict[Tensor, Any]) -> None:
+        self._follow()
+        steps = loading.steps_to_load(self.param_groups, self._steps(), saved)
+        wanted = partition(self.param_groups, steps, self._lender.stand_ins)
+        if [c.params for c in wanted] != [c.params for c in self._cohorts]:
+            self._reconstruct(steps, "The saved state has other step counts")
+        self._bound.heal_()
+        if not self._cohorts:
+            return
+        present = self._exported_state()
+        params = [param for cohort in self._cohorts for param in cohort.params]
+        state = {i: saved[p] if saved.get(p) else present[p] for i, p in enumerate(params)}
+        loading.check_complete(
+            {p: present[p] for p in params if saved.get(p)}, saved, self._name_of
+        )
+        self._state_to_load = loading.inner_state_dict(state, self._cohorts)
+        try:
+            with self._inside():
+                DistributedShampoo.load_state_dict(self, self._state_to_load)
+        finally:
+            self._state_to_load = None
+            self._inner["param_groups"] = [cohort.group for cohort in self._cohorts]
+        self._without_gradient = {p for p in params if loading.is_untouched(self.state[p])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if _ARGUMENTS in state:
+            self._restore(state)
+            return
+        if self._state_to_load is not None and "state" in state:
+            exact = without_cast(
+                state["state"], self._state_to_load, self.param_groups, known=self.state
+            )
+            state = {**state, "state": exact}
+        super().__setstate__(state)
+
+    # ------------------------------------------------------------------------------- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            _ARGUMENTS: self._arguments,
+            "defaults": self.defaults,
+            "param_groups": self.param_groups,
+            "state": self._exported_state(),
+            "_settings": self._settings,
+            "_without_gradient": list(self._without_gradient),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Constructs the base for a copied or unpickled optimizer. Hooks are not copied, as in torch."""
+        saved = state["state"]
+        vars(self).update({name: OrderedDict() for name in HOOKS})
+        vars(self).update({**state, "state": defaultdict(dict)})
+        self._without_gradient = set(state["_without_gradient"])
+        self._patch_step_function()
+        self._construct({param: int(tree[STEP]) for param, tree in saved.items()})
+        for param, tree in saved.items():
+            problem = copy_state(self.state[param], tree)
+            assert problem is None, problem
+
+    # ------------------------------------------------------------------------- printed form
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for index, group in enumerate(self.param_groups[:_MAX_SHOWN_GROUPS]):
+            lines.append(f"  Parameter group {index}: {_summary(group)}")
+        hidden = len(self.param_groups) - _MAX_SHOWN_GROUPS
+        if hidden > 0:
+            lines.append(f"  and {hidden} more")
+        return "\n".join([*lines, ")"])
+
+
+def _summary(group: dict[str, Any]) -> str:
+    params = group[PARAMS]
+    config, grafting = group["preconditioner_config"], group["grafting_config"]
+    solver = getattr(config, "amortized_computation_config", None)
+    preconditioner = type(config).__name__ + (f"({type(solver).__name__})" if solver else "")
+    return (
+        f"{len(params)} parameters, {sum(p.numel() for p in params):,} elements\n"
+        f"    lr={group['lr']:g}, betas={group['betas']}, epsilon={group['epsilon']:g}, "
+        f"weight_decay={group['weight_decay']:g} ({group['weight_decay_type'].name})\n"
+        f"    max_preconditioner_dim={group['max_preconditioner_dim']}, "
+        f"precondition_frequency={group['precondition_frequency']}, "
+        f"grafting={type(grafting).__name__ if grafting else None}\n"
+        f"    {preconditioner}"
+    )

@@ -1,0 +1,321 @@
+"""The base's class, constructed anew whenever what it was built from has changed."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from dash_shampoo.base import DistributedShampoo, SingleDeviceDistributedConfig
+from dash_shampoo.base import name as base_name
+from dash_shampoo.guards.ambient import neutral
+from dash_shampoo.guards.arguments import OPTIONS, check_arguments, check_options, misspelled
+from dash_shampoo.guards.cohorts import PARAMS, Cohort, options_of, partition
+from dash_shampoo.guards.memory import SeenParameters
+from dash_shampoo.guards.parameters import check_parameter, names_of
+from dash_shampoo.guards.settings import GroupSettings
+from dash_shampoo.guards.stand_ins import Lender, needs_stand_in
+from dash_shampoo.guards.trees import STEP, BoundState, copy_state
+
+logger = logging.getLogger(__name__)
+
+_SIGNATURE = inspect.signature(DistributedShampoo.__init__)
+_PARAM_GROUPS, _STATE = "param_groups", "state"
+HOOKS = tuple(
+    f"_optimizer_{what}_{when}_hooks"
+    for what in ("step", "state_dict", "load_state_dict")
+    for when in ("pre", "post")
+)
+# What the base and the user each have their own of.
+_WORLD = (_PARAM_GROUPS, _STATE, *HOOKS)
+
+
+class ReconstructibleShampoo(DistributedShampoo):
+    """The base's class in a world of its own, which can be built again.
+
+    The base works on *cohorts* (see `cohorts`): groups of parameters of one device and one step count.
+    The user sees the groups, state and hooks that he knows. Where something has changed structurally
+    (memory, dtype, device, parameters, groups, settings), the base is constructed anew from the groups
+    as they are and the state copied in, bit for bit where its shape and dtype are the same.
+
+    Accepts the arguments of the base's class; see there.
+
+    Raises:
+        TypeError: If an argument or a parameter has a wrong type.
+        ValueError: If one is out of range.
+    """
+
+    __signature__ = _SIGNATURE.replace(parameters=list(_SIGNATURE.parameters.values())[1:])
+
+    _is_ready = False
+    _is_inside = False
+    _arguments: dict[str, Any]
+    _inner: dict[str, Any]
+    _cohorts: list[Cohort]
+    _settings: list[GroupSettings]
+    _without_gradient: set[Tensor]
+
+    def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
+        self._arguments = _bind(args, kwargs)
+        try:
+            check_arguments(self._arguments)
+        except (TypeError, ValueError) as error:
+            raise _with_words_of_base(error, params, self._arguments) from error
+        defaults = {name: self._arguments[name] for name in OPTIONS if name in self._arguments}
+        defaults["peak_lr"] = self._arguments["lr"]
+        self._without_gradient = set()
+        Optimizer.__init__(self, params, defaults)
+        self._settings = [GroupSettings(group) for group in self.param_groups]
+        _warn_of_many_processes(self.param_groups)
+        self._construct(self._trainable(self.param_groups))
+
+    # ------------------------------------------------------------------------- two worlds
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """The base's groups, state and hooks in place of the user's."""
+        if self._is_inside:
+            yield
+            return
+        outer = {name: vars(self)[name] for name in _WORLD}
+        vars(self).update(self._inner)
+        self._is_inside = True
+        try:
+            yield
+        finally:
+            self._inner = {name: vars(self)[name] for name in _WORLD}
+            self._is_inside = False
+            vars(self).update(outer)
+
+    def _neutral(self) -> AbstractContextManager[None]:
+        return neutral({p.device.type for c in self._cohorts for p in c.params[:1]})
+
+    def _construct(self, steps: Mapping[Tensor, int]) -> None:
+        """Constructs the base from the groups as they are.
+
+        Args:
+            steps: The parameters that get state, each with its step count.
+        """
+        before = dict(vars(self))
+        self._lender = Lender(
+            param for param in steps if base_name == "meta" and needs_stand_in(param)
+        )
+        self._cohorts = partition(self.param_groups, steps, self._lender.stand_ins)
+        try:
+            self._construct_base()
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+        for cohort in self._cohorts:
+            self.param_groups[cohort.group_index].update(options_of(cohort.group))
+        for group in self.param_groups:
+            _complete(group)
+        for group, known in zip(self.param_groups, self._settings, strict=True):
+            known.built(group)
+        self.state = defaultdict(dict)
+        for cohort in self._cohorts:
+            for param, tensor in zip(cohort.params, cohort.group[PARAMS], strict=True):
+                self.state[param] = self._inner[_STATE][tensor]
+        self._bound = BoundState(self.state)
+        params = [param for cohort in self._cohorts for param in cohort.params]
+        self._seen = SeenParameters(self.param_groups, params)
+        self._stateless = [
+            param for group in self.param_groups for param in group[PARAMS] if param not in steps
+        ]
+
+    def _construct_base(self) -> None:
+        outer = {name: vars(self)[name] for name in (*_WORLD, "defaults")}
+        self._is_ready = False
+        self._is_inside = True
+        try:
+            with self._neutral():
+                if self._cohorts:
+                    # torch's constructor takes a list of its own.
+                    groups = [cohort.group for cohort in self._cohorts]
+                    super().__init__(groups, **self._arguments)
+                    self._finish_construction()
+                else:
+                    Optimizer.__setstate__(self, {"state": defaultdict(dict), "param_groups": []})
+                    self._per_group_state_lists: list[dict[str, Any]] = []
+            self._inner = {name: vars(self)[name] for name in _WORLD}
+            self._take_over_split()
+        finally:
+            self._is_inside = False
+            vars(self).update(outer)
+        self._is_ready = True
+
+    def _finish_construction(self) -> None:
+        """What a subclass adds to the base's construction; called whenever that is done anew."""
+
+    def _take_over_split(self) -> None:
+        """Keeps the options that the base has resolved, and refuses groups that it has split."""
+        groups = self.param_groups
+        if len(groups) == len(self._cohorts):
+            self._cohorts = [
+                Cohort(group_index=cohort.group_index, params=cohort.params, group=group)
+                for cohort, group in zip(self._cohorts, groups, strict=True)
+            ]
+            return
+        # Meta's package splits groups with num_sub_groups > 1. Each part is then a cohort.
+        owner = {id(t): (c.group_index, p) for c in self._cohorts for p, t in _pairs(c)}
+        self._cohorts = [
+            Cohort(
+                group_index=owner[id(group[PARAMS][0])][0],
+                params=tuple(owner[id(tensor)][1] for tensor in group[PARAMS]),
+                group=group,
+            )
+            for group in groups
+        ]
+
+    def _reconstruct(self, steps: Mapping[Tensor, int], what: str) -> None:
+        """Constructs the base anew and keeps the state.
+
+        Args:
+            steps: The parameters that get state, each with its step count.
+            what: What has changed, for messages.
+
+        Raises:
+            ValueError: If the state doesn't fit; then everything is as it was.
+        """
+        self._bound.heal_()
+        before, old_state = dict(vars(self)), dict(self.state)
+        old_steps = self._steps()
+        logger.info("%s: the blocks are cut anew.", what)
+        self._construct(steps)
+        try:
+            for param, step in steps.items():
+                if param in old_state and old_steps[param] == step:
+                    problem = copy_state(self.state[param], old_state[param])
+                    if problem is not None:
+                        name = self._name_of(param)
+                        raise ValueError(
+                            f"{what}: the state of parameter {name} does not fit any more ({problem}). "
+                            "Undo that, or construct a new optimizer."
+                        )
+        except ValueError:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    def _steps(self) -> dict[Tensor, int]:
+        return {param: int(tree[STEP]) for param, tree in self.state.items() if STEP in tree}
+
+    def _trainable(self, groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, int]:
+        """The parameters of new groups that get state at once, at step 0; says what is left out."""
+        frozen = [p for group in groups for p in group[PARAMS] if not p.requires_grad]
+        if frozen:
+            logger.info(
+                "%d frozen parameters with %d elements have no state; they get it with their first "
+                "gradient.",
+                len(frozen),
+                sum(p.numel() for p in frozen),
+            )
+        steps = {p: 0 for group in groups for p in group[PARAMS] if p.requires_grad}
+        self._without_gradient.update(steps)
+        return steps
+
+    def _name_of(self, param: Tensor) -> str:
+        for index, group in enumerate(self.param_groups):
+            for name, other in zip(names_of(group, index), group[PARAMS], strict=True):
+                if other is param:
+                    return name
+        return f"of shape {tuple(param.shape)}"
+
+    # ------------------------------------------------------------------------------ groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, also after steps: its parameters start at step 0, the others go on unchanged.
+
+        Args:
+            param_group: Parameters and options; what is left out is the constructor's.
+
+        Raises:
+            TypeError: If an option or a parameter has a wrong type.
+            ValueError: If one is out of range.
+        """
+        if self._is_inside:
+            Optimizer.add_param_group(self, param_group)
+            return
+        lr = param_group.get("lr") if isinstance(param_group, dict) else None
+        if isinstance(lr, (int, float)) and lr > 0.0:
+            # The constructor's lr is not the peak of a group that has its own.
+            param_group.setdefault("peak_lr", lr)
+        Optimizer.add_param_group(self, param_group)
+        index = len(self.param_groups) - 1
+        try:
+            self._check_group(self.param_groups[index], index)
+            if self._is_ready:
+                self._settings.append(GroupSettings(self.param_groups[index]))
+                new = self._trainable(self.param_groups[index:])
+                self._reconstruct({**self._steps(), **new}, "A parameter group was added")
+        except BaseException:
+            del self.param_groups[index:]
+            if self._is_ready:
+                del self._settings[index:]
+            raise
+
+    def _check_group(self, group: dict[str, Any], index: int) -> None:
+        where = f" of parameter group {index}"
+        check_options(group, where)
+        group["betas"] = tuple(group["betas"])  # such as a list from a YAML file
+        for name, meant in misspelled(options_of(group), self.defaults):
+            logger.warning("Unknown option %s%s: was %s meant?", name, where, meant)
+        for param, name in zip(group[PARAMS], names_of(group, index), strict=True):
+            check_parameter(param, name, group)
+
+
+def _pairs(cohort: Cohort) -> Iterator[tuple[Tensor, Tensor]]:
+    """The user's parameters of a cohort, each with the tensor that the base works on."""
+    return zip(cohort.params, cohort.group[PARAMS], strict=True)
+
+
+def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments by name, complete with defaults, without the parameters."""
+    for name, meant in misspelled(kwargs, _SIGNATURE.parameters):
+        raise TypeError(f"Unknown argument {name}={kwargs[name]!r}: did you mean {meant}?")
+    bound = _SIGNATURE.bind(None, None, *args, **kwargs)
+    bound.apply_defaults()
+    return {name: bound.arguments[name] for name in list(_SIGNATURE.parameters)[2:]}
+
+
+def _with_words_of_base(
+    refusal: Exception, params: ParamsT, arguments: Mapping[str, Any]
+) -> Exception:
+    """The refusal of an argument, with what Meta's package says to it: programs may look for that."""
+    if base_name != "meta":
+        return refusal
+    try:
+        DistributedShampoo(params, **arguments)
+    except Exception as error:
+        return type(refusal)(f"{refusal} ({error})")
+    return refusal
+
+
+def _complete(group: dict[str, Any]) -> None:
+    """Resolves the -1 of a group that the base has not seen, as the base does."""
+    if group["beta3"] == -1:
+        group["beta3"] = group["betas"][0]
+    if group["start_preconditioning_step"] == -1:
+        group["start_preconditioning_step"] = group["precondition_frequency"]
+
+
+def _warn_of_many_processes(groups: Sequence[Mapping[str, Any]]) -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    num_processes = distributed.get_world_size()
+    configs = [group["distributed_config"] for group in groups]
+    if num_processes > 1 and any(type(c) is SingleDeviceDistributedConfig for c in configs):
+        logger.warning(
+            "%d processes run, and distributed_config is a SingleDeviceDistributedConfig: every process "
+            "holds the whole state and computes every block. DDPDistributedConfig spreads both.",
+            num_processes,
+        )

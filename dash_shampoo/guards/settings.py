@@ -1,0 +1,118 @@
+"""Options of parameter groups that are edited between steps: obeyed, or refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dash_shampoo.base import SHAMPOO_PRECONDITIONER_LIST
+from dash_shampoo.guards.arguments import OPTIONS, check_lr, check_options
+
+# What the state is built from.
+STRUCTURE = (
+    "max_preconditioner_dim",
+    "distributed_config",
+    "preconditioner_config",
+    "grafting_config",
+    "use_pin_memory",
+)
+_AVERAGING = "iterate_averaging_config"
+_FOLLOWS_BETA1 = -1.0
+
+
+class GroupSettings:
+    """The options of one of the user's groups as the last step knew them.
+
+    Args:
+        group: The group, before the base has resolved its options.
+    """
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self._follows_beta1 = group["beta3"] == _FOLLOWS_BETA1
+        self._built = _options(group)
+        self._known = self._built
+
+    def follow(self, group: dict[str, Any], where: str) -> bool:
+        """Takes notice of edits: resolves beta3 = -1, checks what is new.
+
+        Args:
+            group: The user's group.
+            where: For messages.
+
+        Returns:
+            Whether something besides the learning rate has changed since the last call.
+
+        Raises:
+            TypeError: If an edited option has a wrong type.
+            ValueError: If it is out of range.
+        """
+        check_lr(group["lr"], where)
+        self._resolve_beta3(group)
+        options = _options(group)
+        if options == self._known:
+            return False
+        check_options(group, where)
+        return True
+
+    def _resolve_beta3(self, group: dict[str, Any]) -> None:
+        """beta3 = -1 means beta1, also where a scheduler cycles that."""
+        beta3 = group["beta3"]
+        if beta3 == _FOLLOWS_BETA1:
+            self._follows_beta1 = True
+        elif self._follows_beta1 and beta3 != self._known["beta3"]:
+            # Given explicitly by now, unless what was given is beta1 again (a loaded checkpoint).
+            self._follows_beta1 = beta3 == group["betas"][0]
+        if self._follows_beta1:
+            group["beta3"] = group["betas"][0]
+
+    def built(self, group: Mapping[str, Any]) -> None:
+        """Notes that the state now is that of these options."""
+        self._built = self._known = _options(group)
+
+    def needs_rebuild(self, group: Mapping[str, Any]) -> str | None:
+        """The name of an option that the state was not built for, or None.
+
+        Raises:
+            ValueError: If the state lacks what the option needs.
+        """
+        if self._built["betas"][0] == 0.0 and group["betas"][0] != 0.0:
+            raise ValueError(
+                f"betas[0] can't change from 0 to {group['betas'][0]}: there is no filtered gradient to "
+                "go on with. Construct the optimizer with betas[0] above 0."
+            )
+        if type(self._built[_AVERAGING]) is not type(group[_AVERAGING]):
+            raise ValueError(
+                f"{_AVERAGING} can't change from {self._built[_AVERAGING]} to {group[_AVERAGING]} after "
+                "construction: the state has no buffers for it. Construct a new optimizer."
+            )
+        for name in STRUCTURE:
+            then, now = self._built[name], group[name]
+            if now is not then and now != then:
+                return name
+        return None
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's options in a group, without the learning rate, which changes at every step."""
+    return {name: group[name] for name in OPTIONS if name != "lr"}
+
+
+def apply_(state_lists: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """Hands options that the base's preconditioner list has copied to it: beta2, epsilon, correction."""
+    preconditioners = state_lists[SHAMPOO_PRECONDITIONER_LIST]
+    if not hasattr(preconditioners, "_weighting_factor") or not hasattr(
+        preconditioners, "_epsilon"
+    ):
+        return
+    beta2 = group["betas"][1]
+    is_sum = beta2 == 1.0 or getattr(
+        group["preconditioner_config"], "drop_weighting_factor_on_gsquare", False
+    )
+    preconditioners._beta2 = beta2
+    preconditioners._weighting_factor = 1.0 if is_sum else 1 - beta2
+    preconditioners._epsilon = group["epsilon"]
+    preconditioners._use_bias_correction = group["use_bias_correction"]
+    if not group["use_bias_correction"] or beta2 == 1.0:
+        preconditioners._bias_correction2 = torch.tensor(1.0)
