@@ -128,7 +128,7 @@ class ExportedConfig(str):
         """The string of a config."""
         # Named as the config's class, for whoever prints the type.
         named = type(type(config).__name__, (cls,), {})
-        self = super().__new__(named, json.dumps(_encoded(config)))
+        self: ExportedConfig = str.__new__(named, json.dumps(_encoded(config)))
         self.config = config
         return self
 

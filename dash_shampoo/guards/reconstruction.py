@@ -144,7 +144,7 @@ class ReconstructibleShampoo(DistributedShampoo):
                     self._finish_construction()
                 else:
                     Optimizer.__setstate__(self, {"state": defaultdict(dict), "param_groups": []})
-                    self._per_group_state_lists: list[dict[str, Any]] = []
+                    self._per_group_state_lists = []
             self._inner = {name: vars(self)[name] for name in _WORLD}
             self._take_over_split()
         finally:
