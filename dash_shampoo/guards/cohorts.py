@@ -23,8 +23,8 @@ class Cohort:
 
     Attributes:
         group_index: Which of the user's groups it belongs to.
-        params: The user's parameters.
-        group: The base's group: the options of the user's group, and the tensors that the base works on.
+        params: Its parameters.
+        group: The base's group: these parameters, and the options of the user's group.
     """
 
     group_index: int
@@ -32,17 +32,12 @@ class Cohort:
     group: dict[str, Any]
 
 
-def partition(
-    groups: Sequence[Mapping[str, Any]],
-    steps: Mapping[Tensor, int],
-    stand_ins: Mapping[Tensor, Tensor],
-) -> list[Cohort]:
+def partition(groups: Sequence[Mapping[str, Any]], steps: Mapping[Tensor, int]) -> list[Cohort]:
     """Cuts the user's groups into cohorts.
 
     Args:
         groups: The user's groups.
         steps: The step count of every parameter that has state; the others are left out.
-        stand_ins: What the base works on instead of a parameter, where it can't work on it itself.
 
     Returns:
         The cohorts, in the order of the groups, and within one of their first parameters.
@@ -58,7 +53,7 @@ def partition(
                 part.setdefault(param, names[position] if names else None)
         for part in members.values():
             options = options_of(group)
-            options[PARAMS] = [stand_ins.get(param, param) for param in part]
+            options[PARAMS] = list(part)
             if names:
                 options[PARAM_NAMES] = list(part.values())
             cohorts.append(Cohort(group_index=index, params=tuple(part), group=options))

@@ -46,7 +46,7 @@ class FollowingShampoo(ReconstructibleShampoo):
         with self._neutral():
             self._follow()
             if self._cohorts:
-                with self._inside(), self._lender.lent(self._cohorts):
+                with self._inside():
                     _BASE_STEP(self)
         return loss
 
@@ -64,7 +64,7 @@ class FollowingShampoo(ReconstructibleShampoo):
             return
         with self._neutral():
             self._follow()
-            with self._inside(), self._lender.lent(self._cohorts):
+            with self._inside():
                 getattr(super(), mode)()
 
     def _follow(self) -> None:

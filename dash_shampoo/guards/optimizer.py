@@ -107,7 +107,7 @@ class GuardedShampoo(FollowingShampoo):
     def _load(self, saved: dict[Tensor, Any]) -> None:
         self._follow()
         steps = loading.steps_to_load(self.param_groups, self._steps(), saved)
-        wanted = partition(self.param_groups, steps, self._lender.stand_ins)
+        wanted = partition(self.param_groups, steps)
         if [c.params for c in wanted] != [c.params for c in self._cohorts]:
             self._reconstruct(steps, "The saved state has other step counts")
         self._bound.heal_()

@@ -21,27 +21,25 @@ from dash_shampoo.guards.cohorts import PARAMS, Cohort, options_of, partition
 from dash_shampoo.guards.memory import SeenParameters
 from dash_shampoo.guards.parameters import check_parameter, names_of
 from dash_shampoo.guards.settings import GroupSettings
-from dash_shampoo.guards.stand_ins import Lender, needs_stand_in
 from dash_shampoo.guards.trees import STEP, BoundState, copy_state
 
 logger = logging.getLogger(__name__)
 
 _SIGNATURE = inspect.signature(DistributedShampoo.__init__)
-_PARAM_GROUPS, _STATE = "param_groups", "state"
 HOOKS = tuple(
     f"_optimizer_{what}_{when}_hooks"
     for what in ("step", "state_dict", "load_state_dict")
     for when in ("pre", "post")
 )
 # What the base and the user each have their own of.
-_WORLD = (_PARAM_GROUPS, _STATE, *HOOKS)
+_WORLD = ("param_groups", *HOOKS)
 
 
 class ReconstructibleShampoo(DistributedShampoo):
     """The base's class in a world of its own, which can be built again.
 
     The base works on *cohorts* (see `cohorts`): groups of parameters of one device and one step count.
-    The user sees the groups, state and hooks that he knows. Where something has changed structurally
+    The user sees the groups and hooks that he knows. Where something has changed structurally
     (memory, dtype, device, parameters, groups, settings), the base is constructed anew from the groups
     as they are and the state copied in, bit for bit where its shape and dtype are the same.
 
@@ -80,7 +78,7 @@ class ReconstructibleShampoo(DistributedShampoo):
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """The base's groups, state and hooks in place of the user's."""
+        """The base's groups and hooks in place of the user's."""
         if self._is_inside:
             yield
             return
@@ -104,10 +102,7 @@ class ReconstructibleShampoo(DistributedShampoo):
             steps: The parameters that get state, each with its step count.
         """
         before = dict(vars(self))
-        self._lender = Lender(
-            param for param in steps if base_name == "meta" and needs_stand_in(param)
-        )
-        self._cohorts = partition(self.param_groups, steps, self._lender.stand_ins)
+        self._cohorts = partition(self.param_groups, steps)
         try:
             self._construct_base()
         except BaseException:
@@ -120,10 +115,6 @@ class ReconstructibleShampoo(DistributedShampoo):
             _complete(group)
         for group, known in zip(self.param_groups, self._settings, strict=True):
             known.built(group)
-        self.state = defaultdict(dict)
-        for cohort in self._cohorts:
-            for param, tensor in zip(cohort.params, cohort.group[PARAMS], strict=True):
-                self.state[param] = self._inner[_STATE][tensor]
         self._bound = BoundState(self.state)
         params = [param for cohort in self._cohorts for param in cohort.params]
         self._seen = SeenParameters(self.param_groups, params)
@@ -156,7 +147,7 @@ class ReconstructibleShampoo(DistributedShampoo):
         """What a subclass adds to the base's construction; called whenever that is done anew."""
 
     def _take_over_split(self) -> None:
-        """Keeps the options that the base has resolved, and refuses groups that it has split."""
+        """Takes the groups as the base has resolved them, and those that it has split."""
         groups = self.param_groups
         if len(groups) == len(self._cohorts):
             self._cohorts = [
@@ -165,12 +156,10 @@ class ReconstructibleShampoo(DistributedShampoo):
             ]
             return
         # Meta's package splits groups with num_sub_groups > 1. Each part is then a cohort.
-        owner = {id(t): (c.group_index, p) for c in self._cohorts for p, t in _pairs(c)}
+        owner = {id(param): c.group_index for c in self._cohorts for param in c.params}
         self._cohorts = [
             Cohort(
-                group_index=owner[id(group[PARAMS][0])][0],
-                params=tuple(owner[id(tensor)][1] for tensor in group[PARAMS]),
-                group=group,
+                group_index=owner[id(group[PARAMS][0])], params=tuple(group[PARAMS]), group=group
             )
             for group in groups
         ]
@@ -270,11 +259,6 @@ class ReconstructibleShampoo(DistributedShampoo):
             logger.warning("Unknown option %s%s: was %s meant?", name, where, meant)
         for param, name in zip(group[PARAMS], names_of(group, index), strict=True):
             check_parameter(param, name, group)
-
-
-def _pairs(cohort: Cohort) -> Iterator[tuple[Tensor, Tensor]]:
-    """The user's parameters of a cohort, each with the tensor that the base works on."""
-    return zip(cohort.params, cohort.group[PARAMS], strict=True)
 
 
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
