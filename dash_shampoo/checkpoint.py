@@ -226,7 +226,8 @@ def _decoded(value: Any) -> Any:
         return {"list": list, "tuple": tuple}[kind](_decoded(item) for item in items)
     if kind == "dtype":
         return getattr(torch, value["name"])
-    cls = {**_config_classes(base), **_config_classes(config)}[kind]
+    known = {entry.__name__: entry for entry in safe_globals() if not isinstance(entry, tuple)}
+    cls: Any = {**known, **_config_classes(base)}[kind]
     if issubclass(cls, enum.Enum):
         return cls[value["name"]]
     return cls(**{name: _decoded(item) for name, item in value["fields"].items()})
