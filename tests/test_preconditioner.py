@@ -387,3 +387,16 @@ def test_a_redone_root_is_damped_as_the_solver_damps():
             torch.testing.assert_close(
                 root.double(), vectors @ (values**-0.25).diag() @ vectors.T, rtol=1e-4, atol=1e-4
             )
+
+
+def test_roots_can_be_refreshed_less_often_in_mid_training():
+    parameter = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = ds.DashShampoo([parameter], precondition_frequency=2)
+    for frequency in (2, 2, 5, 5):
+        optimizer.param_groups[0]["precondition_frequency"] = frequency
+        parameter.grad = torch.ones(4, 4)
+        optimizer.step()
+    assert parameter.isfinite().all()
+    optimizer.param_groups[0]["start_preconditioning_step"] = 3
+    with pytest.raises(ValueError, match="start_preconditioning_step of parameter group 0=3"):
+        optimizer.step()

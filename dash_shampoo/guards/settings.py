@@ -53,7 +53,10 @@ class GroupSettings:
         options = _options(group)
         if options == self._known:
             return False
-        check_options(group, where)
+        # Refreshing less often than before is no contradiction to a start that was given once.
+        is_new = group["start_preconditioning_step"] != self._known["start_preconditioning_step"]
+        start = {} if is_new else {"start_preconditioning_step": -1}
+        check_options({**group, **start}, where)
         return True
 
     def _resolve_beta3(self, group: dict[str, Any]) -> None:
