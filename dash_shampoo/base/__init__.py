@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dash_shampoo.base.embedded.blocking import grid_view
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.factories import own_distributor_class as _own_distributor_class
+from dash_shampoo.base.embedded.group_state import take_weights
 from dash_shampoo.base.embedded.state import native_config as _native_config
 
 _VARIABLE = "DASH_SHAMPOO_BASE"
@@ -36,7 +37,7 @@ _META_MODULES = (
 # What only Meta's package has (FSDP1); without it, the names say so.
 META_ONLY = ("FSDPDistributedConfig", "HSDPDistributedConfig", "compile_fsdp_parameter_metadata")
 # The same on both bases.
-_OURS = ("META_ONLY", "grid_view", "name", "native_config", "own_distributor_class")
+_OURS = ("META_ONLY", "grid_view", "name", "native_config", "own_distributor_class", "take_weights")
 
 if TYPE_CHECKING:
     from dash_shampoo.base.embedded.configs import *
@@ -133,6 +134,7 @@ __all__ = [
     "name",
     "native_config",
     "own_distributor_class",
+    "take_weights",
 ]
 
 

@@ -96,7 +96,14 @@ class Distributor:
     Args:
         param_group: The parameter group.
         runtime_config: Whether gradients are checked.
+
+    Attributes:
+        is_shared: Whether other processes wait for this one's directions in `update_params`.
+        step: The group's step count, once there is one.
     """
+
+    is_shared = False
+    step: Tensor | None = None
 
     def __init__(
         self,
@@ -106,10 +113,14 @@ class Distributor:
         self._param_group = param_group
         self._runtime_config = runtime_config
         self._max_dim: int | float = param_group[keys.MAX_PRECONDITIONER_DIM]
+        params, names = param_group[keys.PARAMS], param_group.get("param_names", ())
+        # Meta's package may split a group, and leaves each part the names of all.
+        is_named = len(names) == len(params)
+        self._names = dict(zip(map(id, params), names, strict=True)) if is_named else {}
         self._staged: list[tuple[Tensor, Tensor]] = []
         self._cuts: dict[int, _CutParam] = {}
         blocks: list[Tensor] = []
-        for param in self._select_params(param_group[keys.PARAMS]):
+        for param in self._select_params(params):
             blocks.extend(self._cut_param(param))
         self._global_blocked_params: tuple[Tensor, ...] = tuple(blocks)
 
@@ -191,6 +202,20 @@ class Distributor:
             targets, increments = self._in_grids(params, blocked_search_directions, active)
             torch._foreach_add_(targets, increments)
         self._write_back()
+
+    def substitute(self, error: Exception) -> tuple[Tensor, ...]:
+        """Search directions in the place of those that could not be computed.
+
+        Args:
+            error: What went wrong.
+
+        Returns:
+            Nothing, for `update_params`, where other processes wait for this one's directions.
+
+        Raises:
+            Exception: The error, where nobody waits.
+        """
+        raise error
 
     @torch.no_grad()
     def refresh_blocked_params(self) -> None:
@@ -304,17 +329,17 @@ class Distributor:
         return targets, increments
 
     def _make_block_infos(self) -> Iterator[BlockInfo]:
-        names = self._param_group.get("param_names")
-        name_of = (
-            dict(zip(map(id, self._param_group[keys.PARAMS]), names, strict=True)) if names else {}
-        )
         for cut in self._cuts.values():
+            name = self._names.get(id(cut.param))
             for block_index in compress(range(cut.num_blocks), cut.local_selector):
                 yield self._make_block_info(
                     param=cut.param,
                     composable_block_ids=(cut.index, self._block_key(block_index)),
-                    param_name=name_of.get(id(cut.param)),
+                    param_name=name,
                 )
+
+    def _name_of(self, cut: _CutParam) -> str:
+        return self._names.get(id(cut.param), f"parameter {cut.index}")
 
     def _local_gradient(self, param: Tensor) -> Tensor | None:
         return None if param.grad is None else self._local_tensor(param.grad)

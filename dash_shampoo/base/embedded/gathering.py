@@ -5,6 +5,7 @@ within each, every block has one owner, which keeps its state and computes its u
 """
 
 import heapq
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,14 @@ from dash_shampoo.base.embedded.distributed_configs import (
 )
 from dash_shampoo.base.embedded.distributor import BlockInfo, Distributor
 from dash_shampoo.base.embedded.dtensors import is_dtensor, local_tensor
+from dash_shampoo.base.embedded.replicas import (
+    check_same_parameters,
+    first_that_differs,
+    group_of,
+    replicas_of,
+)
 
-# Names of the dimensions of the meshes below.
-_REPLICATE, _DISTRIBUTE, _SHARD = "replicate", "distribute", "shard"
+logger = logging.getLogger(__name__)
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -93,15 +99,34 @@ class DDPDistributor(Distributor):
             parameter is sharded.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if not dist.is_initialized():
-            raise RuntimeError("Distributed configs need torch.distributed to be initialized.")
-        super().__init__(*args, **kwargs)
+    is_shared = True
+    _error: Exception | None = None
+    _is_compared = False
 
     @property
     def _config(self) -> DDPDistributedConfig:
         config: DDPDistributedConfig = self._param_group[keys.DISTRIBUTED_CONFIG]
         return config
+
+    @torch.no_grad()
+    def merge_and_block_gradients(self) -> tuple[Tensor, ...]:
+        """As the base class; the first time, all processes compare their parameters."""
+        if not self._is_compared:
+            self._is_compared = True
+            params = [self._local_tensor(cut.param) for cut in self._cuts.values()]
+            if (rank := first_that_differs(params, self._replicas)) is not None:
+                logger.warning(
+                    "The parameters of rank %d differ from those of the first of its replicas. Are "
+                    "they stages of a pipeline, or experts? Then give DashDDPDistributedConfig("
+                    "replicas=...) the ranks that hold the same parameters; else broadcast them.",
+                    rank,
+                )
+        return super().merge_and_block_gradients()
+
+    def substitute(self, error: Exception) -> tuple[Tensor, ...]:
+        """Keeps the error until the others, who wait in `update_params`, have heard of it."""
+        self._error = error
+        return ()
 
     @torch.no_grad()
     def update_params(
@@ -112,8 +137,18 @@ class DDPDistributor(Distributor):
         Args:
             blocked_search_directions: One per own block that has a gradient, or of all own blocks.
             use_masked_tensors: Whether only the blocks with a gradient are updated.
+
+        Raises:
+            Exception: The one that `substitute` was given.
+            RuntimeError: If another process was given one. On a GPU this is noticed where inverse roots
+                are due, as it means waiting for the device.
         """
-        params = self._targets(blocked_search_directions, use_masked_tensors)
+        error, self._error = self._error, None
+        if error is None:
+            params = self._targets(blocked_search_directions, use_masked_tensors)
+        else:
+            params, blocked_search_directions = (), ()
+            self._flags[dist.get_rank(self._communication_group)].fill_(1.0)
         if self._config.communicate_params:
             if params:
                 torch._foreach_add_(params, blocked_search_directions)
@@ -128,14 +163,15 @@ class DDPDistributor(Distributor):
             buffers = self._local_buffers
             if use_masked_tensors:
                 buffers = tuple(compress(self._local_buffers, self._local_grad_selector))
-                if len(buffers) < len(self._local_buffers):
-                    torch._foreach_zero_(self._local_buffers)
-            if buffers:
+            if len(params) < len(self._local_buffers):
+                torch._foreach_zero_(self._local_buffers)
+            if params:
                 torch._foreach_copy_(buffers, blocked_search_directions)
             self._gather()
             if self._global_blocked_params:
                 torch._foreach_add_(self._global_blocked_params, self._global_buffers)
         self._write_back()
+        self._share(error)
 
     def is_foreign_block(self, param: Tensor, key: str) -> bool:
         """Whether a key of the state is a block of the parameter that another process owns."""
@@ -155,11 +191,9 @@ class DDPDistributor(Distributor):
                 )
             yield param
 
-    def _mesh_of_replicas(self) -> tuple[Tensor, tuple[str, ...]]:
-        """The ranks as (replicate, distribute) or (replicate, distribute, shard), and the names."""
-        ranks = torch.arange(dist.get_world_size())
-        size = self._group_size(len(ranks))
-        return ranks.view(-1, size), (_REPLICATE, _DISTRIBUTE)
+    def _find_replicas(self) -> dist.ProcessGroup:
+        """The processes that hold the same parameters as this one."""
+        return replicas_of(self._config)
 
     def _local_tensor(self, tensor: Tensor) -> Tensor:
         return local_tensor(tensor)
@@ -168,15 +202,23 @@ class DDPDistributor(Distributor):
         return DTensorBlockInfo(mesh=self._owners_mesh, **fields)
 
     def _assign_blocks(self) -> tuple[bool, ...]:
-        layout, names = self._mesh_of_replicas()
+        self._replicas = self._find_replicas()
+        cuts = self._cuts.values()
+        names = list(map(self._name_of, cuts))
+        local = [self._local_tensor(cut.param) for cut in cuts]
+        check_same_parameters(local, names, self._replicas)
+
+        ranks = dist.get_process_group_ranks(self._replicas)
+        size = self._group_size(len(ranks))
+        row, column = divmod(ranks.index(dist.get_rank()), size)
+        self._communication_group = group_of(ranks[row * size :][:size], self._replicas)
+        # Those that own the same blocks, as state tensors are replicated over them.
         device_type = self._param_group[keys.PARAMS][0].device.type
-        mesh = DeviceMesh(device_type, layout, mesh_dim_names=names)
-        # Not a slice of the mesh: a DTensor that was saved has no root, and would be another's.
+        owners_of_same = group_of(ranks[column::size], self._replicas)
         self._owners_mesh = DeviceMesh.from_group(
-            mesh.get_group(_REPLICATE), device_type, mesh_dim_names=(_REPLICATE,)
+            owners_of_same, device_type, mesh_dim_names=("replicate",)
         )
-        self._communication_group: dist.ProcessGroup = mesh.get_group(_DISTRIBUTE)
-        rank, size = mesh.get_local_rank(_DISTRIBUTE), mesh.size(1)
+        rank = dist.get_rank(self._communication_group)
 
         # The cost is that of what is sent: blocks in the communication dtype.
         dtype = self._config.communication_dtype
@@ -207,13 +249,16 @@ class DDPDistributor(Distributor):
         self, sent: Sequence[Tensor], owners: Sequence[int], rank: int, size: int
     ) -> None:
         """One buffer for all processes, in equal parts, with a view for every block."""
-        # Blocks start at multiples of 64 bytes, for the sake of vectorised copies.
+        # Blocks start at multiples of 64 bytes, for the sake of vectorised copies. Behind them each
+        # process has a flag: whether it failed.
         aligned = AlignedMemoryCostModel()
         lengths = [int(aligned.cost(block)) // block.element_size() for block in sent]
         totals = [sum(compress(lengths, (o == r for o in owners))) for r in range(size)]
         dtype = self._config.communication_dtype
         device = self._param_group[keys.PARAMS][0].device
-        self._global_buffer = torch.zeros(size, max(totals), dtype=dtype, device=device)
+        width = max(totals) + aligned.alignment_bytes // dtype.itemsize
+        self._global_buffer = torch.zeros(size, width, dtype=dtype, device=device)
+        self._flags = self._global_buffer[:, max(totals)]
         self._local_buffer = self._global_buffer[rank]
         views: list[Tensor] = list(sent)
         for owner in range(size):
@@ -225,10 +270,32 @@ class DDPDistributor(Distributor):
         self._global_buffers = tuple(views)
 
     def _gather(self) -> None:
-        if self._global_buffer.numel() > 0:
+        if self._global_blocked_params:
             _all_gather(
                 self._global_buffer.view(-1), self._local_buffer, group=self._communication_group
             )
+
+    def _share(self, error: Exception | None) -> None:
+        """Raises on all processes what one of them was given."""
+        if self._flags.device.type == "cpu" or self._is_refreshing():
+            failed = self._flags.nonzero().flatten().tolist()
+            if failed:
+                self._flags.zero_()
+                if error is None:
+                    ranks = dist.get_process_group_ranks(self._communication_group)
+                    raise RuntimeError(
+                        f"The optimizer's step failed on rank {ranks[failed[0]]}, so it ends here "
+                        "too; see that rank's error. Blocks of other ranks are already updated."
+                    )
+        if error is not None:
+            raise error
+
+    def _is_refreshing(self) -> bool:
+        if self.step is None:
+            return False
+        step, start = int(self.step.item()), self._param_group[keys.START_PRECONDITIONING_STEP]
+        frequency: int = self._param_group[keys.PRECONDITION_FREQUENCY]
+        return bool(step == start or (step > start and step % frequency == 0))
 
     def _receive(self, selector: tuple[bool, ...] | None) -> None:
         params, buffers = self._global_blocked_params, self._global_buffers
@@ -268,11 +335,8 @@ class HybridShardDistributor(DDPDistributor):
             )
         return select_shards(params, (Replicate, Shard), "HybridShardDistributedConfig")
 
-    def _mesh_of_replicas(self) -> tuple[Tensor, tuple[str, ...]]:
-        layout = self._config.device_mesh.mesh
-        num_replicas, num_shards = layout.shape
-        size = self._group_size(num_replicas)
-        return layout.reshape(-1, size, num_shards), (_REPLICATE, _DISTRIBUTE, _SHARD)
+    def _find_replicas(self) -> dist.ProcessGroup:
+        return self._config.device_mesh.get_group(0)
 
     def _shard_rank(self) -> int:
         return self._config.device_mesh.get_local_rank(1)

@@ -75,6 +75,15 @@ def mask_state_lists(state_lists: GroupState) -> bool:
     return previous is not None
 
 
+def take_weights(state_lists: GroupState) -> None:
+    """Z ← W, where there is Z: before the first step, as only then the weights are what is trained.
+
+    A process that is not the first may still have its own initial weights in the constructor.
+    """
+    if buffers := state_lists.get(keys.WEIGHT_BUFFER_LIST):
+        torch._foreach_copy_(buffers, state_lists[keys.DISTRIBUTOR].local_blocked_params)
+
+
 def set_interpolation_coefficients(
     state_lists: GroupState, config: IterateAveragingConfig | None, is_step: bool
 ) -> None:
@@ -130,6 +139,8 @@ def switch_mode(state_lists: GroupState, averaging: IterateAveragingConfig, is_t
     mu_y = state_lists[keys.TRAIN_INTERP_COEFF]
     distributor = state_lists[keys.DISTRIBUTOR]
     distributor.refresh_blocked_params()
+    if state_lists[keys.STEP].item() == 0:
+        take_weights(state_lists)
     updates: tuple[Tensor, ...] = ()
     if buffers := state_lists[keys.WEIGHT_BUFFER_LIST]:
         updates = tuple(torch._foreach_sub(buffers, distributor.local_blocked_params))

@@ -44,6 +44,7 @@ from dash_shampoo.base.embedded.group_state import (
     set_interpolation_coefficients,
     step_arguments,
     switch_mode,
+    take_weights,
 )
 from dash_shampoo.base.embedded.hyper_parameters import check_and_complete
 from dash_shampoo.base.embedded.preconditioner_list import (
@@ -239,6 +240,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
         device = group[keys.PARAMS][0].device
         # On the CPU, where counting and reading it waits for no device.
         state_lists[keys.STEP] = torch.tensor(0, dtype=torch.int64, device="cpu")
+        state_lists[keys.DISTRIBUTOR].step = state_lists[keys.STEP]
         for param in group[keys.PARAMS]:
             self.state[param][keys.STEP] = state_lists[keys.STEP]
         state_lists[keys.LR_TENSOR] = torch.empty((), dtype=torch.float32, device=device)
@@ -258,13 +260,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
                 self._allocate(state_lists, keys.MOMENTUM_BUFFER)
             case GeneralizedPrimalAveragingConfig() | ScheduleFreeConfig():
                 self._allocate(state_lists, keys.WEIGHT_BUFFER)
-                distributor = state_lists[keys.DISTRIBUTOR]
-                for buffer, block in zip(
-                    state_lists[keys.WEIGHT_BUFFER_LIST],
-                    distributor.local_blocked_params,
-                    strict=True,
-                ):
-                    buffer.copy_(block)
+                take_weights(state_lists)
                 device = group[keys.PARAMS][0].device
                 state_lists[keys.LR_SUM] = torch.tensor(0.0, dtype=torch.float32, device=device)
                 state_lists[keys.TRAIN_MODE] = torch.tensor(True, device="cpu")
@@ -334,6 +330,8 @@ class DistributedShampoo(ShampooStep, Optimizer):
         state_lists[keys.MASKED_BLOCKED_GRADS] = state_lists[
             keys.DISTRIBUTOR
         ].merge_and_block_gradients()
+        if state_lists[keys.STEP].item() == 0:
+            take_weights(state_lists)
         has_changed = mask_state_lists(state_lists)
         if has_changed and self._shampoo_pt2_compile_config is not None:
             logger.warning(
@@ -348,14 +346,18 @@ class DistributedShampoo(ShampooStep, Optimizer):
         )
         directions: tuple[Tensor, ...] = ()
         if state_lists[keys.MASKED_BLOCKED_GRADS]:
-            directions = self._compute_search_directions(
-                state_lists=state_lists,
-                step=state_lists[keys.STEP],
-                lr=state_lists[keys.LR_TENSOR],
-                train_interp_coeff=state_lists[keys.TRAIN_INTERP_COEFF],
-                eval_interp_coeff=state_lists[keys.EVAL_INTERP_COEFF],
-                **step_arguments(group, step),
-            )
+            try:
+                directions = self._compute_search_directions(
+                    state_lists=state_lists,
+                    step=state_lists[keys.STEP],
+                    lr=state_lists[keys.LR_TENSOR],
+                    train_interp_coeff=state_lists[keys.TRAIN_INTERP_COEFF],
+                    eval_interp_coeff=state_lists[keys.EVAL_INTERP_COEFF],
+                    **step_arguments(group, step),
+                )
+            except Exception as error:
+                # Where other processes wait for the directions of this one, they must hear of it.
+                directions = state_lists[keys.DISTRIBUTOR].substitute(error)
         state_lists[keys.DISTRIBUTOR].update_params(directions)
         state_lists[keys.MASKED_BLOCKED_GRADS] = None
 

@@ -1,0 +1,117 @@
+"""Processes that hold the same parameters: their process groups, and whether they really do."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+# One group for all parameter groups and optimizers; they live as long as torch keeps them.
+_groups: WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = WeakValueDictionary()
+_MAX_NAMED = 3
+
+
+def group_of(ranks: Sequence[int], given: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A process group of these ranks, made at most once; all of them must call this.
+
+    Args:
+        ranks: Global ranks.
+        given: A group to be used if it has these very ranks.
+    """
+    key = tuple(sorted(ranks))
+    for known in (given, dist.group.WORLD, _groups.get(key)):
+        if known is not None and tuple(sorted(dist.get_process_group_ranks(known))) == key:
+            return known
+    # Only the members: ranks outside may be other stages of a pipeline, with other optimizers.
+    group: dist.ProcessGroup = dist.new_group(list(key), use_local_synchronization=True)
+    _groups[key] = group
+    return group
+
+
+def replicas_of(config: Any) -> dist.ProcessGroup:
+    """The replicas that a config names by a process group or a mesh; all processes if none.
+
+    Raises:
+        RuntimeError: If torch.distributed is not initialized.
+        ValueError: If a mesh has more than one dimension.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("Distributed configs need torch.distributed to be initialized.")
+    replicas = getattr(config, "replicas", None)
+    if replicas is None:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    if isinstance(replicas, DeviceMesh):
+        if replicas.ndim != 1:
+            raise ValueError(
+                f"Invalid replicas={replicas}: must be a mesh of one dimension, the one along which "
+                "the parameters are replicated, such as mesh['dp']."
+            )
+        return replicas.get_group()
+    group: dist.ProcessGroup = replicas
+    return group
+
+
+def check_same_parameters(
+    params: Sequence[Tensor], names: Sequence[str], group: dist.ProcessGroup
+) -> None:
+    """Refuses ranks that are taken for replicas and have other parameters; all ranks must call this.
+
+    Args:
+        params: The local parameters of a parameter group.
+        names: Their names, for the message.
+        group: The replicas.
+
+    Raises:
+        ValueError: On every rank, naming the first differences.
+    """
+    own = [
+        (name, tuple(param.shape), str(param.dtype))
+        for name, param in zip(names, params, strict=True)
+    ]
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, own, group=group)
+    ranks = dist.get_process_group_ranks(group)
+    first = everyones[0]
+    for rank, other in zip(ranks, everyones, strict=True):
+        shapes, first_shapes = ([entry[1:] for entry in entries] for entries in (other, first))
+        if shapes == first_shapes:
+            continue
+        if len(other) != len(first):
+            what = f"{len(other)} parameters instead of {len(first)}"
+        else:
+            pairs = [(a, b) for a, b in zip(other, first, strict=True) if a[1:] != b[1:]]
+            what = "; ".join(
+                f"{a[0]} of shape {a[1]} ({a[2]}) instead of {b[1]} ({b[2]})"
+                for a, b in pairs[:_MAX_NAMED]
+            )
+        raise ValueError(
+            f"Rank {rank} is taken for a replica of rank {ranks[0]}, but has other parameters: "
+            f"{what}. Give DashDDPDistributedConfig(replicas=...) the mesh dimension or process group "
+            "along which the parameters are replicated, and every rank the same parameter groups."
+        )
+
+
+def first_that_differs(params: Sequence[Tensor], group: dist.ProcessGroup) -> int | None:
+    """The first rank whose values are not those of the group's first rank; all must call this.
+
+    Args:
+        params: The local parameters.
+        group: The replicas.
+
+    Returns:
+        A global rank, or None. Compared is the sum of each parameter.
+    """
+    if not params:
+        return None
+    sums = torch.stack([param.detach().sum(dtype=torch.float64) for param in params])
+    # NaN equals NaN here.
+    sums = sums.nan_to_num(nan=0.0)
+    everyones = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyones, sums, group=group)
+    differs = [not torch.equal(values, everyones[0]) for values in everyones]
+    ranks = dist.get_process_group_ranks(group)
+    return next((rank for rank, is_other in zip(ranks, differs, strict=True) if is_other), None)
