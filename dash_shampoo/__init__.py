@@ -93,6 +93,7 @@ from dash_shampoo.config import (
     SpectrumRepairConfig,
     TraceScaling,
 )
+from dash_shampoo.distribution import DashDDPDistributedConfig
 from dash_shampoo.eigenbasis import OrthogonalIterationConfig
 from dash_shampoo.grouping import ParamGroups, ParamRule, param_groups
 from dash_shampoo.optimizer import DashShampoo
@@ -122,6 +123,7 @@ __all__ = [
     "CoupledHigherOrderConfig",
     "CoupledNewtonConfig",
     "DDPDistributedConfig",
+    "DashDDPDistributedConfig",
     "DashShampoo",
     "DashShampooPreconditionerConfig",
     "DefaultConcurrencyConfig",

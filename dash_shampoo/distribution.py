@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ import torch
 from dash_shampoo.base import (
     DISTRIBUTOR,
     DDPDistributedConfig,
+    DistributedConfig,
+    DistributedShampoo,
     own_distributor_class,
     take_weights,
 )
@@ -39,14 +41,38 @@ class DashDDPDistributedConfig(DDPDistributedConfig):
         return self  # process groups cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "replicas": None}  # nor pickled; loading keeps the constructor's config
+        return {
+            **vars(self),
+            "replicas": None,
+        }  # nor pickled; loading keeps the constructor's config
 
 
-def distributor_class(config: Any) -> Any:
-    """Our own distributor for a config, on both bases; None where only the base has one."""
-    if type(config) is DashDDPDistributedConfig:
-        return own_distributor_class(DDPDistributedConfig())
-    return own_distributor_class(config)
+class ManyProcesses(DistributedShampoo):
+    """The base's class, with our own distributors on both bases: a part of DashShampoo."""
+
+    def _select_distributor_class(self, distributed_config: DistributedConfig) -> Any:
+        if type(distributed_config) is DashDDPDistributedConfig:
+            return own_distributor_class(DDPDistributedConfig())
+        own = own_distributor_class(distributed_config)
+        return own or super()._select_distributor_class(distributed_config)
+
+    def _group_step_body(self, state_lists: Any, *args: Any) -> None:
+        take_weights(state_lists)
+        super()._group_step_body(state_lists, *args)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the parameters to the training sequence; without averaging does nothing."""
+        for state_lists in self._per_group_state_lists:
+            take_weights(state_lists)
+        super().train()
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the parameters to the evaluation sequence; without averaging does nothing."""
+        for state_lists in self._per_group_state_lists:
+            take_weights(state_lists)
+        super().eval()
 
 
 def shares_errors(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,16 +94,3 @@ def shares_errors(compute: Callable[..., Any]) -> Callable[..., Any]:
             return distributor.substitute(error)
 
     return directions
-
-
-def take_weights_at_first(groups: Iterable[Any]) -> None:
-    """Lets averaging begin at the weights of now where no step was taken yet.
-
-    In the constructor, those of the first process may not have arrived at the others.
-
-    Args:
-        groups: The lists of each parameter group.
-    """
-    for state_lists in groups:
-        if state_lists["step"].item() == 0:
-            take_weights(state_lists)

@@ -6,21 +6,22 @@ import logging
 from dataclasses import fields
 from typing import Any, cast
 
+from torch import Tensor
+
 from dash_shampoo.base import (
     DISTRIBUTOR,
     SHAMPOO_PRECONDITIONER_LIST,
     CoupledHigherOrderConfig,
     CoupledNewtonConfig,
-    DistributedConfig,
     EigenConfig,
     PreconditionerConfig,
     RootInvKLShampooPreconditionerConfig,
     RootInvShampooPreconditionerConfig,
     RootInvShampooPreconditionerList,
-    own_distributor_class,
 )
 from dash_shampoo.base import name as base_name
 from dash_shampoo.config import DashShampooPreconditionerConfig
+from dash_shampoo.distribution import ManyProcesses, shares_errors
 from dash_shampoo.guards import GuardedShampoo
 from dash_shampoo.preconditioner import (
     StackedRootInvKLShampooPreconditionerList,
@@ -41,7 +42,7 @@ _STACKED_LISTS: dict[type, type[StackedRootInvShampooPreconditionerList]] = {
 _SOLVERS_OF_BASE = (EigenConfig, CoupledNewtonConfig, CoupledHigherOrderConfig)
 
 
-class DashShampoo(GuardedShampoo):
+class DashShampoo(GuardedShampoo, ManyProcesses):
     """Distributed Shampoo, with all blocks of a size computed at once.
 
     A drop-in replacement for `DistributedShampoo`: the same constructor, parameter-group options, state
@@ -75,10 +76,9 @@ class DashShampoo(GuardedShampoo):
         >>> optimizer.step()
     """
 
-    def _select_distributor_class(self, distributed_config: DistributedConfig) -> Any:
-        """Our own distributor, on both bases, where there is one for the config."""
-        own = own_distributor_class(distributed_config)
-        return own or super()._select_distributor_class(distributed_config)
+    @shares_errors
+    def _compute_search_directions(self, **kwargs: Any) -> tuple[Tensor, ...]:
+        return super()._compute_search_directions(**kwargs)
 
     def _preconditioner_config_to_list_cls(
         self,

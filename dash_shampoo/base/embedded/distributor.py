@@ -113,10 +113,12 @@ class Distributor:
         self._param_group = param_group
         self._runtime_config = runtime_config
         self._max_dim: int | float = param_group[keys.MAX_PRECONDITIONER_DIM]
-        params, names = param_group[keys.PARAMS], param_group.get("param_names", ())
+        params, names = param_group[keys.PARAMS], param_group.get("param_names", [])
         # Meta's package may split a group, and leaves each part the names of all.
         is_named = len(names) == len(params)
-        self._names = dict(zip(map(id, params), names, strict=True)) if is_named else {}
+        self._names: dict[int, str] = (
+            dict(zip(map(id, params), names, strict=True)) if is_named else {}
+        )
         self._staged: list[tuple[Tensor, Tensor]] = []
         self._cuts: dict[int, _CutParam] = {}
         blocks: list[Tensor] = []

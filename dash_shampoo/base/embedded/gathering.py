@@ -101,7 +101,7 @@ class DDPDistributor(Distributor):
 
     is_shared = True
     _error: Exception | None = None
-    _is_compared = False
+    _is_to_be_compared: bool
 
     @property
     def _config(self) -> DDPDistributedConfig:
@@ -111,9 +111,9 @@ class DDPDistributor(Distributor):
     @torch.no_grad()
     def merge_and_block_gradients(self) -> tuple[Tensor, ...]:
         """As the base class; the first time, all processes compare their parameters."""
-        if not self._is_compared:
-            self._is_compared = True
-            params = [self._local_tensor(cut.param) for cut in self._cuts.values()]
+        if self._is_to_be_compared:
+            self._is_to_be_compared = False
+            params = [cut.param for cut in self._cuts.values()]
             if (rank := first_that_differs(params, self._replicas)) is not None:
                 logger.warning(
                     "The parameters of rank %d differ from those of the first of its replicas. Are "
@@ -204,9 +204,9 @@ class DDPDistributor(Distributor):
     def _assign_blocks(self) -> tuple[bool, ...]:
         self._replicas = self._find_replicas()
         cuts = self._cuts.values()
-        names = list(map(self._name_of, cuts))
-        local = [self._local_tensor(cut.param) for cut in cuts]
-        check_same_parameters(local, names, self._replicas)
+        self._is_to_be_compared = check_same_parameters(
+            [cut.param for cut in cuts], list(map(self._name_of, cuts)), self._replicas
+        )
 
         ranks = dist.get_process_group_ranks(self._replicas)
         size = self._group_size(len(ranks))

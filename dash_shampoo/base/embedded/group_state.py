@@ -76,12 +76,16 @@ def mask_state_lists(state_lists: GroupState) -> bool:
 
 
 def take_weights(state_lists: GroupState) -> None:
-    """Z ← W, where there is Z: before the first step, as only then the weights are what is trained.
+    """Z ← W before the first step of a group that averages: only then W is what is trained.
 
-    A process that is not the first may still have its own initial weights in the constructor.
+    In the constructor, the weights of the first process may not have arrived at the others.
     """
-    if buffers := state_lists.get(keys.WEIGHT_BUFFER_LIST):
-        torch._foreach_copy_(buffers, state_lists[keys.DISTRIBUTOR].local_blocked_params)
+    buffers = state_lists.get(keys.WEIGHT_BUFFER_LIST)
+    if buffers and state_lists[keys.STEP].item() == 0:
+        distributor = state_lists[keys.DISTRIBUTOR]
+        if isinstance(distributor, Distributor):  # and not Meta's
+            distributor.refresh_blocked_params()
+        torch._foreach_copy_(buffers, distributor.local_blocked_params)
 
 
 def set_interpolation_coefficients(
@@ -139,8 +143,7 @@ def switch_mode(state_lists: GroupState, averaging: IterateAveragingConfig, is_t
     mu_y = state_lists[keys.TRAIN_INTERP_COEFF]
     distributor = state_lists[keys.DISTRIBUTOR]
     distributor.refresh_blocked_params()
-    if state_lists[keys.STEP].item() == 0:
-        take_weights(state_lists)
+    take_weights(state_lists)
     updates: tuple[Tensor, ...] = ()
     if buffers := state_lists[keys.WEIGHT_BUFFER_LIST]:
         updates = tuple(torch._foreach_sub(buffers, distributor.local_blocked_params))

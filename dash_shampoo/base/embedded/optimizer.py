@@ -260,7 +260,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
                 self._allocate(state_lists, keys.MOMENTUM_BUFFER)
             case GeneralizedPrimalAveragingConfig() | ScheduleFreeConfig():
                 self._allocate(state_lists, keys.WEIGHT_BUFFER)
-                take_weights(state_lists)
+                take_weights(state_lists)  # for a checkpoint before the first step
                 device = group[keys.PARAMS][0].device
                 state_lists[keys.LR_SUM] = torch.tensor(0.0, dtype=torch.float32, device=device)
                 state_lists[keys.TRAIN_MODE] = torch.tensor(True, device="cpu")
@@ -323,15 +323,14 @@ class DistributedShampoo(ShampooStep, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for state_lists, group in self._groups():
-            self._step_group(state_lists, group)
+            self._group_step_body(state_lists, group)
         return loss
 
-    def _step_group(self, state_lists: GroupState, group: dict[str, Any]) -> None:
+    def _group_step_body(self, state_lists: GroupState, group: dict[str, Any]) -> None:
         state_lists[keys.MASKED_BLOCKED_GRADS] = state_lists[
             keys.DISTRIBUTOR
         ].merge_and_block_gradients()
-        if state_lists[keys.STEP].item() == 0:
-            take_weights(state_lists)
+        take_weights(state_lists)
         has_changed = mask_state_lists(state_lists)
         if has_changed and self._shampoo_pt2_compile_config is not None:
             logger.warning(

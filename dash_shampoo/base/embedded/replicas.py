@@ -8,9 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dash_shampoo.base.embedded.dtensors import local_tensor
 
 # One group for all parameter groups and optimizers; they live as long as torch keeps them.
 _groups: WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = WeakValueDictionary()
+# Local shapes of parameters that were found equal.
+_compared: Any = WeakTensorKeyDictionary()
 _MAX_NAMED = 3
 
 
@@ -57,20 +62,27 @@ def replicas_of(config: Any) -> dist.ProcessGroup:
 
 def check_same_parameters(
     params: Sequence[Tensor], names: Sequence[str], group: dist.ProcessGroup
-) -> None:
+) -> bool:
     """Refuses ranks that are taken for replicas and have other parameters; all ranks must call this.
 
     Args:
-        params: The local parameters of a parameter group.
+        params: The parameters of a parameter group.
         names: Their names, for the message.
         group: The replicas.
+
+    Returns:
+        Whether they are new: those that were compared before are not again, as one process alone may
+        have to construct its distributor anew.
 
     Raises:
         ValueError: On every rank, naming the first differences.
     """
+    shapes_now = [tuple(local_tensor(param).shape) for param in params]
+    if [_compared.get(param) for param in params] == shapes_now:
+        return False
     own = [
-        (name, tuple(param.shape), str(param.dtype))
-        for name, param in zip(names, params, strict=True)
+        (name, shape, str(param.dtype))
+        for name, shape, param in zip(names, shapes_now, params, strict=True)
     ]
     everyones: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyones, own, group=group)
@@ -93,13 +105,16 @@ def check_same_parameters(
             f"{what}. Give DashDDPDistributedConfig(replicas=...) the mesh dimension or process group "
             "along which the parameters are replicated, and every rank the same parameter groups."
         )
+    for param, shape in zip(params, shapes_now, strict=True):
+        _compared[param] = shape
+    return True
 
 
 def first_that_differs(params: Sequence[Tensor], group: dist.ProcessGroup) -> int | None:
     """The first rank whose values are not those of the group's first rank; all must call this.
 
     Args:
-        params: The local parameters.
+        params: The parameters.
         group: The replicas.
 
     Returns:
@@ -107,7 +122,7 @@ def first_that_differs(params: Sequence[Tensor], group: dist.ProcessGroup) -> in
     """
     if not params:
         return None
-    sums = torch.stack([param.detach().sum(dtype=torch.float64) for param in params])
+    sums = torch.stack([local_tensor(p).detach().sum(dtype=torch.float64) for p in params])
     # NaN equals NaN here.
     sums = sums.nan_to_num(nan=0.0)
     everyones = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]

@@ -1,0 +1,155 @@
+"""What the processes of test_replicas do: subgroups, wrong groups, errors of one process, averaging."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import dash_shampoo as ds
+
+logging.getLogger("dash_shampoo").setLevel(logging.ERROR)
+SHAPES = [(9, 5), (7,), (6, 6), (4, 9)]
+
+
+def build(classes, seed, config, shapes=SHAPES, **changes):
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    options = {
+        "lr": 0.1,
+        "betas": (0.9, 0.95),
+        "epsilon": 1e-6,
+        "max_preconditioner_dim": 4,
+        "grafting_config": ds.AdamPreconditionerConfig(),
+        **changes,
+    }
+    return params, classes(params, distributed_config=config, **options)
+
+
+def set_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def run(params, optimizer, seed, num_steps=4):
+    for step in range(num_steps):
+        set_gradients(params, 100 * seed + step)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+def alone(seed, **changes):
+    config = ds.SingleDeviceDistributedConfig()
+    return run(*build(ds.DashShampoo, seed, config, **changes), seed)
+
+
+def message(function, *args, **kwargs):
+    """Type and text of what is raised, or None."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def stages(rank, given):
+    """Two stages of a pipeline with equal shapes and two replicas each."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    replicas = mesh["dp"] if given == "mesh" else mesh.get_group("dp")
+    stage = mesh.get_local_rank("pp")
+    num_before = len(dist.distributed_c10d._world.pg_map)
+    found = []
+    for size in (-1, 2, 1):
+        config = ds.DashDDPDistributedConfig(replicas=replicas, num_trainers_per_group=size)
+        params, optimizer = build(ds.DashShampoo, stage, config)
+        found.append(run(params, optimizer, stage))
+    num_made = len(dist.distributed_c10d._world.pg_map) - num_before
+    return {"found": found, "expected": alone(stage), "num_made": num_made}
+
+
+def groups(rank, size):
+    """Process groups that 6 parameter groups need, and the warning about values that differ."""
+    config = ds.DDPDistributedConfig(num_trainers_per_group=size)
+    before = len(dist.distributed_c10d._world.pg_map)
+    params = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(6)]
+    # Kept: the groups of an optimizer that is gone need not be there for the next.
+    kept = ds.DashShampoo([{"params": [p]} for p in params], distributed_config=config)
+    made = len(dist.distributed_c10d._world.pg_map) - before
+    del kept
+    gc.collect()
+    return made
+
+
+def others(rank, kind):
+    """Ranks that are no replicas: other shapes, other numbers of parameters, other values."""
+    shapes = SHAPES
+    if rank == 1 and kind == "shapes":
+        shapes = [(9, 5), (7,), (6, 5), (4, 9)]
+    if rank == 1 and kind == "numbers":
+        shapes = SHAPES[:2]
+    if kind != "values":
+        config = ds.DDPDistributedConfig()
+        return message(build, ds.DashShampoo, 0, config, shapes)
+    params, optimizer = build(ds.DashShampoo, rank, ds.DDPDistributedConfig())
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("dash_shampoo")
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    run(params, optimizer, 0)
+    logger.removeHandler(handler)
+    return records
+
+
+def failing(rank, where, communicate_params):
+    """An error on the owner of a block alone; afterwards the other blocks are trained on."""
+    config = ds.DDPDistributedConfig(communicate_params=communicate_params)
+    params, optimizer = build(ds.DashShampoo, 0, config, precondition_frequency=2)
+    run(params, optimizer, 0, num_steps=1)
+    lists = optimizer._per_group_state_lists[0]["shampoo_preconditioner_list"]
+    with contextlib.ExitStack() as stack:
+        if rank == 1:
+
+            def fail(*args, **kwargs):
+                raise ZeroDivisionError("the owner's own error")
+
+            setattr(lists, where, fail)
+            stack.callback(delattr, lists, where)
+        set_gradients(params, 1)
+        said = message(optimizer.step)
+    # Nobody waits for anybody, and nobody fails again.
+    after = run(params, optimizer, 2)
+    return {"said": said, "after": after}
+
+
+def averaging(rank, config, mode):
+    """The optimizer is constructed before rank 0's weights are broadcast."""
+    params, optimizer = build(
+        ds.DashShampoo, rank, ds.DDPDistributedConfig(), iterate_averaging_config=config
+    )
+    for p in params:
+        dist.broadcast(p.data, src=0)
+    if mode == "eval first":
+        optimizer.eval()
+        optimizer.train()
+    found = run(params, optimizer, 0)
+    optimizer.eval()
+    single = ds.SingleDeviceDistributedConfig()
+    expected, reference = build(ds.DashShampoo, 0, single, iterate_averaging_config=config)
+    trained = run(expected, reference, 0)
+    reference.eval()
+    return {
+        "found": [found, [p.detach().clone() for p in params]],
+        "expected": [trained, [p.detach().clone() for p in expected]],
+    }
+
+
+def two_dimensions(rank):
+    config = ds.DashDDPDistributedConfig(replicas=init_device_mesh("cpu", (2, 2)))
+    return message(build, ds.DashShampoo, 0, config)
