@@ -141,12 +141,13 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check_options(arguments)
 
 
-def check_options(options: Mapping[str, Any], where: str = "") -> None:
+def check_options(options: Mapping[str, Any], where: str = "", is_edit: bool = False) -> None:
     """Checks the options of a parameter group.
 
     Args:
         options: The group, or the constructor's arguments; unknown keys are the user's own.
         where: Put behind the name in messages, such as " of parameter group 1". (Default: "")
+        is_edit: Whether the preconditioner may have started already. (Default: False)
 
     Raises:
         TypeError: If one has a wrong type.
@@ -158,7 +159,7 @@ def check_options(options: Mapping[str, Any], where: str = "") -> None:
             if is_dataclass(options[name]):
                 _check_fields(f"{name}{where}", options[name])
     if "betas" in options:
-        _check_betas(f"betas{where}", options["betas"])
+        _check_betas(options["betas"], where)
     _check_epsilon(options, where)
     decay_type = options.get("weight_decay_type")
     if decay_type in (WeightDecayType.CORRECTED, WeightDecayType.INDEPENDENT):
@@ -171,7 +172,9 @@ def check_options(options: Mapping[str, Any], where: str = "") -> None:
     start, frequency = (
         options.get(name) for name in ("start_preconditioning_step", "precondition_frequency")
     )
-    if start is not None and frequency is not None and start != -1 and start < frequency:
+    if is_edit or start is None or frequency is None or start == -1:
+        return
+    if start < frequency:
         raise ValueError(
             f"Invalid start_preconditioning_step{where}={start}: must be at least "
             f"precondition_frequency={frequency}, or -1 for the same."
@@ -196,11 +199,13 @@ def misspelled(names: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[t
             yield name, close[0]
 
 
-def _check_betas(name: str, betas: object) -> None:
+def _check_betas(betas: object, where: str) -> None:
     if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
-        raise TypeError(f"Invalid {name}={_shown(betas)}: must be two numbers (beta1, beta2).")
-    _BETA1.check(f"{name}[0]", betas[0])
-    _BETA2.check(f"{name}[1]", betas[1])
+        raise TypeError(
+            f"Invalid betas{where}={_shown(betas)}: must be two numbers (beta1, beta2)."
+        )
+    _BETA1.check(f"betas[0]{where}", betas[0])
+    _BETA2.check(f"betas[1]{where}", betas[1])
 
 
 def _check_epsilon(options: Mapping[str, Any], where: str) -> None:

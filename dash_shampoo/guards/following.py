@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from dash_shampoo.base import PREVIOUS_GRAD_SELECTOR, DistributedShampoo
+from dash_shampoo.base import LR_CPU_PINNED, PREVIOUS_GRAD_SELECTOR, DistributedShampoo
 from dash_shampoo.base import name as base_name
 from dash_shampoo.guards import settings
 from dash_shampoo.guards.cohorts import PARAMS, options_of
@@ -76,6 +76,7 @@ class FollowingShampoo(ReconstructibleShampoo):
             self._check_shapes()
             self._reconstruct(self._steps(), "Parameters lie in other memory")
         self._give_state_to_new_gradients()
+        self._renew_pinned_lr()
         if self._follow_settings():
             for cohort in self._cohorts:
                 cohort.group.update(options_of(groups[cohort.group_index]))
@@ -121,6 +122,17 @@ class FollowingShampoo(ReconstructibleShampoo):
             steps.update(dict.fromkeys([*born, *late], 0))
             self._reconstruct(steps, "Parameters have their first gradient")
 
+    def _renew_pinned_lr(self) -> None:
+        """New memory to stage the learning rate in: the copy from the last step's may not have run yet.
+
+        torch hands pinned memory out again only when what was copied from it has arrived.
+        """
+        for state_lists, cohort in zip(self._per_group_state_lists, self._cohorts, strict=True):
+            if cohort.group["use_pin_memory"]:
+                state_lists[LR_CPU_PINNED] = torch.empty_like(
+                    state_lists[LR_CPU_PINNED], pin_memory=True
+                )
+
     def _follow_settings(self) -> bool:
         has_changed = False
         for index, (group, known) in enumerate(zip(self.param_groups, self._settings, strict=True)):
@@ -130,7 +142,7 @@ class FollowingShampoo(ReconstructibleShampoo):
             name = known.needs_rebuild(group)
             if name is not None:
                 self._reconstruct(self._steps(), f"{name} of parameter group {index} was edited")
-            known.built(group)
+            self._settings[index] = known.built(group)
         if has_changed:
             for state_lists, cohort in zip(self._per_group_state_lists, self._cohorts, strict=True):
                 settings.apply_(state_lists, self.param_groups[cohort.group_index])

@@ -30,6 +30,22 @@ class _Uncopied(dict[str, Any]):
         return _Uncopied(self)
 
 
+def check_form(state_dict: object) -> None:
+    """Refuses what is no state dict of an optimizer.
+
+    Raises:
+        TypeError: Saying what it is instead.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{_REFUSED} it is a {type(state_dict).__name__}, not a dict.")
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(key), kind):
+            found = ", ".join(map(repr, [*state_dict][:_MAX_NAMED]))
+            raise TypeError(
+                f"{_REFUSED} it has no {key!r} as optimizer.state_dict() has, but the keys [{found}]."
+            )
+
+
 def by_parameter(
     groups: Sequence[Mapping[str, Any]],
     saved_groups: Sequence[Mapping[str, Any]],

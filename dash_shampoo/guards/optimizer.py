@@ -82,8 +82,10 @@ class GuardedShampoo(FollowingShampoo):
             state_dict: As returned by `state_dict()`.
 
         Raises:
+            TypeError: If it is no state dict, or a saved option has a wrong type.
             ValueError: If groups, keys or shapes do not fit; then nothing was changed.
         """
+        loading.check_form(state_dict)
         state_dict = state_dict.copy()
         for pre_hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             replaced = pre_hook(self, state_dict)
@@ -99,8 +101,9 @@ class GuardedShampoo(FollowingShampoo):
             vars(self).clear()
             vars(self).update(before)
             raise
-        for group, update in zip(self.param_groups, updates, strict=True):
+        for group, update, known in zip(self.param_groups, updates, self._settings, strict=True):
             group.update(update)
+            known.note_loaded(group)
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             post_hook(self)
 

@@ -62,12 +62,10 @@ class ReconstructibleShampoo(DistributedShampoo):
 
     def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
         self._arguments = _bind(args, kwargs)
-        try:
+        with _words_of_base({}, self._arguments):
             check_arguments(self._arguments)
-        except (TypeError, ValueError) as error:
-            raise _with_words_of_base(error, params, self._arguments) from error
         defaults = {name: self._arguments[name] for name in OPTIONS if name in self._arguments}
-        defaults["peak_lr"] = self._arguments["lr"]
+        defaults["peak_lr"] = float(self._arguments["lr"])
         self._without_gradient = set()
         Optimizer.__init__(self, params, defaults)
         self._settings = [GroupSettings(group) for group in self.param_groups]
@@ -103,18 +101,29 @@ class ReconstructibleShampoo(DistributedShampoo):
         """
         before = dict(vars(self))
         self._cohorts = partition(self.param_groups, steps)
+        edited_betas = [cohort.group["betas"] for cohort in self._cohorts]
+        for cohort in self._cohorts:
+            # Filtered gradients stay in the state when beta1 has been set to 0.
+            beta1 = self._settings[cohort.group_index].first_beta1
+            if cohort.group["betas"][0] == 0.0 and beta1 != 0.0:
+                cohort.group["betas"] = (beta1, cohort.group["betas"][1])
         try:
             self._construct_base()
         except BaseException:
             vars(self).clear()
             vars(self).update(before)
             raise
+        if len(edited_betas) == len(self._cohorts):
+            for cohort, betas in zip(self._cohorts, edited_betas, strict=True):
+                cohort.group["betas"] = betas
         for cohort in self._cohorts:
             self.param_groups[cohort.group_index].update(options_of(cohort.group))
         for group in self.param_groups:
             _complete(group)
-        for group, known in zip(self.param_groups, self._settings, strict=True):
+        self._settings = [
             known.built(group)
+            for known, group in zip(self._settings, self.param_groups, strict=True)
+        ]
         self._bound = BoundState(self.state)
         params = [param for cohort in self._cohorts for param in cohort.params]
         self._seen = SeenParameters(self.param_groups, params)
@@ -234,9 +243,9 @@ class ReconstructibleShampoo(DistributedShampoo):
             Optimizer.add_param_group(self, param_group)
             return
         lr = param_group.get("lr") if isinstance(param_group, dict) else None
-        if isinstance(lr, (int, float)) and lr > 0.0:
+        if isinstance(lr, (int, float, Tensor)) and lr > 0.0:
             # The constructor's lr is not the peak of a group that has its own.
-            param_group.setdefault("peak_lr", lr)
+            param_group.setdefault("peak_lr", float(lr))
         Optimizer.add_param_group(self, param_group)
         index = len(self.param_groups) - 1
         try:
@@ -253,7 +262,8 @@ class ReconstructibleShampoo(DistributedShampoo):
 
     def _check_group(self, group: dict[str, Any], index: int) -> None:
         where = f" of parameter group {index}"
-        check_options(group, where)
+        with _words_of_base({} if self._is_ready else options_of(group), self._arguments):
+            check_options(group, where)
         group["betas"] = tuple(group["betas"])  # such as a list from a YAML file
         for name, meant in misspelled(options_of(group), self.defaults):
             logger.warning("Unknown option %s%s: was %s meant?", name, where, meant)
@@ -270,17 +280,20 @@ def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: bound.arguments[name] for name in list(_SIGNATURE.parameters)[2:]}
 
 
-def _with_words_of_base(
-    refusal: Exception, params: ParamsT, arguments: Mapping[str, Any]
-) -> Exception:
-    """The refusal of an argument, with what Meta's package says to it: programs may look for that."""
-    if base_name != "meta":
-        return refusal
+@contextmanager
+def _words_of_base(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to a refusal what Meta's package says to the same options: programs may look for that."""
     try:
-        DistributedShampoo(params, **arguments)
-    except Exception as error:
-        return type(refusal)(f"{refusal} ({error})")
-    return refusal
+        yield
+    except (TypeError, ValueError) as error:
+        if base_name != "meta":
+            raise
+        try:
+            param = torch.nn.Parameter(torch.zeros(1))
+            DistributedShampoo([{**options, PARAMS: [param]}], **arguments)
+        except Exception as error_of_base:
+            raise type(error)(f"{error} ({error_of_base})") from error
+        raise
 
 
 def _complete(group: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,8 +32,9 @@ class GroupSettings:
 
     def __init__(self, group: Mapping[str, Any]) -> None:
         self._follows_beta1 = group["beta3"] == _FOLLOWS_BETA1
-        self._built = _options(group)
-        self._known = self._built
+        self._last_beta3 = group["beta3"]
+        self._built = self._known = _options(group)
+        self.first_beta1: float = group["betas"][0]
 
     def follow(self, group: dict[str, Any], where: str) -> bool:
         """Takes notice of edits: resolves beta3 = -1, checks what is new.
@@ -42,37 +44,42 @@ class GroupSettings:
             where: For messages.
 
         Returns:
-            Whether something besides the learning rate has changed since the last call.
+            Whether something besides the learning rate is not as it was built.
 
         Raises:
             TypeError: If an edited option has a wrong type.
             ValueError: If it is out of range.
         """
         check_lr(group["lr"], where)
+        if _options(group) != self._known:
+            # Refreshing less often than before is no contradiction to a start that was given once.
+            start = group["start_preconditioning_step"]
+            is_edit = start == self._known["start_preconditioning_step"]
+            check_options(group, where, is_edit=is_edit)
         self._resolve_beta3(group)
-        options = _options(group)
-        if options == self._known:
-            return False
-        # Refreshing less often than before is no contradiction to a start that was given once.
-        is_new = group["start_preconditioning_step"] != self._known["start_preconditioning_step"]
-        start = {} if is_new else {"start_preconditioning_step": -1}
-        check_options({**group, **start}, where)
-        return True
+        return _options(group) != self._known
 
     def _resolve_beta3(self, group: dict[str, Any]) -> None:
-        """beta3 = -1 means beta1, also where a scheduler cycles that."""
-        beta3 = group["beta3"]
-        if beta3 == _FOLLOWS_BETA1:
+        """beta3 = -1 means beta1, also where a scheduler cycles that; an explicit one stays."""
+        if group["beta3"] == _FOLLOWS_BETA1:
             self._follows_beta1 = True
-        elif self._follows_beta1 and beta3 != self._known["beta3"]:
-            # Given explicitly by now, unless what was given is beta1 again (a loaded checkpoint).
-            self._follows_beta1 = beta3 == group["betas"][0]
+        elif group["beta3"] != self._last_beta3:
+            self._follows_beta1 = False
         if self._follows_beta1:
             group["beta3"] = group["betas"][0]
+        self._last_beta3 = group["beta3"]
 
-    def built(self, group: Mapping[str, Any]) -> None:
-        """Notes that the state now is that of these options."""
-        self._built = self._known = _options(group)
+    def note_loaded(self, group: Mapping[str, Any]) -> None:
+        """Takes notice of loaded options: beta3 goes on to follow beta1 where the two are equal."""
+        self._follows_beta1 = self._follows_beta1 and group["beta3"] == group["betas"][0]
+        self._last_beta3 = group["beta3"]
+
+    def built(self, group: Mapping[str, Any]) -> GroupSettings:
+        """The settings of a state that was built for the group as it is; this object stays as it was."""
+        result = copy.copy(self)
+        result._last_beta3 = group["beta3"]
+        result._built = result._known = _options(group)
+        return result
 
     def needs_rebuild(self, group: Mapping[str, Any]) -> str | None:
         """The name of an option that the state was not built for, or None.
@@ -80,7 +87,7 @@ class GroupSettings:
         Raises:
             ValueError: If the state lacks what the option needs.
         """
-        if self._built["betas"][0] == 0.0 and group["betas"][0] != 0.0:
+        if self.first_beta1 == 0.0 and group["betas"][0] != 0.0:
             raise ValueError(
                 f"betas[0] can't change from 0 to {group['betas'][0]}: there is no filtered gradient to "
                 "go on with. Construct the optimizer with betas[0] above 0."
