@@ -21,14 +21,14 @@ KILL_AFTER = 7
 TIMEOUT = 240.0
 
 
-def torchrun(words, folder, log):
+def torchrun(words, folder, log, module=("experiments",)):
     """Two processes of `python -m experiments train`, which one agent starts and starts again."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
             *("--max-restarts", "1", "--monitor-interval", "0.1", "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
-            *("-m", "experiments", "train", *words, f"output_dir={folder}"),
+            *("-m", *module, "train", *words, f"output_dir={folder}"),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         stdout=log,
