@@ -13,12 +13,10 @@ Finished runs are appended to `<output>.jsonl`, so that an interrupted study goe
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
-import math
-import platform
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dash_shampoo as ds
-from experiments.data import BatchSampler, load_stdlib_bytes
-from experiments.model import Llama
-from experiments.schedule import LearningRate, one_cycle
+from experiments.environment import processor
+from experiments.tasks import DigitsTask, LlamaTask, Task, fit
 
 Optimizer = torch.optim.Optimizer
 Record = dict[str, Any]
@@ -111,86 +108,12 @@ METHODS = {
 BASELINE = "eigen, 1/4, absolute 1e-10"
 
 
-class LlamaTask:
-    """A two-layer byte-level Llama, 300 steps of 16 sequences of 64 bytes."""
-
-    steps, frequencies = 300, (1, 10)
-
-    def __init__(self) -> None:
-        self.data = load_stdlib_bytes()
-
-    def model(self) -> nn.Module:
-        return Llama(vocab_size=256, num_layers=2, width=64, num_heads=4, max_sequence_length=64)
-
-    def batches(self, seed: int) -> Iterator[Tensor]:
-        sampler = BatchSampler(self.data.train, 64, 16, seed)
-        while True:
-            yield sampler.next_batch()
-
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-    def validation_loss(self, model: nn.Module) -> float:
-        sampler = BatchSampler(self.data.validation, 64, 64, seed=0)
-        with torch.no_grad():
-            losses = [float(self.loss(model, batch)) for batch in sampler.fixed_batches(16)]
-        return statistics.fmean(losses)
-
-
-class DigitsTask:
-    """A 64-128-128-10 MLP on scikit-learn's digits, 300 steps of 64 images."""
-
-    steps, frequencies = 300, (1, 10)
-
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-        images = torch.tensor(digits.data, dtype=torch.float32)[order] / 16.0
-        labels = torch.tensor(digits.target)[order]
-        self.train, self.validation = (images[:1300], labels[:1300]), (images[1300:], labels[1300:])
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
-        )
-
-    def batches(self, seed: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield torch.randint(len(self.train[0]), (64,), generator=generator)
-
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        return F.cross_entropy(model(self.train[0][batch]), self.train[1][batch])
-
-    def validation_loss(self, model: nn.Module) -> float:
-        with torch.no_grad():
-            return float(F.cross_entropy(model(self.validation[0]), self.validation[1]))
-
-
 TASKS: dict[str, type[LlamaTask] | type[DigitsTask]] = {"llama": LlamaTask, "digits": DigitsTask}
+FREQUENCIES = (1, 10)
 
 
-def train(
-    task: LlamaTask | DigitsTask, method: Method, lr: float, frequency: int, seed: int
-) -> float:
-    torch.manual_seed(seed)
-    model = task.model()
-    optimizer = method.build(model.parameters(), lr, frequency)
-    shape = functools.partial(one_cycle, warmup_fraction=0.1, start_factor=0.01, end_factor=0.1)
-    schedule = LearningRate(optimizer, task.steps, shape)
-    for step, batch in zip(range(task.steps), task.batches(seed), strict=False):
-        schedule.apply(step)
-        optimizer.zero_grad()
-        loss = task.loss(model, batch)
-        if not math.isfinite(loss.item()):
-            return math.inf
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    value = task.validation_loss(model)
-    return value if math.isfinite(value) else math.inf
+def train(task: Task, method: Method, lr: float, frequency: int, seed: int) -> float:
+    return fit(task, lambda model: method.build(model.parameters(), lr, frequency), seed)
 
 
 def run_all(args: argparse.Namespace, log: Path) -> None:
@@ -198,7 +121,7 @@ def run_all(args: argparse.Namespace, log: Path) -> None:
     for name in args.tasks:
         task = TASKS[name]()
         for seed in args.seeds:
-            for method, frequency in itertools.product(METHODS, task.frequencies):
+            for method, frequency in itertools.product(METHODS, FREQUENCIES):
                 if method == "AdamW" and frequency != 1:
                     continue  # it has no roots to refresh
                 lrs = METHODS[method].lrs
@@ -210,7 +133,7 @@ def run_all(args: argparse.Namespace, log: Path) -> None:
                         run_one(task, key, log)
 
 
-def run_one(task: LlamaTask | DigitsTask, key: tuple[str, str, int, float, int], log: Path) -> None:
+def run_one(task: Task, key: tuple[str, str, int, float, int], log: Path) -> None:
     name, method, frequency, lr, seed = key
     started = time.perf_counter()
     loss = train(task, METHODS[method], lr, frequency, seed)
@@ -271,7 +194,7 @@ def report(records: list[Record]) -> str:
     lines = [
         "# Which root trains best",
         "",
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"dash_shampoo {ds.__version__}; `python benchmarks/exponent_study.py`.",
         "",
         "Validation loss after 300 steps, mean ± standard deviation over the seeds, with the learning rate "
