@@ -4,8 +4,8 @@
 
 A byte-level Llama (2 layers, width 128) learns the sources of Python's standard library with AdamW;
 meanwhile EMAs of G·Gᵀ and Gᵀ·G are kept for the blocks of some weights, and written with the last gradient.
-The file in `benchmarks/data`, which tests and results refer to, is of a GPT-style block (query, key and value in
-one weight) and a constant learning rate; this one's factors are better conditioned.
+The file in `benchmarks/data`, which tests and results refer to, is of a GPT-style block (query, key and value
+in one weight) and a constant learning rate; this one's factors are better conditioned.
 """
 
 import argparse

@@ -4,13 +4,16 @@ All runs have the same initial weights and the same batches, and take turns, in 
 reversed every round, so that whatever else the machine does slows all of them alike.
 """
 
+import importlib.util
 import logging
+import math
 import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from omegaconf import DictConfig
@@ -21,13 +24,16 @@ from experiments.environment import environment
 from experiments.main import fail
 from experiments.metrics import FILE_NAME, read_metrics
 from experiments.parallel import Process, process_group
-from experiments.plots import Curve, plot_losses, plot_step_times
-from experiments.settings import overrides
+from experiments.plots import COLOURS, Curve, plot_losses, plot_step_times
+from experiments.settings import SettingsError, overrides
 from experiments.tables import markdown_table
 from experiments.trainer import RunError, Trainer
 
+# Settings that change nothing of what the note says about the learning rates.
+_HARMLESS = ("output_dir=", "progress=", "device=", "num_threads=", "turn=", "~runs.")
 
-@dataclass(frozen=True)
+
+@dataclass
 class Run:
     """One optimizer of the demo.
 
@@ -35,11 +41,15 @@ class Run:
         name: Its key in the YAML and its folder.
         label: Its name in the table.
         trainer: Its model, optimizer and data.
+        colour: In the pictures.
+        diverged: Whether its loss is no longer finite.
     """
 
     name: str
     label: str
     trainer: Trainer
+    colour: str
+    diverged: bool = False
 
 
 def run(config: DictConfig) -> int:
@@ -55,32 +65,43 @@ def run(config: DictConfig) -> int:
     start = time.perf_counter()
     folder = Path(config.output_dir)
     with process_group(config.parallelism, config.device) as process:
-        runs = _prepare(config, process, folder)
+        runs, missing = _prepare(config, process, folder)
         first = runs[0].trainer
         print(
             f"{len(runs)} optimizers, {config.steps} steps each, "
             f"{first.num_parameters:,} parameters, {first.data.name}"
         )
-        try:
-            signal_number = _take_turns(runs, config.steps, config.turn, config.progress)
-        except RunError as error:
-            return fail(str(error), 1)
-        if signal_number:
+        for note in missing:
+            print(note)
+        if signal_number := _take_turns(runs, config.steps, config.turn, config.progress):
             return fail("stopped before the end; nothing to compare.", 128 + signal_number)
-        _report(config, runs, process, folder, start)
+        text, files = _report(config, runs, missing, process, folder)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    print(f"\n{_table_of(text)}\nThis took {time.perf_counter() - start:.0f} s. Written:")
+    for path in (folder / "README.md", *files):
+        print(f"  {path}")
     return 0
 
 
-def _prepare(config: DictConfig, process: Process, folder: Path) -> list[Run]:
+def _prepare(config: DictConfig, process: Process, folder: Path) -> tuple[list[Run], list[str]]:
+    """The runs, and a note about each that can't be."""
+    if not config.runs:
+        raise SettingsError("runs is empty: there is nothing to compare.")
     data = build_data(config)
-    runs = []
-    for name, node in config.runs.items():
-        own = compose("demo", [*node.overrides, *overrides(), "progress=false", "resume=never"])
+    own = [*overrides(), "progress=false", "resume=never"]
+    if not any(word.startswith("evaluate_every=") for word in own):
+        # Ten points make a curve, however short the run.
+        own.append(f"evaluate_every={max(1, min(config.evaluate_every, config.steps // 10))}")
+    runs, missing = [], []
+    for place, (name, node) in enumerate(config.runs.items()):
+        if (module := node.get("needs")) and importlib.util.find_spec(module) is None:
+            missing.append(f"{node.label} is left out: the package {module} is not installed.")
+            continue
         output_dir = folder / "runs" / str(name)
         shutil.rmtree(output_dir, ignore_errors=True)
-        output_dir.mkdir(parents=True)
-        runs.append(Run(str(name), str(node.label), Trainer(own, process, output_dir, data)))
-    return runs
+        trainer = Trainer(compose("demo", [*node.overrides, *own]), process, output_dir, data)
+        runs.append(Run(str(name), str(node.label), trainer, COLOURS[place % len(COLOURS)]))
+    return runs, missing
 
 
 def _take_turns(runs: Sequence[Run], steps: int, turn: int, progress: bool) -> int:
@@ -89,8 +110,14 @@ def _take_turns(runs: Sequence[Run], steps: int, turn: int, progress: bool) -> i
     with tqdm(total=total, disable=None if progress else True, dynamic_ncols=True) as bar:
         for index, until in enumerate(range(turn, steps + turn, turn)):
             for one in runs if index % 2 == 0 else runs[::-1]:
+                if one.diverged:
+                    continue
                 bar.set_description(one.name, refresh=False)
-                result = one.trainer.run(until=until, bar=bar)
+                try:
+                    result = one.trainer.run(until=until, bar=bar)
+                except RunError:
+                    one.diverged = True
+                    continue
                 if result.signal_number is not None:
                     return result.signal_number
     for one in runs:
@@ -100,7 +127,7 @@ def _take_turns(runs: Sequence[Run], steps: int, turn: int, progress: bool) -> i
 
 def _curve(one: Run, folder: Path) -> Curve:
     records = read_metrics(folder / "runs" / one.name / FILE_NAME)
-    validations = [r for r in records if r["event"] == "validation"]
+    validations = [r for r in records if r["event"] == "validation" and r["loss"] is not None]
     steps = [r for r in records if r["event"] == "train"]
     period = int(one.trainer.config.optimizer.get("precondition_frequency", 1))
     return Curve(
@@ -110,6 +137,8 @@ def _curve(one: Run, folder: Path) -> Curve:
         losses=[r["loss"] for r in validations],
         model_ms=typical([r["forward_ms"] + r["backward_ms"] for r in steps], 1),
         optimizer_ms=typical([r["optimizer_ms"] for r in steps], period),
+        colour=one.colour,
+        diverged=one.diverged,
     )
 
 
@@ -132,26 +161,34 @@ def typical(times: Sequence[float], period: int) -> float:
 
 
 def _report(
-    config: DictConfig, runs: Sequence[Run], process: Process, folder: Path, start: float
-) -> None:
+    config: DictConfig,
+    runs: Sequence[Run],
+    missing: Sequence[str],
+    process: Process,
+    folder: Path,
+) -> tuple[str, tuple[Path, Path]]:
+    """The text of the report, after drawing its pictures."""
     curves = [_curve(one, folder) for one in runs]
     losses, times = folder / "validation_loss.png", folder / "step_time.png"
-    subject = f"Llama-style model, {runs[0].trainer.num_parameters / 1e6:.1f}M parameters"
-    plot_losses(curves, losses, f"{subject}, {runs[0].trainer.data.name}")
+    first = runs[0].trainer
+    subject = f"Llama-style model, {first.num_parameters / 1e6:.1f}M parameters"
+    plot_losses(curves, losses, f"{subject}, {first.data.name}")
     plot_step_times(curves, times, f"{subject}: time of a training step")
-    table = demo_table(curves, [one.trainer.learning_rate.peaks[0] for one in runs])
     machine = environment(process.device)
+    notes = [_baseline_note(curves), _settings_note(runs)]
+    if not [word for word in overrides() if not word.startswith(_HARMLESS)]:
+        notes.append(str(config.note).strip())
     text = "\n".join(
         [
             "# Demo of dash_shampoo",
             "",
-            table,
-            _baseline_note(curves) + str(config.note).strip(),
+            demo_table(curves, [one.trainer.learning_rate.peaks[0] for one in runs]),
+            " ".join([*notes, *missing]),
             "",
             f"{subject}, {config.steps} steps of {config.batch_size} × {config.sequence_length} "
-            f"tokens, {runs[0].trainer.data.name} (digest {runs[0].trainer.data.digest}), seed "
-            f"{config.seed}. {machine['device']}, {machine['threads']} threads, torch "
-            f"{machine['torch']}, Python {machine['python']}.",
+            f"tokens, {first.data.name} (digest {first.data.digest}), seed {config.seed}. "
+            f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, Python "
+            f"{machine['python']}, base {machine['base']}.",
             "",
             f"![validation loss]({losses.name})",
             "",
@@ -159,17 +196,43 @@ def _report(
             "",
         ]
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    print(f"\n{table}\nThis took {time.perf_counter() - start:.0f} s. Written:")
-    for path in (folder / "README.md", losses, times):
-        print(f"  {path}")
+    return text, (losses, times)
+
+
+def _table_of(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.startswith("|"))
 
 
 def _baseline_note(curves: Sequence[Curve]) -> str:
+    if curves[0].diverged:
+        return f"{curves[0].label} diverged, so there is no baseline to reach."
     return (
         f"The last two columns tell when a run first reached the final loss of {curves[0].label}, "
-        f"{curves[0].losses[-1]:.3f}. "
+        f"{curves[0].losses[-1]:.3f}, on straight lines between validations."
     )
+
+
+def _settings_note(runs: Sequence[Run]) -> str:
+    """What is true of these runs, from their own settings."""
+    first = runs[0].trainer.config
+    note = "All runs have the same initial weights and batches."
+    shampoos: dict[tuple[int, int], list[str]] = {}
+    for one in runs:
+        node: Any = one.trainer.config.optimizer
+        if "max_preconditioner_dim" in node:
+            key = (int(node.max_preconditioner_dim), int(node.precondition_frequency))
+            shampoos.setdefault(key, []).append(one.label)
+    for (block, frequency), labels in shampoos.items():
+        who = "Every kind of Shampoo" if len(shampoos) == 1 else "; ".join(labels)
+        every = "in every step" if frequency == 1 else f"every {frequency} steps"
+        note += f" {who} works on blocks of {block}, and renews its inverse roots {every}."
+    rare = max([1, *(frequency for _, frequency in shampoos)])
+    if first.steps > 2 * rare > 2:
+        note += (
+            " Milliseconds are medians of the steps at the same place between two renewals, averaged "
+            "over the places."
+        )
+    return note
 
 
 def demo_table(curves: Sequence[Curve], learning_rates: Sequence[float]) -> str:
@@ -182,7 +245,7 @@ def demo_table(curves: Sequence[Curve], learning_rates: Sequence[float]) -> str:
     Returns:
         The table.
     """
-    target = curves[0].losses[-1]
+    target = -math.inf if curves[0].diverged else curves[0].losses[-1]
     rows = []
     for curve, lr in zip(curves, learning_rates, strict=True):
         steps = _crossing(curve.steps, curve.losses, target)
@@ -191,7 +254,7 @@ def demo_table(curves: Sequence[Curve], learning_rates: Sequence[float]) -> str:
             [
                 curve.label,
                 f"{lr:g}",
-                f"{curve.losses[-1]:.3f}",
+                "diverged" if curve.diverged else f"{curve.losses[-1]:.3f}",
                 f"{curve.model_ms:.0f}",
                 f"{curve.optimizer_ms:.1f}",
                 "-" if steps is None else f"{steps:.0f}",

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # files only: works without a display
 import matplotlib.pyplot as plt
 
 # Okabe and Ito's palette, which colour-blind people can tell apart too.
-COLOURS = ("#7f7f7f", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+COLOURS = ("#7f7f7f", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 _STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -34,9 +34,11 @@ class Curve:
         label: Its name in the legend.
         steps: Steps of the validations.
         seconds: Seconds of training until each of them.
-        losses: Validation losses.
+        losses: Validation losses, all finite; fewer than the others' where the run diverged.
         model_ms: Milliseconds per step of forward and backward pass.
         optimizer_ms: Milliseconds per step of the optimizer.
+        colour: Its colour in every picture.
+        diverged: Whether it ended before its time.
     """
 
     label: str
@@ -45,28 +47,29 @@ class Curve:
     losses: Sequence[float]
     model_ms: float
     optimizer_ms: float
+    colour: str = COLOURS[0]
+    diverged: bool = False
 
 
 def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
     """Validation loss against steps, and against seconds of training.
 
     Args:
-        curves: The runs, each in the colour of its place.
+        curves: The runs.
         path: PNG file to write.
         title: Heading of the picture.
     """
     with plt.rc_context(_STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
         for index, curve in enumerate(curves):
-            style = _line_style(index, covers=_covers_another(curves, index))
+            style = _line_style(curve, covers=_covers_another(curves, index))
             left.plot(curve.steps, curve.losses, label=curve.label, **style)
             right.plot(curve.seconds, curve.losses, **style)
         left.set(xlabel="steps", ylabel="validation loss (nats per token)")
         right.set(xlabel="seconds of training")
         left.set_xlim(left=0)
         right.set_xlim(left=0)
-        bottom, top = _loss_range(curves)
-        left.set_ylim(bottom, top)
+        left.set_ylim(*loss_range(curves))
         figure.suptitle(title, fontsize=11)
         columns = len(curves) if len(curves) <= 4 else (len(curves) + 1) // 2
         figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns, frameon=False)
@@ -75,9 +78,9 @@ def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
         plt.close(figure)
 
 
-def _line_style(index: int, covers: bool) -> dict[str, Any]:
+def _line_style(curve: Curve, covers: bool) -> dict[str, Any]:
     return {
-        "color": COLOURS[index % len(COLOURS)],
+        "color": curve.colour,
         "linewidth": 1.6 if covers else 2.6,
         "linestyle": (0, (4, 1.5)) if covers else "-",
         "marker": "o",
@@ -87,19 +90,30 @@ def _line_style(index: int, covers: bool) -> dict[str, Any]:
 
 def _covers_another(curves: Sequence[Curve], index: int) -> bool:
     """Whether a curve lies on an earlier one: drawn thin and dashed, it lets both be seen."""
-    bottom, top = _loss_range(curves)
+    bottom, top = loss_range(curves)
     return any(
-        max(abs(a - b) for a, b in zip(curves[index].losses, earlier.losses, strict=True))
+        max(abs(a - b) for a, b in zip(curves[index].losses, earlier.losses, strict=False))
         < 0.01 * (top - bottom)
         for earlier in curves[:index]
     )
 
 
-def _loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Leave out the first, steep part: it would squeeze the differences into a few pixels."""
-    finals = [curve.losses[-1] for curve in curves]
-    early = [curve.losses[min(2, len(curve.losses) - 1)] for curve in curves]
-    bottom, top = min(finals), max(max(early), max(finals))
+def loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The part of the vertical axis that is shown.
+
+    The first, steep part is left out where what follows has room for it: it would squeeze the
+    differences between the runs into a few pixels. At least three points of each curve are seen,
+    and nothing above the loss of the untrained model.
+
+    Args:
+        curves: The runs.
+
+    Returns:
+        Lower and upper end.
+    """
+    shown = [loss for curve in curves for loss in curve.losses[min(2, len(curve.losses) // 4) :]]
+    untrained = max(curve.losses[0] for curve in curves)
+    bottom, top = min(shown), min(max(shown), untrained)
     margin = 0.06 * max(top - bottom, 1e-3)
     return bottom - margin, top + margin
 
@@ -108,7 +122,7 @@ def plot_step_times(curves: Sequence[Curve], path: Path, title: str) -> None:
     """Milliseconds per step, one bar per run: the model's share in grey, the optimizer's coloured.
 
     Args:
-        curves: The runs, each in the colour of its place.
+        curves: The runs.
         path: PNG file to write.
         title: Heading of the picture.
     """
@@ -121,7 +135,7 @@ def plot_step_times(curves: Sequence[Curve], path: Path, title: str) -> None:
                 index,
                 curve.optimizer_ms,
                 left=curve.model_ms,
-                color=COLOURS[index % len(COLOURS)],
+                color=curve.colour,
                 height=0.62,
             )
             axes.text(

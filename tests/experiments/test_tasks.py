@@ -21,7 +21,9 @@ def test_a_small_training_learns_and_repeats():
 def test_gradients_can_be_watched_and_divergence_is_told():
     task = LlamaTask(steps=6, width=16, sequence_length=16)
     seen = []
-    fit(task, adamw(0.01), 0, lambda model, step: seen.append((step, model.head.weight.grad.norm())))
+    fit(
+        task, adamw(0.01), 0, lambda model, step: seen.append((step, model.head.weight.grad.norm()))
+    )
     assert [step for step, _ in seen] == list(range(6))
     assert all(norm > 0 for _, norm in seen)
     assert fit(task, lambda model: torch.optim.SGD(model.parameters(), lr=1e30), 0) == math.inf
