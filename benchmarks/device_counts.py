@@ -119,8 +119,12 @@ class DeviceCounts:
             result: What it returned.
         """
         outputs = tensors_in(result)
+        # What is written in place stays where it is, such as the host's copy of a value.
+        on_host = {t.untyped_storage()._cdata for t in tensors_in(arguments) if not self.has(t)}
         for tensor in outputs:
-            if not self.has(tensor):
+            if not self.has(tensor) and (
+                name != "copy_" or tensor.untyped_storage()._cdata not in on_host
+            ):
                 if name != "set_":
                     self._memory.add(tensor)
                 self.place([tensor])

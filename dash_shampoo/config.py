@@ -27,6 +27,7 @@ __all__ = [
     "DashShampooPreconditionerConfig",
     "DefaultDashConfig",
     "FrobeniusScaling",
+    "GradientPolicy",
     "MatmulPrecision",
     "MinimaxConfig",
     "NewtonDBConfig",
@@ -334,49 +335,55 @@ class MinimaxConfig(RootInvConfig):
         _check(self, "margin", 1e-3 <= self.margin <= 0.5, "in [1e-3, 0.5]")
 
 
-SafetyPolicy = Literal["eigen", "keep", "raise"]
+SafetyPolicy = Literal["repair", "keep", "raise"]
+GradientPolicy = Literal["skip_block", "skip_step", "raise"]
 
 
 @dataclass(kw_only=True)
 class SafetyConfig:
     """What happens to a block whose inverse root is not to be trusted.
 
-    Without it the base's own rules hold: a factor matrix or a root that is not finite raises, a failed
-    computation keeps the previous root and raises when `num_tolerated_failed_amortized_computations`
-    in a row is exceeded. With it, a root is also checked by a sketched residual
-    ‖Xᵖ(A + damping·I)v − v‖ / ‖v‖, a gradient whose squares overflow counts as zero for its block, and
-    every bad block is handled alone. Choose this when a run must survive whatever it meets.
+    Without it the base's own rules hold: a gradient, a factor matrix or a root that is not finite
+    raises, a failed computation keeps the previous root and raises when
+    `num_tolerated_failed_amortized_computations` in a row is exceeded. With it, a root is also checked
+    by a sketched residual ‖Xᵖ(A + damping·I)v − v‖ / ‖v‖, and every bad block is handled alone.
+    Choose this when a run must survive whatever it meets.
+
+    In either case a gradient that is not finite, or whose sum of squares overflows, never enters a
+    state: on the device its block is given a gradient of zeros before anything else is computed.
+
+    On an accelerator the outcomes of a refresh travel to the host in the background and are acted on
+    at the next refresh, so that no step waits for them; until then a bad block keeps its previous root.
 
     Attributes:
-        policy (str): "eigen" computes the bad blocks again by an eigendecomposition of the factor with the
-            same damping (and keeps the previous root where that fails too); "keep" keeps the previous
-            root; "raise" raises `PreconditionerValueError` naming the parameter. (Default: "eigen")
+        policy (str): "repair" computes the bad roots again, those blocks alone: by the same solver with a
+            larger damping, else by an eigendecomposition with the eigenvalues clamped and then damped
+            (and keeps the previous root where that fails too); "keep" keeps the previous root; "raise"
+            raises `PreconditionerValueError` naming the parameter. (Default: "repair")
         residual_threshold (float | None): A root with a larger residual is bad; above 0. None checks
             for finite values alone, for solvers that are stopped early on purpose (Newton-DB).
             (Default: 0.3)
-        check_interval (int): The host looks at the outcomes every so many refreshes of the inverse
-            roots: one host synchronisation each. In between bad blocks keep their previous root.
-            (Default: 1)
+        gradients (str): What a gradient that is not finite leads to: "skip_block" goes on, with that
+            block's gradient taken as zero; "skip_step" leaves all parameters and states of its parameter
+            group in this process as they are (the host looks in every step: one synchronisation);
+            "raise" raises `PreconditionerValueError` naming the parameter. (Default: "skip_block")
     """
 
-    policy: SafetyPolicy = "eigen"
+    policy: SafetyPolicy = "repair"
     residual_threshold: float | None = 0.3
-    check_interval: int = 1
+    gradients: GradientPolicy = "skip_block"
 
     def __post_init__(self) -> None:
-        allowed = get_args(SafetyPolicy)
-        _check(self, "policy", self.policy in allowed, f"one of {', '.join(allowed)}")
+        for name, allowed in (
+            ("policy", get_args(SafetyPolicy)),
+            ("gradients", get_args(GradientPolicy)),
+        ):
+            _check(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         _check(
             self,
             "residual_threshold",
             self.residual_threshold is None or self.residual_threshold > 0.0,
             "above 0, or None",
-        )
-        _check(
-            self,
-            "check_interval",
-            _is_int(self.check_interval) and self.check_interval >= 1,
-            "an integer of at least 1",
         )
 
 
@@ -390,15 +397,11 @@ class DashShampooPreconditionerConfig(RootInvShampooPreconditionerConfig):
     Attributes:
         max_workspace_bytes (int): Cap in bytes on the temporaries of one batched solve; a larger stack is
             solved in chunks, with the same result. (Default: 2**30)
-        use_fused_factor_update (bool): Accumulate the factor matrices by one `baddbmm` instead of a matmul, a
-            product and a sum: less memory traffic, but the rounding differs from the base's. Needs
-            `use_symmetric_packing=False`. (Default: False)
         safety (SafetyConfig | None): How inverse roots are checked and bad blocks handled; None keeps
             the base's rules. (Default: None)
     """
 
     max_workspace_bytes: int = 2**30
-    use_fused_factor_update: bool = False
     safety: SafetyConfig | None = None
 
     def __post_init__(self) -> None:
@@ -408,13 +411,6 @@ class DashShampooPreconditionerConfig(RootInvShampooPreconditionerConfig):
             "max_workspace_bytes",
             _is_int(self.max_workspace_bytes) and self.max_workspace_bytes >= 1,
             "an integer of at least 1",
-        )
-        _check(
-            self,
-            "use_fused_factor_update",
-            not (self.use_fused_factor_update and self.use_symmetric_packing),
-            "False with use_symmetric_packing=True, since packed factor matrices can't be updated "
-            "by one matmul",
         )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from dash_shampoo.base import (
@@ -13,6 +17,7 @@ from dash_shampoo.base import (
     SHAMPOO_PRECONDITIONER_LIST,
     CoupledHigherOrderConfig,
     CoupledNewtonConfig,
+    DistributedShampoo,
     EigenConfig,
     PreconditionerConfig,
     RootInvKLShampooPreconditionerConfig,
@@ -20,14 +25,17 @@ from dash_shampoo.base import (
     RootInvShampooPreconditionerList,
 )
 from dash_shampoo.base import name as base_name
-from dash_shampoo.config import DashShampooPreconditionerConfig
+from dash_shampoo.config import DashShampooPreconditionerConfig, GradientPolicy
 from dash_shampoo.distribution import ManyProcesses, shares_errors
 from dash_shampoo.guards import GuardedShampoo
-from dash_shampoo.preconditioner import (
+from dash_shampoo.preconditioners import (
+    StackedPreconditionerList,
     StackedRootInvKLShampooPreconditionerList,
     StackedRootInvShampooPreconditionerList,
     missing_seam,
 )
+from dash_shampoo.safety import settle_together
+from dash_shampoo.step import BUCKETS, BucketLists, BucketStep, call, precondition_and_graft
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +46,16 @@ _STACKED_LISTS: dict[type, type[StackedRootInvShampooPreconditionerList]] = {
     RootInvShampooPreconditionerConfig: StackedRootInvShampooPreconditionerList,
     DashShampooPreconditionerConfig: StackedRootInvShampooPreconditionerList,
     RootInvKLShampooPreconditionerConfig: StackedRootInvKLShampooPreconditionerList,
+}
+# The base's methods that are overridden, each with the parameters that are read.
+_STEP_SEAMS = {
+    "_compute_search_directions": ("state_lists",),
+    "_precondition_and_grafting": (
+        "state_lists",
+        "masked_filtered_grad_list",
+        "use_grafting_method",
+        "grafting_config_not_none",
+    ),
 }
 _SOLVERS_OF_BASE = (EigenConfig, CoupledNewtonConfig, CoupledHigherOrderConfig)
 
@@ -76,9 +94,101 @@ class DashShampoo(GuardedShampoo, ManyProcesses):
         >>> optimizer.step()
     """
 
+    @torch.no_grad()
+    def _finish_construction(self) -> None:
+        """Lays the state of every group whose lists allow it into buckets."""
+        if seam := _missing_step_seam():
+            logger.warning("%s It computes its steps block by block.", _explanation(seam))
+            return
+        run: Callable[..., Any] = call
+        if self._shampoo_pt2_compile_config is not None:
+            run = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+        for state_lists, group in zip(self._lists_of_groups(), self.param_groups, strict=True):
+            if BucketStep.can_serve(state_lists):
+                names = self._block_names(state_lists[DISTRIBUTOR].local_block_info_list)
+                safety = getattr(group["preconditioner_config"], "safety", None)
+                policy: GradientPolicy = "raise" if safety is None else safety.gradients
+                state_lists[BUCKETS] = BucketStep(state_lists, names, policy, run)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates the parameters; as the base's.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss. (Default: None)
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            PreconditionerValueError: If a gradient, a factor matrix or an inverse root is not finite and
+                no safety config says otherwise. No state holds a value that is not finite then.
+            ValueError: If the inverse roots of a block failed too often in a row.
+        """
+        loss = super().step(closure)
+        self._settle()
+        return loss
+
+    def _settle(self) -> None:
+        """Reads for all groups at once, after a refresh, what an accelerator has not told yet."""
+        waiting = [lists for lists in self._stacked_lists() if lists.waits_for_settlement]
+        if waiting:
+            guards = [step.gradient_guard for step in self._bucket_steps()]
+            settle_together([lists.ledger for lists in waiting], guards)
+            for lists in waiting:
+                lists.settle()
+
+    def _lists_of_groups(self) -> list[dict[str, Any]]:
+        return cast(list[dict[str, Any]], self._per_group_state_lists)
+
+    def _stacked_lists(self) -> Iterator[StackedPreconditionerList]:
+        for state_lists in self._lists_of_groups():
+            preconditioners = state_lists[SHAMPOO_PRECONDITIONER_LIST]
+            if isinstance(preconditioners, StackedPreconditionerList):
+                yield preconditioners
+
+    def _bucket_steps(self) -> Iterator[BucketStep]:
+        for state_lists in self._lists_of_groups():
+            if BUCKETS in state_lists:
+                yield state_lists[BUCKETS]
+
     @shares_errors
-    def _compute_search_directions(self, **kwargs: Any) -> tuple[Tensor, ...]:
-        return super()._compute_search_directions(**kwargs)
+    def _compute_search_directions(  # type: ignore[override]
+        self, state_lists: dict[str, Any], **settings: Any
+    ) -> tuple[Tensor, ...]:
+        """The base's step on bucket tensors; block by block where a group's lists need that."""
+        buckets: BucketStep | None = state_lists.get(BUCKETS)
+        if buckets is None:
+            return super()._compute_search_directions(state_lists=state_lists, **settings)
+        on_buckets = buckets.on_buckets(state_lists)
+        if on_buckets is None:
+            return buckets.nothing(state_lists)
+        directions = super()._compute_search_directions(state_lists=on_buckets, **settings)
+        return buckets.to_blocks(directions)
+
+    @torch.no_grad()
+    def _precondition_and_grafting(
+        self,
+        state_lists: dict[str, Any],
+        masked_filtered_grad_list: tuple[Tensor, ...],
+        use_grafting_method: bool,
+        grafting_config_not_none: bool,
+    ) -> tuple[Tensor, ...]:
+        """The base's; on bucket tensors with the norms of every slot."""
+        if not isinstance(state_lists, BucketLists):
+            return super()._precondition_and_grafting(
+                state_lists,
+                masked_filtered_grad_list,
+                use_grafting_method,
+                grafting_config_not_none,
+            )
+        directions: tuple[Tensor, ...] = state_lists[BUCKETS].run(
+            precondition_and_graft,
+            state_lists,
+            masked_filtered_grad_list,
+            use_grafting_method,
+            grafting_config_not_none,
+        )
+        return directions
 
     def _preconditioner_config_to_list_cls(
         self,
@@ -109,7 +219,7 @@ class DashShampoo(GuardedShampoo, ManyProcesses):
                 state_lists, group, _config_for_base(preconditioner_config)
             ),
         )
-        if seam := missing_seam(base_list):
+        if seam := missing_seam(base_list, stacked_list.block_seams):
             return _fall_back(base_list, seam, solver)
         distributor = state_lists[DISTRIBUTOR]
         return stacked_list.adopt(
@@ -135,19 +245,50 @@ class DashShampoo(GuardedShampoo, ManyProcesses):
     def failure_counts(self) -> dict[str, int]:
         """How many inverse roots were not accepted since the start, by the name of their parameter.
 
-        Reads the outcomes from the device: one host synchronisation per parameter group. Parameters have
+        Reads outcomes from the device where they have not arrived, and changes nothing. Parameters have
         names where the optimizer was given `model.named_parameters()`.
 
         Returns:
             Counts of this rank's blocks; parameters without a failure are absent.
         """
-        counts: dict[str, int] = {}
-        for state_lists in self._per_group_state_lists:
-            preconditioners = state_lists[SHAMPOO_PRECONDITIONER_LIST]
-            if isinstance(preconditioners, StackedRootInvShampooPreconditionerList):
-                for name, count in preconditioners.failure_counts().items():
-                    counts[name] = counts.get(name, 0) + count
-        return counts
+        return _sum(lists.failure_counts() for lists in self._stacked_lists())
+
+    def gradient_failure_counts(self) -> dict[str, int]:
+        """How many gradients of blocks were not finite since the start, by the name of their parameter.
+
+        Reads the counts from the device.
+
+        Returns:
+            Counts of this rank's blocks; parameters without such a gradient are absent.
+        """
+        return _sum(step.gradient_guard.counts() for step in self._bucket_steps())
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for part in counts:
+        total.update(part)
+    return dict(total)
+
+
+def _missing_step_seam() -> str | None:
+    """What the base's step lacks for running on bucket tensors, or None."""
+    for name, wanted in _STEP_SEAMS.items():
+        method = getattr(DistributedShampoo, name, None)
+        if method is None:
+            return f"DistributedShampoo.{name}"
+        known = inspect.signature(method).parameters
+        for parameter in wanted:
+            if parameter not in known:
+                return f"DistributedShampoo.{name}({parameter})"
+    return None
+
+
+def _explanation(seam: str) -> str:
+    return (
+        f"This version of Distributed Shampoo (base {base_name!r}) lacks {seam}, which DashShampoo was "
+        f"tested with at commit {_TESTED_COMMIT} of facebookresearch/optimizers."
+    )
 
 
 def _config_for_base(
@@ -173,10 +314,7 @@ def _with_options(config: RootInvShampooPreconditionerConfig) -> DashShampooPrec
 def _fall_back(
     base_list: RootInvShampooPreconditionerList, seam: str, solver: object
 ) -> RootInvShampooPreconditionerList:
-    explanation = (
-        f"This version of Distributed Shampoo (base {base_name!r}) lacks {seam}, which DashShampoo was "
-        f"tested with at commit {_TESTED_COMMIT} of facebookresearch/optimizers."
-    )
+    explanation = _explanation(seam)
     if type(solver) not in _SOLVERS_OF_BASE:
         raise RuntimeError(
             f"{explanation} The base itself cannot compute amortized_computation_config="

@@ -81,7 +81,12 @@ def test_counters_roots_and_errors_are_those_of_the_base(history):
     found, params = construct(ds.DashShampoo, UNDAMPED)
     for bad in history:
         error = step(expected, expected_params, bad)
-        assert step(found, params, bad) is error
+        found_error = step(found, params, bad)
+        if found_error is ds.PreconditionerValueError and error is ValueError:
+            # A gradient that is not finite is refused before any root is computed.
+            assert {"nan", "inf"} & set(bad.values())
+            break
+        assert found_error is error
         if error is ds.PreconditionerValueError:
             break  # the base stops there and then, with the later blocks as they were
         for mine, others in zip(blocks(found), blocks(expected), strict=True):
@@ -106,8 +111,8 @@ def test_the_histories_end_in_every_way():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({2: "nan", 1: "nan"}, r"1\.block_0\.0 of layer1\.weight.*nan or inf"),
-        ({0: "inf"}, r"0\.block_0\.0 of layer0\.weight.*nan or inf"),
+        ({2: "nan", 1: "nan"}, r"1\.block_0 of layer1\.weight.*nan or inf"),
+        ({0: "inf"}, r"0\.block_0 of layer0\.weight.*nan or inf"),
         ({2: "singular", 1: "singular"}, r"1\.block_0\.0 of layer1\.weight.*1 times in a row"),
     ],
 )
@@ -168,7 +173,7 @@ def test_parameters_of_several_groups_without_names_are_numbered_as_in_the_state
     for p in params:
         p.grad = torch.eye(8)
     params[2].grad[0, 0] = torch.nan
-    with pytest.raises(ds.PreconditionerValueError, match="of parameter 2:"):
+    with pytest.raises(ds.PreconditionerValueError, match="of parameter 2 "):
         optimizer.step()
 
 

@@ -19,19 +19,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # "experiments" all that lies in that folder beside the package.
 MAY_IMPORT: dict[str, set[str]] = {
     "base": set(),
-    "stacks": set(),
+    "buckets": {"base"},
     "config": {"base"},
     "inverse_root": {"config"},
     "eigenbasis": {"base", "inverse_root"},
     "orthogonalization": {"base", "config", "inverse_root"},
-    "failures": {"base", "config", "inverse_root"},
-    "preconditioner": {"base", "config", "stacks", "inverse_root", "failures"},
+    "safety": {"base", "buckets", "config", "inverse_root"},
+    "preconditioners": {"base", "buckets", "config", "inverse_root", "safety"},
+    "step": {"base", "buckets", "config", "preconditioners", "safety"},
     "checkpoint": {"base", "config", "eigenbasis", "orthogonalization"},
-    "guards": {"base", "checkpoint", "stacks"},
+    "guards": {"base", "buckets", "checkpoint"},
     "distribution": {"base"},
-    "optimizer": {"base", "config", "distribution", "guards", "preconditioner"},
+    "optimizer": {"base", "config", "distribution", "guards", "preconditioners", "safety", "step"},
+    "planning": {"base", "buckets", "config", "inverse_root"},
     "grouping": {"base", "planning"},
-    "planning": {"base", "config", "stacks", "inverse_root"},
     "dash_shampoo": {
         "base",
         "checkpoint",
@@ -155,24 +156,24 @@ def full_name(module: str) -> str:
 def empty_files() -> dict[str, str]:
     rooms = [name for name in MAY_IMPORT if name != PACKAGE]
     return dict.fromkeys(
-        [PACKAGE, *map(full_name, [*rooms, "stacks.plan", "inverse_root.newton_db"])], ""
+        [PACKAGE, *map(full_name, [*rooms, "buckets.layout", "inverse_root.newton_db"])], ""
     )
 
 
 BAD = [
-    ("stacks.plan", "from dash_shampoo.config import NewtonDBConfig", "stacks must not import config"),
-    ("stacks.plan", "from ..config import NewtonDBConfig", "stacks must not import config"),
-    ("stacks.plan", "from .. import config", "stacks must not import config"),
-    ("stacks", "from .plan import x\nfrom ..config import x", "stacks must not import config"),
+    ("buckets.layout", "from dash_shampoo.config import NewtonDBConfig", "buckets must not import config"),
+    ("buckets.layout", "from ..config import NewtonDBConfig", "buckets must not import config"),
+    ("buckets.layout", "from .. import config", "buckets must not import config"),
+    ("buckets", "from .layout import x\nfrom ..config import x", "buckets must not import config"),
     ("config", "from dash_shampoo import inverse_root", "config must not import inverse_root"),
     ("config", "def f():\n    import dash_shampoo.optimizer", "config must not import optimizer"),
-    ("config", "import dash_shampoo.base\ndash_shampoo.stacks.plan", "config must not import stacks"),
+    ("config", "import dash_shampoo.base\ndash_shampoo.buckets.layout", "config must not import buckets"),
     ("inverse_root", "from dash_shampoo.base import DistributedShampoo", "must not import base"),
-    ("stacks", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dash_shampoo import config",
-     "stacks must not import config"),
-    ("optimizer", "import importlib\nimportlib.import_module('dash_shampoo.stacks.plan')",
-     "optimizer must not import stacks"),
-    ("experiments.main", "import dash_shampoo as ds\nds.stacks.plan_stacks", "must not import stacks"),
+    ("buckets", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dash_shampoo import config",
+     "buckets must not import config"),
+    ("optimizer", "import importlib\nimportlib.import_module('dash_shampoo.buckets.layout')",
+     "optimizer must not import buckets"),
+    ("experiments.main", "import dash_shampoo as ds\nds.buckets.make_layout", "must not import buckets"),
     ("experiments.main", "from dash_shampoo.base import name", "experiments must not import base"),
     ("experiments.main", "from dash_shampoo.inverse_root.newton_db import x", "must not look inside"),
     ("config", "import dash_shampoo", "config must not import dash_shampoo"),
@@ -195,10 +196,10 @@ def test_the_checker_catches(module, source, message):
 
 GOOD = [
     (
-        "preconditioner",
-        "from dash_shampoo.stacks import plan_stacks\nimport torch.nn.functional as F",
+        "preconditioners",
+        "from dash_shampoo.buckets import make_layout\nimport torch.nn.functional as F",
     ),
-    ("stacks", "from dash_shampoo.stacks.plan import plan_stacks"),
+    ("buckets", "from dash_shampoo.buckets.layout import make_layout"),
     (
         "experiments.main",
         "import dash_shampoo as ds\nds.DashShampoo\nfrom dash_shampoo import NewtonDBConfig",

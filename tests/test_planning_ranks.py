@@ -72,7 +72,7 @@ def measure(rank, port, folder):
         optimizer, _ = build(strategy)
         lists = optimizer._per_group_state_lists[0]
         num_blocks = len(lists["distributor"].local_blocked_params)
-        stacks = lists["shampoo_preconditioner_list"].plan.stacks
+        stacks = lists["shampoo_preconditioner_list"].layout.stacks
         counts = [(s.size, s.root, len(s.slots)) for s in stacks]
         result = (real_bytes(optimizer), num_blocks, counts, buffer_bytes(optimizer))
         torch.save(result, f"{folder}/{strategy}_{rank}.pt")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dash_shampoo.base import SHAMPOO_PRECONDITIONER_LIST
+from dash_shampoo.base import SHAMPOO_PRECONDITIONER_LIST, AdagradPreconditionerList
 from dash_shampoo.guards.arguments import OPTIONS, check_lr, check_options
 
 # What the state is built from.
@@ -112,8 +112,9 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 def apply_(state_lists: Mapping[str, Any], group: Mapping[str, Any]) -> None:
     """Hands options that the base's preconditioner list has copied to it: beta2, epsilon, correction."""
     preconditioners = state_lists[SHAMPOO_PRECONDITIONER_LIST]
-    if not hasattr(preconditioners, "_weighting_factor") or not hasattr(
-        preconditioners, "_epsilon"
+    # Adam's and the like have a beta2 and an epsilon of their own, in their config.
+    if isinstance(preconditioners, AdagradPreconditionerList) or not hasattr(
+        preconditioners, "_weighting_factor"
     ):
         return
     beta2 = group["betas"][1]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_shampoo.stacks import bind_, row_of
+from dash_shampoo.buckets import bind_, row_of
 
 Path = tuple[str, ...]
 # One tensor for all parameters of a cohort.

@@ -27,9 +27,9 @@ from dash_shampoo.base import (
     SGDPreconditionerConfig,
     SingleDeviceDistributedConfig,
 )
+from dash_shampoo.buckets import BlockSpec
 from dash_shampoo.config import DashShampooPreconditionerConfig
 from dash_shampoo.inverse_root import check_supported
-from dash_shampoo.stacks import BlockSpec
 
 _PARAMS = ("params", "param_names")
 _SHAMPOO = (RootInvShampooPreconditionerConfig, DashShampooPreconditionerConfig)

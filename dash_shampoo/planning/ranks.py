@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dash_shampoo.base import DistributedConfig
+from dash_shampoo.buckets import make_layout
 from dash_shampoo.planning.blocks import GroupProfile, ParameterSpec
 from dash_shampoo.planning.costs import GroupCost, StepCost
 from dash_shampoo.planning.devices import Device
 from dash_shampoo.planning.spread import Parallelism, Sharing, share
-from dash_shampoo.stacks import plan_stacks
 
 SHARED = "shared"
 """The kind of state that the parameters of a group share: the step count and the like."""
@@ -127,7 +127,7 @@ class GroupPlanner:
         sharing = self._sharings[local]
         owned = sharing.blocks[owner]
         stacked = owned if self._profile.shampoo is not None else ()
-        plan = plan_stacks([block.spec for block in stacked])
+        plan = make_layout([block.spec for block in stacked])
         state: Counter[str] = Counter({SHARED: self._profile.shared_bytes})
         for block in owned:
             state.update(dict(block.state_bytes))

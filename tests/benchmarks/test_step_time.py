@@ -143,7 +143,9 @@ def test_ours_keeps_as_much_as_the_base(tiny):
     for variant in variants:
         measure_memory(variant, make_parameters(tiny, "cpu"))
     ours, base = variants
-    assert ours.state_bytes == base.state_bytes > 0
+    # Beside the state, ours counts bad gradients (16 bytes a block) and remembers dampings (4 a factor).
+    books = sum((16 + 4 * len(shape)) * count for shape, count in tiny.shapes) * 4
+    assert 0 < base.state_bytes <= ours.state_bytes <= base.state_bytes + books
     assert ours.peak_bytes > 0
 
 

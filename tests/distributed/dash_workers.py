@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import dash_shampoo as ds
 from dash_shampoo.base import SHAMPOO_PRECONDITIONER_LIST
-from dash_shampoo.preconditioner import StackedRootInvShampooPreconditionerList
+from dash_shampoo.preconditioners import StackedRootInvShampooPreconditionerList
 from tests.base.cases import SHAPES, flatten, gradients, parameters, relative_error
 
 logging.getLogger("dash_shampoo").setLevel(logging.ERROR)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dash_shampoo as ds
-from dash_shampoo.failures import FailureLedger
 from dash_shampoo.inverse_root import InverseRootStatus as Status
+from dash_shampoo.safety import FailureLedger
 
 SLOTS = ((0, 0), (0, 1), (1, 0), (2, 0))
 
@@ -91,7 +91,7 @@ def test_the_iteration_cap_is_only_a_warning(caplog):
     assert book.counts() == {}
 
 
-@pytest.mark.parametrize("policy", ["eigen", "keep"])
+@pytest.mark.parametrize("policy", ["repair", "keep"])
 @pytest.mark.parametrize(
     "code", [Status.NON_FINITE_RESULT, Status.FAILED, Status.INACCURATE, Status.NON_FINITE_INPUT]
 )
@@ -110,7 +110,7 @@ def test_with_policy_raise_the_lowest_bad_block_is_named():
 
 
 def test_only_the_latest_outcome_of_a_slot_asks_for_repair():
-    book, _ = ledger(ds.SafetyConfig(check_interval=2))
+    book, _ = ledger(ds.SafetyConfig())
     book.record(SLOTS, status(s1=Status.INACCURATE, s2=Status.INACCURATE))
     book.record(SLOTS, status(s1=Status.INACCURATE))
     assert book.settle() == [(0, 1)]

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from dash_shampoo.stacks import MatrixStack, pack, unpack
+from dash_shampoo.buckets import MatrixStack, pack, unpack
 
 
 def symmetric(count, size, dtype=torch.float32):
@@ -77,25 +77,30 @@ def test_the_stack_outlives_no_view():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 2), torch.tensor([0, 2])])
-def test_accumulate_is_the_bases_product_and_sum(packed, rows):
-    stack, tensors, values = make(packed)
-    update = symmetric(3, 4)[rows] * 0.3
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_accumulation_of_outer_products(packed, decay):
+    stack, tensors, values = make(packed, dtype=torch.float64)
+    unfolded = torch.randn(2, 4, 6, dtype=torch.float64)
     expected = values.clone()
-    expected[rows] = expected[rows].mul(0.9).add(update, alpha=0.1)
-    stack.accumulate_(rows, update, decay=0.9, weight=0.1)
-    assert torch.equal(stack.read(slice(0, 3)), expected)
+    expected[1:] = decay * expected[1:] + 0.1 * unfolded @ unfolded.mT
+    stack.accumulate_outer_(slice(1, 3), unfolded, decay=decay, weight=0.1)
+    torch.testing.assert_close(stack.read(slice(0, 3)), expected, rtol=1e-14, atol=1e-14)
     assert torch.equal(torch.stack(tensors), stack.data)
 
 
-@pytest.mark.parametrize("rows", [slice(0, 3), torch.tensor([0, 2])])
-def test_fused_accumulation_agrees_to_round_off(rows):
-    stack, _, values = make(packed=False, dtype=torch.float64)
-    unfolded = torch.randn(3, 4, 6, dtype=torch.float64)[rows]
-    expected = values.clone()
-    expected[rows] = 0.9 * expected[rows] + 0.1 * unfolded @ unfolded.mT
-    stack.accumulate_outer_(rows, unfolded, decay=0.9, weight=0.1)
-    torch.testing.assert_close(stack.data, expected, rtol=1e-14, atol=1e-14)
+@pytest.mark.parametrize("packed", [False, True])
+def test_outer_products_are_taken_in_the_dtype_of_the_stack(packed):
+    """Rounded to bf16 before they are summed, they would make the matrix indefinite."""
+    stack, _, _ = make(packed, count=1, size=32)
+    stack.data.zero_()
+    generator = torch.Generator().manual_seed(0)
+    unfolded = torch.randn(1, 32, 8, generator=generator).bfloat16()
+    stack.accumulate_outer_(slice(0, 1), unfolded, decay=0.9, weight=1.0)
+    exact = unfolded.double() @ unfolded.double().mT
+    torch.testing.assert_close(stack.read(slice(0, 1)).double(), exact, rtol=1e-5, atol=1e-5)
+    smallest = torch.linalg.eigvalsh(stack.read(slice(0, 1)).double()).min()
+    rounded = (unfolded @ unfolded.mT).double()
+    assert torch.linalg.eigvalsh(rounded).min() < -1e-2 < smallest
 
 
 @pytest.mark.parametrize("packed", [False, True])

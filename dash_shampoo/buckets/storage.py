@@ -13,7 +13,36 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dash_shampoo.stacks.plan import Rows
+from dash_shampoo.buckets.layout import Rows
+
+
+def stack_(tensors: Sequence[Tensor]) -> Tensor:
+    """Moves tensors of one shape into one tensor (B, *shape) and makes each a view of its slot.
+
+    There is no second copy, and everything that reads or writes the tensors (checkpoints, in-place
+    loading) reads and writes the stack.
+
+    Args:
+        tensors: At least one, all of one shape, dtype and device. Their memory is released.
+
+    Returns:
+        The stack.
+
+    Raises:
+        ValueError: If shapes or dtypes differ.
+    """
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.shape != first.shape or tensor.dtype != first.dtype:
+            raise ValueError(
+                f"Cannot stack a tensor of shape {tuple(tensor.shape)} and {tensor.dtype} with one "
+                f"of {tuple(first.shape)} and {first.dtype}."
+            )
+    data = torch.stack([tensor.detach() for tensor in tensors])
+    for tensor, row in zip(tensors, data.unbind(), strict=True):
+        bind_(tensor, row)
+    return data
+
 
 # For each tensor that was bound its row, as long as the tensor lives.
 _ROWS: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
@@ -22,82 +51,60 @@ _ROWS: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
 class MatrixStack:
     """B symmetric N×N matrices in one tensor, full (B, N, N) or packed (B, P).
 
-    The stack takes over tensors that exist already (the optimizer's state): their values are copied in
-    once, and each tensor is then made a view of its slot, so that there is no second copy and everything
-    that reads or writes the state (checkpoints, in-place loading) reads and writes the stack.
-
     Args:
-        tensors: The B state tensors, each (N, N), or (P,) if packed; of one dtype and device. Their
-            memory is released; they become views.
+        tensors: The B state tensors, each (N, N), or (P,) if packed; of one dtype and device. They
+            become views of the stack, see `stack_`.
         size: N.
         packed: Whether the state is the packed upper triangle, row by row.
+
+    Raises:
+        ValueError: If a tensor has another shape or dtype.
     """
 
     def __init__(self, tensors: Sequence[Tensor], size: int, packed: bool) -> None:
         shape = (size * (size + 1) // 2,) if packed else (size, size)
-        for tensor in tensors:
-            if tuple(tensor.shape) != shape or tensor.dtype != tensors[0].dtype:
-                raise ValueError(
-                    f"Cannot stack a state tensor of shape {tuple(tensor.shape)} and {tensor.dtype}: "
-                    f"the stack holds {shape} of {tensors[0].dtype}."
-                )
+        if tuple(tensors[0].shape) != shape:
+            raise ValueError(
+                f"Cannot stack a state tensor of shape {tuple(tensors[0].shape)}: the stack holds "
+                f"{shape}."
+            )
         self.size = size
         self.packed = packed
-        self.data = torch.stack([tensor.detach() for tensor in tensors])
-        for tensor, row in zip(tensors, self.data, strict=True):
-            bind_(tensor, row)
-
-    def rows(self, rows: Rows) -> Tensor:
-        """The stored rows (K, N, N) or (K, P): a view for a slice, a copy for an index tensor."""
-        return self.data[rows]
+        self.data = stack_(tensors)
 
     def read(self, rows: Rows) -> Tensor:
         """The matrices (K, N, N): a view for a slice of a full stack, otherwise a copy."""
-        stored = self.rows(rows)
+        stored = self.data[rows]
         return unpack(stored, self.size) if self.packed else stored
 
-    def write_(self, rows: Rows, values: Tensor) -> None:
-        """Writes stored rows, or the matrices (K, N, N) of a packed stack, casting to the stack's dtype."""
-        if self.packed and values.dim() == 3:
-            values = pack(values)
+    def write_(self, rows: Rows, matrices: Tensor) -> None:
+        """Writes matrices (K, N, N), of which a packed stack takes the upper triangles, casting them."""
+        values = pack(matrices) if self.packed else matrices
         if isinstance(rows, slice):
             self.data[rows].copy_(values)
         else:
             self.data.index_copy_(0, rows, values.to(self.data.dtype))
 
-    def accumulate_(self, rows: Rows, values: Tensor, decay: float, weight: float) -> None:
-        """F ← decay·F + weight·values on the given rows.
+    def accumulate_outer_(self, rows: slice, unfolded: Tensor, decay: float, weight: float) -> None:
+        """F ← decay·F + weight·U Uᵀ, taken in the stack's dtype.
 
-        Computed as a product and a sum, like the base's foreach operators, so that the result is the
-        base's to the last bit for equal `values`.
-
-        Args:
-            rows: K rows.
-            values: (K, N, N), also for a packed stack.
-            decay: Factor of the old value; 1.0 leaves it untouched.
-            weight: Factor of `values`.
-        """
-        stored = self.rows(rows)
-        if decay != 1.0:
-            stored.mul_(decay)
-        stored.add_(pack(values) if self.packed else values, alpha=weight)
-        if not isinstance(rows, slice):
-            self.data.index_copy_(0, rows, stored)
-
-    def accumulate_outer_(self, rows: Rows, unfolded: Tensor, decay: float, weight: float) -> None:
-        """F ← decay·F + weight·U Uᵀ in one fused operation, for a full stack.
+        In a lower one, rounded before they are summed, outer products make factor matrices indefinite
+        by 1e-4·λ_max, and then no root is right.
 
         Args:
             rows: K rows.
-            unfolded: U, (K, N, M).
+            unfolded: U, (K, N, M), of any dtype.
             decay: Factor of the old value.
             weight: Factor of U Uᵀ.
         """
-        stored = self.rows(rows)
+        stored = self.data[rows]
         operand = unfolded.to(stored.dtype)
-        stored.baddbmm_(operand, operand.mT, beta=decay, alpha=weight)
-        if not isinstance(rows, slice):
-            self.data.index_copy_(0, rows, stored)
+        if self.packed:
+            if decay != 1.0:
+                stored.mul_(decay)
+            stored.add_(pack(torch.bmm(operand, operand.mT)), alpha=weight)
+        else:
+            stored.baddbmm_(operand, operand.mT, beta=decay, alpha=weight)
 
 
 @torch.no_grad()
@@ -133,7 +140,8 @@ def pack(matrices: Tensor) -> Tensor:
 def unpack(packed: Tensor, size: int) -> Tensor:
     """Symmetric matrices (K, N, N) from upper triangles (K, P)."""
     index = _packing(size, packed.device)[1]
-    return packed.index_select(1, index).view(-1, size, size)
+    # On the CPU three times faster than index_select along the second dimension.
+    return packed.gather(1, index.expand(len(packed), -1)).view(-1, size, size)
 
 
 @lru_cache(maxsize=256)

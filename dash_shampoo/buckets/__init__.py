@@ -1,0 +1,45 @@
+"""Buckets and stacks: many small tensors in one. Knows neither optimizers nor process groups."""
+
+from dash_shampoo.buckets.layout import (
+    ActiveLayout,
+    ActiveStack,
+    BlockSpec,
+    Bucket,
+    FactorSlots,
+    Layout,
+    Piece,
+    Rows,
+    StackSpec,
+    make_layout,
+    num_rows,
+    rows_of,
+    subset,
+)
+from dash_shampoo.buckets.storage import MatrixStack, bind_, pack, row_of, stack_, unpack
+from dash_shampoo.buckets.transfer import Segment, find_segments, gather, to_blocks
+
+__all__ = [
+    "ActiveLayout",
+    "ActiveStack",
+    "BlockSpec",
+    "Bucket",
+    "FactorSlots",
+    "Layout",
+    "MatrixStack",
+    "Piece",
+    "Rows",
+    "Segment",
+    "StackSpec",
+    "bind_",
+    "find_segments",
+    "gather",
+    "make_layout",
+    "num_rows",
+    "pack",
+    "row_of",
+    "rows_of",
+    "stack_",
+    "subset",
+    "to_blocks",
+    "unpack",
+]

@@ -1,0 +1,170 @@
+"""Shampoo by inverse roots, stacked: the plain method and KL-Shampoo.
+
+Shapes: K blocks of a piece, N×N factor matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base import RootInvConfig, RootInvShampooPreconditionerList
+from dash_shampoo.buckets import MatrixStack, Piece, Rows, num_rows, rows_of, subset
+from dash_shampoo.inverse_root import StackOutcome, check_supported, repair, solve_stack
+from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList, contract
+from dash_shampoo.safety import Slot, is_asynchronous, send_to_host
+
+
+class StackedRootInvShampooPreconditionerList(
+    StackedPreconditionerList, RootInvShampooPreconditionerList
+):
+    """Shampoo's preconditioners for a parameter group, computed stack by stack.
+
+    Does what the base's sequential list does, with one batched operation where that one has a loop
+    (arXiv 2602.02016):
+
+        F ← beta2·F + w·G₍ₖ₎G₍ₖ₎ᵀ         per bucket and dimension k, G₍ₖ₎ the mode-k unfolding
+        R ← (F / bias_correction2)^(-1/p)  per stack, when the amortized computation is due
+        U ← G ×₁ R₁ ×₂ R₂ …               per bucket
+    """
+
+    block_seams = (*BLOCK_SEAMS, "inv_factor_matrices")
+    _inverse_factors: tuple[MatrixStack, ...]
+    _num_refreshes: int
+
+    @staticmethod
+    def check_solver(solver: RootInvConfig) -> None:
+        """Refuses a solver that is not known.
+
+        Raises:
+            ValueError: If there is none for this config.
+        """
+        check_supported(solver)
+
+    def _check_roots(self, roots: set[float]) -> None:
+        for root in roots:
+            check_supported(self._options.amortized_computation_config, root)
+
+    def _adopt_state(self) -> None:
+        self._inverse_factors = self._stack_matrices("inv_factor_matrices")
+        # What the solvers have added to the diagonals, for repairs.
+        self._dampings = [
+            torch.zeros(len(stack.slots), dtype=self._solving_dtype, device=stack.device)
+            for stack in self._layout.stacks
+        ]
+
+    @property
+    def _solving_dtype(self) -> torch.dtype:
+        return torch.promote_types(self._options.factor_matrix_dtype, torch.float32)
+
+    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """U = G ×₁ R₁ ×₂ R₂ … for every piece, in new memory.
+
+        Args:
+            masked_grad_list: (Filtered) gradients, (K, *shape) of each piece.
+
+        Returns:
+            Tensors of the same shapes and dtypes.
+        """
+        return tuple(
+            self._apply_inverse_roots(grads, piece)
+            for grads, piece in zip(masked_grad_list, self._active.pieces, strict=True)
+        )
+
+    def _apply_inverse_roots(
+        self, grads: Tensor, piece: Piece, skipped: int | None = None
+    ) -> Tensor:
+        """U over the preconditioned dimensions except factor number `skipped`."""
+        matrices = {
+            factor.dimension: self._inverse_factors[factor.stack].read(piece.factor_rows(factor))
+            for number, factor in enumerate(piece.bucket.factors)
+            if number != skipped
+        }
+        if not matrices:
+            return grads.clone()
+        return contract(grads, matrices, self._options.inv_factor_matrix_dtype).to(grads.dtype)
+
+    # ------------------------------------------------------------------ inverse roots
+
+    def _refresh(self) -> None:
+        """R ← F^(-1/p) on every active stack; rows that went wrong keep their previous root."""
+        known_bad = self._ledger.settle() if self._settles_late else []
+        for active in self._active.stacks:
+            outcome = self._solve(active.stack, active.rows)
+            self._ledger.record(active.slots, outcome.status)
+            if isinstance(active.rows, slice):
+                self._dampings[active.stack][active.rows].copy_(outcome.damping)
+            else:
+                self._dampings[active.stack].index_copy_(0, active.rows, outcome.damping)
+        if self._settles_late:
+            self._repair(known_bad)
+            send_to_host(self._ledger)
+        elif not self.waits_for_settlement:
+            self.settle()
+
+    def _solve(self, number: int, rows: Rows) -> StackOutcome:
+        """Refreshes the roots of some rows of a stack; only usable roots are written."""
+        spec, safety = self._layout.stacks[number], self._options.safety
+        return solve_stack(
+            lambda part: self._bias_corrected(number, subset(rows, part)).to(self._solving_dtype),
+            lambda part, value, usable: self._write(number, subset(rows, part), value, usable),
+            num_matrices=num_rows(rows),
+            size=spec.size,
+            root=spec.root,
+            config=self._options.amortized_computation_config,
+            epsilon=self._epsilon,
+            dtype=self._solving_dtype,
+            device=spec.device,
+            max_workspace_bytes=self._options.max_workspace_bytes,
+            residual_threshold=None if safety is None else safety.residual_threshold,
+            value_dtype=self._options.inv_factor_matrix_dtype,
+        )
+
+    def _write(self, number: int, rows: Rows, value: Tensor, usable: Tensor) -> None:
+        """Writes the usable roots; the other rows keep theirs."""
+        stack = self._inverse_factors[number]
+        # Reading a status on the CPU costs nothing; on an accelerator it would stall the queue.
+        if is_asynchronous(usable.device) or not bool(usable.all()):
+            value = torch.where(usable[:, None, None], value, stack.read(rows))
+        stack.write_(rows, value)
+
+    def settle(self) -> None:
+        """Acts on the outcomes of the solves since the last call.
+
+        Raises:
+            PreconditionerValueError: If a factor matrix or its root is not finite, or any root is bad
+                under the safety policy "raise".
+            ValueError: If the solver failed for a block more often in a row than is tolerated.
+        """
+        self._repair(self._ledger.settle())
+
+    def _repair(self, bad: Sequence[Slot]) -> None:
+        """Computes bad roots again, those rows alone and batched by stack."""
+        safety = self._options.safety
+        if not bad or safety is None or safety.policy != "repair":
+            return
+        members = set(bad)
+        for number, spec in enumerate(self._layout.stacks):
+            wanted = [slot for slot, member in enumerate(spec.slots) if member in members]
+            if not wanted:
+                continue
+            rows = rows_of(wanted, spec.device)
+            result = repair(
+                self._bias_corrected(number, rows).to(self._solving_dtype),
+                spec.root,
+                self._options.amortized_computation_config,
+                self._epsilon,
+                self._dampings[number][rows],
+            )
+            value = result.value.to(self._options.inv_factor_matrix_dtype)
+            usable = result.is_usable & value.isfinite().flatten(1).all(1)
+            self._write(number, rows, value, usable)
+
+
+class StackedRootInvKLShampooPreconditionerList(StackedRootInvShampooPreconditionerList):
+    """KL-Shampoo: the outer products are taken of gradients preconditioned in all other dimensions."""
+
+    def _contraction_operand(self, grads: Tensor, piece: Piece, number: int) -> Tensor:
+        return self._apply_inverse_roots(grads, piece, skipped=number)

@@ -1,0 +1,369 @@
+"""What all stacked preconditioner lists share: adoption, both views of a step, factor matrices.
+
+Shapes: K blocks of a piece, B slots of a stack, N×N factor matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.buckets import (
+    BlockSpec,
+    Layout,
+    MatrixStack,
+    Piece,
+    Rows,
+    Segment,
+    gather,
+    make_layout,
+    subset,
+    to_blocks,
+    unpack,
+)
+from dash_shampoo.config import DashShampooPreconditionerConfig
+from dash_shampoo.safety import FailureLedger, is_asynchronous
+
+if TYPE_CHECKING:
+    from dash_shampoo.base import RootInvShampooPreconditionerList as _ShampooList
+else:
+    _ShampooList = object
+
+LIST_SEAMS = (
+    "_local_kronecker_factors_unwrapped",
+    "_local_preconditioned_dims_selector_list",
+    "_dims_list",
+    "_preconditioner_config",
+    "_beta2",
+    "_weighting_factor",
+    "_epsilon",
+    "_use_bias_correction",
+    "_bias_correction2",
+    "_update_factor_matrices",
+    "update_preconditioners",
+    "precondition",
+    "compress_preconditioner_list",
+)
+BLOCK_SEAMS = (
+    "factor_matrices",
+    "factor_matrix_indices",
+    "roots",
+    "use_symmetric_packing",
+    "_failed_amortized_computation_counter",
+)
+
+
+def missing_seam(base_list: object, block_seams: Sequence[str]) -> str | None:
+    """The first attribute that a stacked list needs and `base_list` lacks, or None.
+
+    Args:
+        base_list: A list as the base built it.
+        block_seams: What the base's record of a block must have.
+
+    Returns:
+        Its name.
+    """
+    for name in LIST_SEAMS:
+        if not hasattr(base_list, name):
+            return f"{type(base_list).__name__}.{name}"
+    for block in getattr(base_list, "_local_kronecker_factors_unwrapped", ()):
+        for name in block_seams:
+            if not hasattr(block, name):
+                return f"{type(block).__name__}.{name}"
+    return None
+
+
+class BucketView:
+    """A stacked list as the base's step sees it when its gradients are bucket tensors.
+
+    The base's step calls the two methods with whatever tensors it was given, one per piece of the
+    active layout instead of one per block.
+
+    Args:
+        stacked: The list.
+    """
+
+    def __init__(self, stacked: StackedPreconditionerList) -> None:
+        self.update_preconditioners = stacked.update_buckets
+        self.precondition = stacked.precondition_buckets
+
+
+class StackedPreconditionerList(_ShampooList):
+    """A base's Shampoo list, computed on whole buckets and stacks; to be put before the base's class.
+
+    It is not constructed but *adopts* a list that the base has built, so that none of the base's
+    arguments is repeated here; the base's state tensors become views into the stacks. It can be called
+    with blocks, as the base calls its lists, and through `on_buckets` with one tensor per piece.
+
+    Attributes:
+        block_seams: What the list needs of the base's record of a block.
+    """
+
+    block_seams: tuple[str, ...] = BLOCK_SEAMS
+    _layout: Layout
+    _factors: tuple[MatrixStack, ...]
+    _options: DashShampooPreconditionerConfig
+    _ledger: FailureLedger
+    _is_asynchronous: bool
+
+    @classmethod
+    def adopt(
+        cls,
+        base_list: Any,
+        block_list: Sequence[Tensor],
+        block_names: Sequence[str],
+        options: DashShampooPreconditionerConfig,
+        is_compiled: bool = False,
+    ) -> Self:
+        """Turns the base's list into a stacked one.
+
+        Args:
+            base_list: The list as the base built it; not to be used afterwards.
+            block_list: The local blocks of the group's parameters, as given to the base's list.
+            block_names: For each block a name for messages.
+            options: Solver and options of the stacked computation.
+            is_compiled: Whether the optimizer's step is compiled.
+
+        Returns:
+            The stacked list, whose stacks hold the state.
+
+        Raises:
+            ValueError: If the solver cannot compute what the list needs.
+        """
+        self = cls.__new__(cls)
+        self.__dict__.update(base_list.__dict__)
+        self._preconditioner_config = options
+        self._options = options
+        blocks = self._local_kronecker_factors_unwrapped
+        self._check_roots({root for block in blocks for root in block.roots})
+
+        self._layout = make_layout(
+            [
+                BlockSpec(tuple(block.shape), selector, factors.roots, block.dtype, block.device)
+                for block, selector, factors in zip(
+                    block_list, self._local_preconditioned_dims_selector_list, blocks, strict=True
+                )
+            ]
+        )
+        self._active = self._layout.active((True,) * len(block_list))
+        self._factors = self._stack_matrices("factor_matrices")
+        self._ledger = FailureLedger(
+            blocks,
+            block_names,
+            options.num_tolerated_failed_amortized_computations,
+            options.safety,
+        )
+        self._is_asynchronous = any(is_asynchronous(stack.device) for stack in self._layout.stacks)
+        self._adopt_state()
+        if is_compiled:
+            # A handful of batched operations, and layouts that Dynamo could only guard on: not worth a
+            # graph. Not a decorator, since that would import the compiler for everyone.
+            for name in ("update_buckets", "update_preconditioners"):
+                setattr(self, name, torch.compiler.disable(getattr(self, name)))  # type: ignore[no-untyped-call]
+        return self
+
+    # ---------------------------------------------------------------- what each list defines
+
+    def _check_roots(self, roots: set[float]) -> None:
+        """Refuses roots that the list's method cannot compute."""
+
+    def _adopt_state(self) -> None:
+        """Stacks the state beside the factor matrices."""
+        raise NotImplementedError
+
+    def _refresh(self) -> None:
+        """The amortized computation, on the active stacks."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Acts on the outcomes of the amortized computations since the last call."""
+        raise NotImplementedError
+
+    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The preconditioned gradients of the active pieces.
+
+        Args:
+            masked_grad_list: (Filtered) gradients, (K, *shape) of each piece.
+
+        Returns:
+            Tensors of the same shapes and dtypes, in new memory.
+        """
+        raise NotImplementedError
+
+    def _contraction_operand(self, grads: Tensor, piece: Piece, number: int) -> Tensor:
+        """The tensor (K, *shape) whose outer products the factors number `number` accumulate."""
+        del piece, number
+        return grads
+
+    # ----------------------------------------------------------------------------- the step
+
+    @property
+    def layout(self) -> Layout:
+        """The buckets and stacks of this rank's blocks."""
+        return self._layout
+
+    @property
+    def on_buckets(self) -> BucketView:
+        """The list for a step whose gradients are bucket tensors."""
+        return BucketView(self)
+
+    def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
+        """Restricts the list to the blocks that have a gradient."""
+        super().compress_preconditioner_list(local_grad_selector)
+        self._active = self._layout.active(tuple(local_grad_selector))
+
+    @torch.no_grad()
+    def update_buckets(
+        self,
+        masked_grad_list: Sequence[Tensor],
+        step: Tensor,
+        perform_amortized_computation: bool = False,
+    ) -> None:
+        """Accumulates the factor matrices and, when due, performs the amortized computation.
+
+        Args:
+            masked_grad_list: Gradients, (K, *shape) of each piece.
+            step: Step count, a CPU tensor.
+            perform_amortized_computation: Whether it is due.
+
+        Raises:
+            PreconditionerValueError: If a factor matrix or what is computed of it is not finite.
+            ValueError: If the computation of a block failed more often in a row than is tolerated.
+        """
+        # The base's method, which calls _update_factor_matrices and keeps the bias correction.
+        super().update_preconditioners(
+            masked_grad_list=tuple(masked_grad_list), step=step, perform_amortized_computation=False
+        )
+        if perform_amortized_computation:
+            self._refresh()
+
+    def update_preconditioners(
+        self,
+        masked_grad_list: tuple[Tensor, ...],
+        step: Tensor,
+        perform_amortized_computation: bool = False,
+    ) -> None:
+        """As `update_buckets`, with the gradients of the active blocks."""
+        self.update_buckets(
+            self._gather(masked_grad_list),
+            step=step,
+            perform_amortized_computation=perform_amortized_computation,
+        )
+
+    def precondition(self, masked_grad_list: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """As `precondition_buckets`, with the gradients of the active blocks."""
+        preconditioned = self.precondition_buckets(self._gather(masked_grad_list))
+        return to_blocks(preconditioned, self._active.pieces)
+
+    def failure_counts(self) -> dict[str, int]:
+        """How often the amortized computation of a block was not accepted, by parameter."""
+        return self._ledger.counts()
+
+    @property
+    def ledger(self) -> FailureLedger:
+        """What became of the amortized computations."""
+        return self._ledger
+
+    @property
+    def waits_for_settlement(self) -> bool:
+        """Whether outcomes wait on an accelerator for being settled at the end of the step."""
+        return self._is_asynchronous and not self._settles_late and bool(self._ledger.pending)
+
+    # --------------------------------------------------------------------- what lists share
+
+    @property
+    def _settles_late(self) -> bool:
+        """Whether outcomes are acted on at the next refresh, so that nobody waits for them."""
+        return self._is_asynchronous and self._options.safety is not None
+
+    def _gather(self, blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(
+            gather(blocks, piece, (Segment(0, piece.stop - piece.start, None),))
+            for piece in self._active.pieces
+        )
+
+    def _stack_matrices(self, name: str) -> tuple[MatrixStack, ...]:
+        """One stack of the matrices `name` of the base's records for each stack of the layout."""
+        blocks = self._local_kronecker_factors_unwrapped
+        return tuple(
+            MatrixStack(
+                [getattr(blocks[index], name)[number] for index, number in stack.slots],
+                stack.size,
+                packed=blocks[stack.slots[0][0]].use_symmetric_packing,
+            )
+            for stack in self._layout.stacks
+        )
+
+    def _update_factor_matrices(self, masked_grad_list: Sequence[Tensor]) -> None:
+        """F ← beta2·F + w·G₍ₖ₎G₍ₖ₎ᵀ for every piece and preconditioned dimension k."""
+        for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
+            for number, factor in enumerate(piece.bucket.factors):
+                operand = self._contraction_operand(grads, piece, number)
+                unfolded = unfold(operand, factor.dimension)
+                rows = piece.factor_rows(factor)
+                for part in self._chunks(len(unfolded), unfolded.size(1)):
+                    self._factors[factor.stack].accumulate_outer_(
+                        subset(rows, part), unfolded[part], self._beta2, self._weighting_factor
+                    )
+
+    def _chunks(self, num_matrices: int, size: int) -> list[slice]:
+        """Rows in chunks whose temporaries, outer product and triangle, stay under the memory cap."""
+        per_row = 2 * size**2 * self._options.factor_matrix_dtype.itemsize
+        num_rows = max(1, self._options.max_workspace_bytes // max(per_row, 1))
+        return [
+            slice(start, min(start + num_rows, num_matrices))
+            for start in range(0, num_matrices, num_rows)
+        ]
+
+    def _bias_corrected(self, number: int, rows: Rows) -> Tensor:
+        """The factor matrices (K, N, N) of rows of a stack; must not be modified."""
+        stack = self._factors[number]
+        stored = stack.data[rows]
+        # A CPU scalar, so that reading it is no device synchronisation.
+        bias_correction = float(self._bias_correction2)
+        if bias_correction != 1.0:
+            stored = stored / bias_correction
+        matrices = unpack(stored, stack.size) if stack.packed else stored
+        if self._options.use_trace_scaling:
+            trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=self._epsilon)
+            scale = trace.pow(-self._options.trace_scaling_exponent)
+            matrices = matrices * scale[:, None, None]
+        return matrices
+
+
+def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
+    """G ×_k X_k over some dimensions k of a piece.
+
+    Every dimension in turn is contracted from the front and appended at the back, so that after the
+    last one the order is the original; each contraction is one batched matmul.
+
+    Args:
+        blocks: G, (K, *shape).
+        matrices: For some dimensions k the X_k, (K, d_k, m_k); the result is Σ_i G[…, i, …] X_k[i, j].
+        dtype: The products are taken in it.
+
+    Returns:
+        A contiguous or transposed tensor (K, *shape) with m_k in place of d_k, of `dtype` where a
+        matrix was applied.
+    """
+    result = blocks
+    shape = list(blocks.shape)
+    for dimension in range(len(shape) - 1):
+        size = blocks.size(dimension + 1)
+        # (K, d_k, rest) → (K, rest, d_k)
+        front = result.reshape(len(blocks), size, math.prod(result.shape[1:]) // max(size, 1)).mT
+        matrix = matrices.get(dimension)
+        result = front if matrix is None else torch.bmm(front.to(dtype), matrix)
+        shape[dimension + 1] = result.size(-1)
+    return result.reshape(shape)
+
+
+def unfold(blocks: Tensor, dimension: int) -> Tensor:
+    """Mode-k unfoldings (K, d_k, numel / d_k) of blocks (K, *shape)."""
+    size = blocks.size(dimension + 1)
+    rest = math.prod(blocks.shape[1:]) // size if size else 0
+    return blocks.movedim(dimension + 1, 1).reshape(len(blocks), size, rest)

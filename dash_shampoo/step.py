@@ -1,0 +1,288 @@
+"""The step of a parameter group on bucket tensors: one operation where the base has one per block.
+
+Between the gradients and the update everything is elementwise or a batched product. So the base's own
+arithmetic runs on whole buckets, unchanged, once its lists hold bucket tensors instead of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base import (
+    DISTRIBUTOR,
+    FILTERED_GRAD_LIST,
+    GRAFTING_PRECONDITIONER_LIST,
+    MASKED_BLOCKED_GRADS,
+    MASKED_BLOCKED_PARAMS,
+    MASKED_FILTERED_GRAD_LIST,
+    MASKED_MOMENTUM_BUFFER_LIST,
+    MASKED_WEIGHT_BUFFER_LIST,
+    MOMENTUM_BUFFER_LIST,
+    SHAMPOO_PRECONDITIONER_LIST,
+    WEIGHT_BUFFER_LIST,
+    AdagradPreconditionerList,
+    SGDPreconditionerList,
+)
+from dash_shampoo.buckets import (
+    BlockSpec,
+    Layout,
+    Piece,
+    Segment,
+    find_segments,
+    gather,
+    make_layout,
+    stack_,
+    to_blocks,
+)
+from dash_shampoo.buckets.layout import MAX_KEPT_SELECTIONS
+from dash_shampoo.config import GradientPolicy
+from dash_shampoo.preconditioners import StackedPreconditionerList
+from dash_shampoo.safety import GradientGuard, slot_norms
+
+BUCKETS = "dash_buckets"
+"""Key of a group's lists under which its `BucketStep` lies."""
+
+# The base's buffers of a block's shape, each with the list of those of the active blocks.
+_BUFFERS = {
+    FILTERED_GRAD_LIST: MASKED_FILTERED_GRAD_LIST,
+    MOMENTUM_BUFFER_LIST: MASKED_MOMENTUM_BUFFER_LIST,
+    WEIGHT_BUFFER_LIST: MASKED_WEIGHT_BUFFER_LIST,
+}
+# Lists of the base whose arithmetic is elementwise: they are given bucket tensors as they are.
+_ELEMENTWISE_LISTS = (AdagradPreconditionerList, SGDPreconditionerList)
+# What the base adds to a norm before it divides by it.
+_SMALLEST_NORM = 1e-16
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """What a step needs for one selection of active blocks.
+
+    Attributes:
+        pieces: The runs of active slots.
+        segments: For each of them how its gradients are gathered.
+        lists: By key of the base, what replaces the lists of blocks: views of the state.
+        elementwise: Lists of the base, each with the views of its state that it is to work on.
+    """
+
+    pieces: tuple[Piece, ...]
+    segments: tuple[tuple[Segment, ...], ...]
+    lists: dict[str, tuple[Tensor, ...]]
+    elementwise: tuple[tuple[AdagradPreconditionerList, tuple[Tensor, ...]], ...]
+
+
+class BucketLists(dict[str, Any]):
+    """A group's lists with bucket tensors in place of blocks, as `BucketStep` makes them for a step.
+
+    Few steps read the parameters (for weight decay or averaging), so these are gathered when they are
+    asked for.
+    """
+
+    gather_params: Callable[[], tuple[Tensor, ...]]
+
+    def __missing__(self, key: str) -> tuple[Tensor, ...]:
+        """Gathers the parameters."""
+        if key != MASKED_BLOCKED_PARAMS:
+            raise KeyError(key)
+        self[key] = self.gather_params()
+        return self[key]  # type: ignore[no-any-return]
+
+
+class BucketStep:
+    """Turns a group's lists of blocks into lists of bucket tensors, and directions back into blocks.
+
+    The state tensors (filtered gradients, momentum, averaging, grafting) become views into one tensor
+    per bucket.
+
+    Args:
+        state_lists: The group's lists, complete; such that `can_serve` them.
+        block_names: For each block the name of its parameter.
+        gradient_policy: What a gradient that is not finite leads to.
+        run: Calls what must stay out of a compiled step.
+    """
+
+    def __init__(
+        self,
+        state_lists: Mapping[str, Any],
+        block_names: Sequence[str],
+        gradient_policy: GradientPolicy,
+        run: Callable[..., Any],
+    ) -> None:
+        distributor = state_lists[DISTRIBUTOR]
+        self.run = run
+        self._params: tuple[Tensor, ...] = tuple(distributor.local_blocked_params)
+        self._owners = [id(info.param) for info in distributor.local_block_info_list]
+        self._shampoo = state_lists[SHAMPOO_PRECONDITIONER_LIST]
+        self._layout = (
+            self._shampoo.layout
+            if isinstance(self._shampoo, StackedPreconditionerList)
+            else _layout_of_shapes(self._params)
+        )
+        labels = [
+            ".".join(map(str, info.composable_block_ids))
+            for info in distributor.local_block_info_list
+        ]
+        self.gradient_guard = GradientGuard(self._layout, block_names, labels, gradient_policy)
+        self._buffers = {
+            masked: self._stack(state_lists[key])
+            for key, masked in _BUFFERS.items()
+            if key in state_lists
+        }
+        self._elementwise = [
+            (lists, self._stack(lists._local_preconditioner_list))
+            for lists in (self._shampoo, state_lists.get(GRAFTING_PRECONDITIONER_LIST))
+            if isinstance(lists, AdagradPreconditionerList)
+        ]
+        self._selections: dict[tuple[bool, ...], _Selection] = {}
+        self._selected: _Selection | None = None
+
+    @staticmethod
+    def can_serve(state_lists: Mapping[str, Any]) -> bool:
+        """Whether a group's lists can be given bucket tensors; else it works block by block."""
+        shampoo = state_lists[SHAMPOO_PRECONDITIONER_LIST]
+        grafting = state_lists.get(GRAFTING_PRECONDITIONER_LIST)
+        can_run = isinstance(shampoo, StackedPreconditionerList) or _is_elementwise(shampoo)
+        return can_run and (grafting is None or _is_elementwise(grafting))
+
+    @property
+    def layout(self) -> Layout:
+        """The buckets of the group's blocks."""
+        return self._layout
+
+    def on_buckets(self, state_lists: Mapping[str, Any]) -> BucketLists | None:
+        """The lists of a step, with bucket tensors in place of blocks.
+
+        Gradients that are not finite are set to zero on the way.
+
+        Args:
+            state_lists: The group's lists, masked for this step.
+
+        Returns:
+            Lists that share the state's memory; gradients and parameters are copies. None if the step
+            is to be skipped.
+
+        Raises:
+            PreconditionerValueError: If a gradient is not finite and that raises.
+        """
+        return self.run(self._on_buckets, state_lists)  # type: ignore[no-any-return]
+
+    def nothing(self, state_lists: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """Directions of zeros for the active blocks."""
+        return tuple(torch.zeros_like(param) for param in state_lists[MASKED_BLOCKED_PARAMS])
+
+    def to_blocks(self, directions: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Directions of the pieces as views per active block."""
+        return self.run(self._to_blocks, directions)  # type: ignore[no-any-return]
+
+    # ---------------------------------------------------------------------------- internals
+
+    def _on_buckets(self, state_lists: Mapping[str, Any]) -> BucketLists | None:
+        selection = self._select(tuple(state_lists[DISTRIBUTOR].local_grad_selector))
+        self._selected = selection
+
+        def gathered(key: str) -> tuple[Tensor, ...]:
+            return tuple(
+                gather(state_lists[key], piece, segments)
+                for piece, segments in zip(selection.pieces, selection.segments, strict=True)
+            )
+
+        grads = gathered(MASKED_BLOCKED_GRADS)
+        if not self.gradient_guard.mask_(grads, selection.pieces):
+            return None
+        for elementwise, views in selection.elementwise:
+            elementwise._masked_preconditioner_list = views
+        lists = BucketLists({**state_lists, **selection.lists, MASKED_BLOCKED_GRADS: grads})
+        if isinstance(self._shampoo, StackedPreconditionerList):
+            lists[SHAMPOO_PRECONDITIONER_LIST] = self._shampoo.on_buckets
+        del lists[MASKED_BLOCKED_PARAMS]
+        lists.gather_params = lambda: self.run(gathered, MASKED_BLOCKED_PARAMS)
+        return lists
+
+    def _to_blocks(self, directions: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        assert self._selected is not None
+        return to_blocks(directions, self._selected.pieces)
+
+    def _select(self, selector: tuple[bool, ...]) -> _Selection:
+        found = self._selections.get(selector)
+        if found is None:
+            if len(self._selections) >= MAX_KEPT_SELECTIONS:
+                self._selections.pop(next(iter(self._selections)))
+            found = self._selections[selector] = self._new_selection(selector)
+        return found
+
+    def _new_selection(self, selector: tuple[bool, ...]) -> _Selection:
+        pieces = self._layout.active(selector).pieces
+        lists = {key: _cut(stacks, pieces) for key, stacks in self._buffers.items()}
+        elementwise = tuple((lists, _cut(stacks, pieces)) for lists, stacks in self._elementwise)
+        segments = tuple(find_segments(piece, self._params, self._owners) for piece in pieces)
+        return _Selection(pieces, segments, lists, elementwise)
+
+    def _stack(self, blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(
+            stack_([blocks[index] for index in bucket.blocks]) for bucket in self._layout.buckets
+        )
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function: what `torch.compiler.disable` is applied to where a step is compiled."""
+    return function(*args)
+
+
+def precondition_and_graft(
+    lists: Mapping[str, Any],
+    filtered_grads: Sequence[Tensor],
+    is_warm_up: bool,
+    use_grafting: bool,
+) -> tuple[Tensor, ...]:
+    """P = P_shampoo · ‖P_grafting‖ / ‖P_shampoo‖ by slot; P_grafting before the first roots.
+
+    Args:
+        lists: Lists on buckets.
+        filtered_grads: (K, *shape) of each piece; not modified.
+        is_warm_up: Whether the grafting's direction is taken as it is.
+        use_grafting: Whether there is a grafting.
+
+    Returns:
+        Directions of the pieces, in new memory.
+    """
+    if is_warm_up:
+        grafted = lists[GRAFTING_PRECONDITIONER_LIST].precondition(masked_grad_list=filtered_grads)
+        # The identity (SGD) gives the very gradients back, which may be the state.
+        return tuple(
+            direction.clone() if direction is grad else direction
+            for direction, grad in zip(grafted, filtered_grads, strict=True)
+        )
+    directions = lists[SHAMPOO_PRECONDITIONER_LIST].precondition(masked_grad_list=filtered_grads)
+    directions = tuple(
+        direction.clone() if direction is grad else direction
+        for direction, grad in zip(directions, filtered_grads, strict=True)
+    )
+    if use_grafting:
+        grafted = lists[GRAFTING_PRECONDITIONER_LIST].precondition(masked_grad_list=filtered_grads)
+        for direction, target in zip(directions, grafted, strict=True):
+            scale = slot_norms(target) / (slot_norms(direction) + _SMALLEST_NORM)
+            direction.mul_(scale.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
+    return directions
+
+
+def _is_elementwise(lists: object) -> bool:
+    return type(lists) in _ELEMENTWISE_LISTS
+
+
+def _layout_of_shapes(params: Sequence[Tensor]) -> Layout:
+    """Buckets of blocks that have no factor matrices."""
+    return make_layout(
+        [
+            BlockSpec(tuple(block.shape), (False,) * block.dim(), (), block.dtype, block.device)
+            for block in params
+        ]
+    )
+
+
+def _cut(stacks: Sequence[Tensor], pieces: Sequence[Piece]) -> tuple[Tensor, ...]:
+    return tuple(stacks[piece.bucket.number][piece.slots] for piece in pieces)
