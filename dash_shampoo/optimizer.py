@@ -152,7 +152,7 @@ class DashShampoo(GuardedShampoo, ManyProcesses):
                 yield state_lists[BUCKETS]
 
     @shares_errors
-    def _compute_search_directions(  # type: ignore[override]
+    def _compute_search_directions(
         self, state_lists: dict[str, Any], **settings: Any
     ) -> tuple[Tensor, ...]:
         """The base's step on bucket tensors; block by block where a group's lists need that."""
