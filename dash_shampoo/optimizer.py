@@ -19,19 +19,34 @@ from dash_shampoo.base import (
     CoupledNewtonConfig,
     DistributedShampoo,
     EigenConfig,
+    EigendecomposedKLShampooPreconditionerConfig,
+    EigendecomposedShampooPreconditionerConfig,
+    EigenvalueCorrectedShampooPreconditionerConfig,
+    EighEigendecompositionConfig,
+    MatrixFunctionConfig,
+    NewtonSchulzOrthogonalizationConfig,
     PreconditionerConfig,
+    QREigendecompositionConfig,
     RootInvKLShampooPreconditionerConfig,
     RootInvShampooPreconditionerConfig,
-    RootInvShampooPreconditionerList,
+    SignDescentPreconditionerConfig,
+    SpectralDescentPreconditionerConfig,
+    SVDOrthogonalizationConfig,
 )
 from dash_shampoo.base import name as base_name
 from dash_shampoo.config import DashShampooPreconditionerConfig, GradientPolicy
 from dash_shampoo.distribution import ManyProcesses, shares_errors
 from dash_shampoo.guards import GuardedShampoo
 from dash_shampoo.preconditioners import (
+    StackedEigendecomposedKLShampooPreconditionerList,
+    StackedEigendecomposedShampooPreconditionerList,
+    StackedEigenvalueCorrectedShampooPreconditionerList,
+    StackedOptions,
     StackedPreconditionerList,
     StackedRootInvKLShampooPreconditionerList,
     StackedRootInvShampooPreconditionerList,
+    StackedSignDescentPreconditionerList,
+    StackedSpectralDescentPreconditionerList,
     missing_seam,
 )
 from dash_shampoo.safety import settle_together
@@ -41,11 +56,21 @@ logger = logging.getLogger(__name__)
 
 _TESTED_COMMIT = "f606606"
 
-# By exact type: the KL config is a subclass of the plain one, but another method.
-_STACKED_LISTS: dict[type, type[StackedRootInvShampooPreconditionerList]] = {
+# By exact type: a subclass in the base is another method.
+_STACKED_LISTS: dict[type, type[StackedPreconditionerList]] = {
     RootInvShampooPreconditionerConfig: StackedRootInvShampooPreconditionerList,
-    DashShampooPreconditionerConfig: StackedRootInvShampooPreconditionerList,
     RootInvKLShampooPreconditionerConfig: StackedRootInvKLShampooPreconditionerList,
+    EigendecomposedShampooPreconditionerConfig: StackedEigendecomposedShampooPreconditionerList,
+    EigendecomposedKLShampooPreconditionerConfig: StackedEigendecomposedKLShampooPreconditionerList,
+    EigenvalueCorrectedShampooPreconditionerConfig: (
+        StackedEigenvalueCorrectedShampooPreconditionerList
+    ),
+    SpectralDescentPreconditionerConfig: StackedSpectralDescentPreconditionerList,
+    SignDescentPreconditionerConfig: StackedSignDescentPreconditionerList,
+}
+# Ours, each with the config of the base that it adds options to.
+_OURS: dict[type, type[PreconditionerConfig]] = {
+    DashShampooPreconditionerConfig: RootInvShampooPreconditionerConfig,
 }
 # The base's methods that are overridden, each with the parameters that are read.
 _STEP_SEAMS = {
@@ -57,7 +82,15 @@ _STEP_SEAMS = {
         "grafting_config_not_none",
     ),
 }
-_SOLVERS_OF_BASE = (EigenConfig, CoupledNewtonConfig, CoupledHigherOrderConfig)
+_METHODS_OF_BASE = (
+    CoupledHigherOrderConfig,
+    CoupledNewtonConfig,
+    EigenConfig,
+    EighEigendecompositionConfig,
+    NewtonSchulzOrthogonalizationConfig,
+    QREigendecompositionConfig,
+    SVDOrthogonalizationConfig,
+)
 
 
 class DashShampoo(GuardedShampoo, ManyProcesses):
@@ -196,37 +229,31 @@ class DashShampoo(GuardedShampoo, ManyProcesses):
         group: dict[str, Any],
         preconditioner_config: PreconditionerConfig | None,
     ) -> Any:
-        """The preconditioner list of a group: stacked for inverse roots, else the base's own."""
-        stacked_list = _STACKED_LISTS.get(type(preconditioner_config))
+        """The preconditioner list of a group: stacked where the config is known, else the base's own."""
+        for_base = _config_for_base(preconditioner_config)
+        stacked_list = _STACKED_LISTS.get(type(for_base))
         if stacked_list is None:
             if preconditioner_config is group["preconditioner_config"]:
                 logger.info(
-                    "%s is not computed by inverse roots: it runs on the base's own list, block by "
-                    "block.",
+                    "%s has no factor matrices, or is not known: it runs on the base's own list.",
                     type(preconditioner_config).__name__,
                 )
             return super()._preconditioner_config_to_list_cls(
                 state_lists, group, preconditioner_config
             )
 
-        assert isinstance(preconditioner_config, RootInvShampooPreconditionerConfig)
-        solver = preconditioner_config.amortized_computation_config
-        # The base swallows an unknown solver as a failed computation, so it must be refused here.
-        stacked_list.check_solver(solver)
-        base_list = cast(
-            RootInvShampooPreconditionerList,
-            super()._preconditioner_config_to_list_cls(
-                state_lists, group, _config_for_base(preconditioner_config)
-            ),
-        )
-        if seam := missing_seam(base_list, stacked_list.block_seams):
-            return _fall_back(base_list, seam, solver)
+        method = _method_of(for_base)
+        # The base swallows an unknown method as a failed computation, so it must be refused here.
+        stacked_list.check_method(method)
+        base_list = super()._preconditioner_config_to_list_cls(state_lists, group, for_base)
+        if seam := missing_seam(base_list, stacked_list.list_seams, stacked_list.block_seams):
+            return _fall_back(base_list, seam, method)
         distributor = state_lists[DISTRIBUTOR]
         return stacked_list.adopt(
             base_list,
             block_list=distributor.local_blocked_params,
             block_names=self._block_names(distributor.local_block_info_list),
-            options=_with_options(preconditioner_config),
+            options=StackedOptions(preconditioner_config),
             is_compiled=self._shampoo_pt2_compile_config is not None,
         )
 
@@ -291,34 +318,29 @@ def _explanation(seam: str) -> str:
     )
 
 
-def _config_for_base(
-    config: RootInvShampooPreconditionerConfig,
-) -> RootInvShampooPreconditionerConfig:
+def _config_for_base(config: PreconditionerConfig | None) -> PreconditionerConfig | None:
     """The config without our options; the base looks its lists up by exact type."""
-    if type(config) is not DashShampooPreconditionerConfig:
+    cls = _OURS.get(type(config))
+    if cls is None:
         return config
-    return RootInvShampooPreconditionerConfig(
-        **{f.name: getattr(config, f.name) for f in fields(RootInvShampooPreconditionerConfig)}
-    )
+    return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
 
 
-def _with_options(config: RootInvShampooPreconditionerConfig) -> DashShampooPreconditionerConfig:
-    """The config with the options of the stacked computation, at their defaults if it has none."""
-    if isinstance(config, DashShampooPreconditionerConfig):
-        return config
-    return DashShampooPreconditionerConfig(
-        **{f.name: getattr(config, f.name) for f in fields(RootInvShampooPreconditionerConfig)}
-    )
+def _method_of(config: PreconditionerConfig | None) -> MatrixFunctionConfig | None:
+    """What a preconditioner computes of matrices, where it computes anything."""
+    for name in ("amortized_computation_config", "orthogonalization_config"):
+        if hasattr(config, name):
+            method: MatrixFunctionConfig = getattr(config, name)
+            return method
+    return None
 
 
-def _fall_back(
-    base_list: RootInvShampooPreconditionerList, seam: str, solver: object
-) -> RootInvShampooPreconditionerList:
+def _fall_back(base_list: Any, seam: str, method: MatrixFunctionConfig | None) -> Any:
     explanation = _explanation(seam)
-    if type(solver) not in _SOLVERS_OF_BASE:
+    if method is not None and type(method) not in _METHODS_OF_BASE:
         raise RuntimeError(
-            f"{explanation} The base itself cannot compute amortized_computation_config="
-            f"{type(solver).__name__}; use that commit, or set DASH_SHAMPOO_BASE=embedded."
+            f"{explanation} The base itself cannot compute {type(method).__name__}; use that commit, or "
+            "set DASH_SHAMPOO_BASE=embedded."
         )
     logger.warning("%s It runs on the base's own list, block by block.", explanation)
     return base_list

@@ -32,6 +32,7 @@ _META_MODULES = (
     f"{_PACKAGE}.preconditioner.shampoo_preconditioner_list",
     f"{_PACKAGE}.preconditioner.adagrad_preconditioner_list",
     f"{_PACKAGE}.preconditioner.sgd_preconditioner_list",
+    f"{_PACKAGE}.preconditioner.preconditioner_list",
 )
 
 # What only Meta's package has (FSDP1); without it, the names say so.
@@ -111,6 +112,7 @@ __all__ = [
     "PerturbationConfig",
     "PolynomialComputationalCostModel",
     "PreconditionerConfig",
+    "PreconditionerList",
     "PreconditionerValueError",
     "PseudoInverseConfig",
     "QREigendecompositionConfig",

@@ -1,6 +1,11 @@
 """Eigenvectors of stacks of factor matrices, from the previous ones, by one function and a config."""
 
-from dash_shampoo.eigenbasis.dispatch import check_basis_supported, eigenbasis, is_identity
+from dash_shampoo.eigenbasis.dispatch import (
+    check_basis_supported,
+    eigenbasis,
+    follows_a_basis,
+    is_identity,
+)
 from dash_shampoo.eigenbasis.orthogonal_iteration import OrthogonalIterationConfig
 from dash_shampoo.eigenbasis.result import EigenbasisResult
 
@@ -9,5 +14,6 @@ __all__ = [
     "OrthogonalIterationConfig",
     "check_basis_supported",
     "eigenbasis",
+    "follows_a_basis",
     "is_identity",
 ]

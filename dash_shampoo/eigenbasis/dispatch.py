@@ -71,6 +71,18 @@ def find_method(config: object) -> Method:
     raise ValueError(f"No eigenbasis takes {type(config).__name__}; there are methods for {known}.")
 
 
+def follows_a_basis(config: EigendecompositionConfig) -> bool:
+    """Tell whether a method goes on from a basis and can't find one.
+
+    Args:
+        config: How the eigenvectors are computed.
+
+    Returns:
+        Whether a block whose Q is still the identity needs an eigendecomposition first.
+    """
+    return find_method(config).follows
+
+
 def check_basis_supported(config: EigendecompositionConfig, epsilon: float = 0.0) -> None:
     """Refuse a config that no method takes, or an epsilon that its repair of the spectrum forbids.
 

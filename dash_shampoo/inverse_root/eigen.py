@@ -94,7 +94,7 @@ def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Inv
     )
     L_BN, V_BNN, failed = _eigendecomposition(damped(A, epsilon) if is_damped_before else A, config)
     counter = MatmulCounter(num_blocks=A.shape[0])
-    inv_power_BN = _inverse_power(L_BN, float(root), epsilon, config)
+    inv_power_BN = inverse_power(L_BN, float(root), epsilon, config)
     scaled_BNN = V_BNN * inv_power_BN[:, :, None]
     value = Matmul("fp32", counter)(scaled_BNN.mT, V_BNN, is_symmetric=True)
     status = torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
@@ -109,7 +109,7 @@ def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Inv
     )
 
 
-def _inverse_power(L_BN: Tensor, root: float, epsilon: float, config: EigenConfig) -> Tensor:
+def inverse_power(L_BN: Tensor, root: float, epsilon: float, config: EigenConfig) -> Tensor:
     """f(λ) = λ^(-1/root) of the repaired eigenvalues, (B, N); no block looks at another."""
     exponent = -1.0 / root
     match config.rank_deficient_stability_config:

@@ -1,9 +1,19 @@
 """The stacked preconditioner lists: one method a file, what they share in `stacked`."""
 
+from dash_shampoo.preconditioners.eigendecomposed import (
+    StackedEigendecomposedKLShampooPreconditionerList,
+    StackedEigendecomposedShampooPreconditionerList,
+)
+from dash_shampoo.preconditioners.eigenvalue_corrected import (
+    StackedEigenvalueCorrectedShampooPreconditionerList,
+)
+from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.preconditioners.root_inverse import (
     StackedRootInvKLShampooPreconditionerList,
     StackedRootInvShampooPreconditionerList,
 )
+from dash_shampoo.preconditioners.sign_descent import StackedSignDescentPreconditionerList
+from dash_shampoo.preconditioners.spectral_descent import StackedSpectralDescentPreconditionerList
 from dash_shampoo.preconditioners.stacked import (
     BucketView,
     StackedPreconditionerList,
@@ -12,8 +22,14 @@ from dash_shampoo.preconditioners.stacked import (
 
 __all__ = [
     "BucketView",
+    "StackedEigendecomposedKLShampooPreconditionerList",
+    "StackedEigendecomposedShampooPreconditionerList",
+    "StackedEigenvalueCorrectedShampooPreconditionerList",
+    "StackedOptions",
     "StackedPreconditionerList",
     "StackedRootInvKLShampooPreconditionerList",
     "StackedRootInvShampooPreconditionerList",
+    "StackedSignDescentPreconditionerList",
+    "StackedSpectralDescentPreconditionerList",
     "missing_seam",
 ]

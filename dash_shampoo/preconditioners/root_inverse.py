@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig, RootInvShampooPreconditionerList
-from dash_shampoo.buckets import MatrixStack, Piece, Rows, num_rows, rows_of, subset
+from dash_shampoo.buckets import ActiveStack, MatrixStack, Piece, Rows, num_rows, rows_of, subset
 from dash_shampoo.inverse_root import StackOutcome, check_supported, repair, solve_stack
 from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList, contract
-from dash_shampoo.safety import Slot, is_asynchronous, send_to_host
+from dash_shampoo.safety import Slot, is_asynchronous
 
 
 class StackedRootInvShampooPreconditionerList(
@@ -35,13 +35,16 @@ class StackedRootInvShampooPreconditionerList(
     _num_refreshes: int
 
     @staticmethod
-    def check_solver(solver: RootInvConfig) -> None:
+    def check_method(method: RootInvConfig) -> None:
         """Refuses a solver that is not known.
 
+        Args:
+            method: The solver's config.
+
         Raises:
-            ValueError: If there is none for this config.
+            ValueError: If there is none for it.
         """
-        check_supported(solver)
+        check_supported(method)
 
     def _check_roots(self, roots: set[float]) -> None:
         for root in roots:
@@ -88,21 +91,18 @@ class StackedRootInvShampooPreconditionerList(
 
     # ------------------------------------------------------------------ inverse roots
 
-    def _refresh(self) -> None:
-        """R ← F^(-1/p) on every active stack; rows that went wrong keep their previous root."""
-        known_bad = self._ledger.settle() if self._settles_late else []
-        for active in self._active.stacks:
-            outcome = self._solve(active.stack, active.rows)
-            self._ledger.record(active.slots, outcome.status)
-            if isinstance(active.rows, slice):
-                self._dampings[active.stack][active.rows].copy_(outcome.damping)
-            else:
-                self._dampings[active.stack].index_copy_(0, active.rows, outcome.damping)
-        if self._settles_late:
-            self._repair(known_bad)
-            send_to_host(self._ledger)
-        elif not self.waits_for_settlement:
-            self.settle()
+    def _compute(self, active: ActiveStack) -> Tensor:
+        """R ← F^(-1/p) on the active rows of a stack; rows that went wrong keep their previous root.
+
+        Returns:
+            The status of each row.
+        """
+        outcome = self._solve(active.stack, active.rows)
+        if isinstance(active.rows, slice):
+            self._dampings[active.stack][active.rows].copy_(outcome.damping)
+        else:
+            self._dampings[active.stack].index_copy_(0, active.rows, outcome.damping)
+        return outcome.status
 
     def _solve(self, number: int, rows: Rows) -> StackOutcome:
         """Refreshes the roots of some rows of a stack; only usable roots are written."""
@@ -129,16 +129,6 @@ class StackedRootInvShampooPreconditionerList(
         if is_asynchronous(usable.device) or not bool(usable.all()):
             value = torch.where(usable[:, None, None], value, stack.read(rows))
         stack.write_(rows, value)
-
-    def settle(self) -> None:
-        """Acts on the outcomes of the solves since the last call.
-
-        Raises:
-            PreconditionerValueError: If a factor matrix or its root is not finite, or any root is bad
-                under the safety policy "raise".
-            ValueError: If the solver failed for a block more often in a row than is tolerated.
-        """
-        self._repair(self._ledger.settle())
 
     def _repair(self, bad: Sequence[Slot]) -> None:
         """Computes bad roots again, those rows alone and batched by stack."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.buckets import (
+    ActiveStack,
     BlockSpec,
     Layout,
     MatrixStack,
@@ -25,8 +26,8 @@ from dash_shampoo.buckets import (
     to_blocks,
     unpack,
 )
-from dash_shampoo.config import DashShampooPreconditionerConfig
-from dash_shampoo.safety import FailureLedger, is_asynchronous
+from dash_shampoo.preconditioners.options import StackedOptions
+from dash_shampoo.safety import FailureLedger, Slot, is_asynchronous, send_to_host
 
 if TYPE_CHECKING:
     from dash_shampoo.base import RootInvShampooPreconditionerList as _ShampooList
@@ -57,17 +58,20 @@ BLOCK_SEAMS = (
 )
 
 
-def missing_seam(base_list: object, block_seams: Sequence[str]) -> str | None:
+def missing_seam(
+    base_list: object, list_seams: Sequence[str], block_seams: Sequence[str]
+) -> str | None:
     """The first attribute that a stacked list needs and `base_list` lacks, or None.
 
     Args:
         base_list: A list as the base built it.
+        list_seams: What it must have.
         block_seams: What the base's record of a block must have.
 
     Returns:
         Its name.
     """
-    for name in LIST_SEAMS:
+    for name in list_seams:
         if not hasattr(base_list, name):
             return f"{type(base_list).__name__}.{name}"
     for block in getattr(base_list, "_local_kronecker_factors_unwrapped", ()):
@@ -100,13 +104,15 @@ class StackedPreconditionerList(_ShampooList):
     with blocks, as the base calls its lists, and through `on_buckets` with one tensor per piece.
 
     Attributes:
-        block_seams: What the list needs of the base's record of a block.
+        list_seams: What the list needs of the base's list.
+        block_seams: What it needs of the base's record of a block.
     """
 
+    list_seams: tuple[str, ...] = LIST_SEAMS
     block_seams: tuple[str, ...] = BLOCK_SEAMS
     _layout: Layout
     _factors: tuple[MatrixStack, ...]
-    _options: DashShampooPreconditionerConfig
+    _options: StackedOptions
     _ledger: FailureLedger
     _is_asynchronous: bool
 
@@ -116,7 +122,7 @@ class StackedPreconditionerList(_ShampooList):
         base_list: Any,
         block_list: Sequence[Tensor],
         block_names: Sequence[str],
-        options: DashShampooPreconditionerConfig,
+        options: StackedOptions,
         is_compiled: bool = False,
     ) -> Self:
         """Turns the base's list into a stacked one.
@@ -143,7 +149,13 @@ class StackedPreconditionerList(_ShampooList):
 
         self._layout = make_layout(
             [
-                BlockSpec(tuple(block.shape), selector, factors.roots, block.dtype, block.device)
+                BlockSpec(
+                    tuple(block.shape),
+                    selector,
+                    self._roots_of(factors, selector),
+                    block.dtype,
+                    block.device,
+                )
                 for block, selector, factors in zip(
                     block_list, self._local_preconditioned_dims_selector_list, blocks, strict=True
                 )
@@ -168,19 +180,40 @@ class StackedPreconditionerList(_ShampooList):
 
     # ---------------------------------------------------------------- what each list defines
 
+    @staticmethod
+    def check_method(method: Any) -> None:
+        """Refuses a way to compute what the list needs that is not known.
+
+        Args:
+            method: The config of a matrix function; None for a list that computes none.
+
+        Raises:
+            ValueError: If there is none for this config.
+        """
+
     def _check_roots(self, roots: set[float]) -> None:
         """Refuses roots that the list's method cannot compute."""
+
+    def _roots_of(self, factors: Any, selector: tuple[bool, ...]) -> tuple[float, ...]:
+        """The root of every factor matrix of a block: those of different roots are not stacked."""
+        del selector
+        roots: tuple[float, ...] = factors.roots
+        return roots
 
     def _adopt_state(self) -> None:
         """Stacks the state beside the factor matrices."""
         raise NotImplementedError
 
-    def _refresh(self) -> None:
-        """The amortized computation, on the active stacks."""
+    def _compute(self, active: ActiveStack) -> Tensor:
+        """The amortized computation on the active rows of a stack, which writes what can be used.
+
+        Returns:
+            The status of each row.
+        """
         raise NotImplementedError
 
-    def settle(self) -> None:
-        """Acts on the outcomes of the amortized computations since the last call."""
+    def _repair(self, bad: Sequence[Slot]) -> None:
+        """Computes anew what went wrong, those rows alone, where the safety config wants it."""
         raise NotImplementedError
 
     def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -213,7 +246,6 @@ class StackedPreconditionerList(_ShampooList):
 
     def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
         """Restricts the list to the blocks that have a gradient."""
-        super().compress_preconditioner_list(local_grad_selector)
         self._active = self._layout.active(tuple(local_grad_selector))
 
     @torch.no_grad()
@@ -234,10 +266,10 @@ class StackedPreconditionerList(_ShampooList):
             PreconditionerValueError: If a factor matrix or what is computed of it is not finite.
             ValueError: If the computation of a block failed more often in a row than is tolerated.
         """
-        # The base's method, which calls _update_factor_matrices and keeps the bias correction.
-        super().update_preconditioners(
-            masked_grad_list=tuple(masked_grad_list), step=step, perform_amortized_computation=False
-        )
+        self._update_factor_matrices(masked_grad_list)
+        is_sum = self._beta2 == 1.0 or self._preconditioner_config.drop_weighting_factor_on_gsquare
+        if self._use_bias_correction and not is_sum:
+            self._bias_correction2 = torch.tensor(1.0) - self._beta2**step
         if perform_amortized_computation:
             self._refresh()
 
@@ -273,6 +305,29 @@ class StackedPreconditionerList(_ShampooList):
         """Whether outcomes wait on an accelerator for being settled at the end of the step."""
         return self._is_asynchronous and not self._settles_late and bool(self._ledger.pending)
 
+    # -------------------------------------------------------------------------- the refresh
+
+    def _refresh(self) -> None:
+        """The amortized computation on every active stack; rows that went wrong keep what they had."""
+        known_bad = self._ledger.settle() if self._settles_late else []
+        for active in self._active.stacks:
+            self._ledger.record(active.slots, self._compute(active))
+        if self._settles_late:
+            self._repair(known_bad)
+            send_to_host(self._ledger)
+        elif not self.waits_for_settlement:
+            self.settle()
+
+    def settle(self) -> None:
+        """Acts on the outcomes of the amortized computations since the last call.
+
+        Raises:
+            PreconditionerValueError: If a factor matrix or what was computed of it is not finite, or
+                anything is bad under the safety policy "raise".
+            ValueError: If the computation of a block failed more often in a row than is tolerated.
+        """
+        self._repair(self._ledger.settle())
+
     # --------------------------------------------------------------------- what lists share
 
     @property
@@ -286,14 +341,21 @@ class StackedPreconditionerList(_ShampooList):
             for piece in self._active.pieces
         )
 
-    def _stack_matrices(self, name: str) -> tuple[MatrixStack, ...]:
-        """One stack of the matrices `name` of the base's records for each stack of the layout."""
+    def _stack_matrices(self, name: str, packed: bool | None = None) -> tuple[MatrixStack, ...]:
+        """One stack of the matrices `name` of the base's records for each stack of the layout.
+
+        Args:
+            name: Of the attribute.
+            packed: Whether they are packed; None where that is an option of the config.
+        """
         blocks = self._local_kronecker_factors_unwrapped
         return tuple(
             MatrixStack(
                 [getattr(blocks[index], name)[number] for index, number in stack.slots],
                 stack.size,
-                packed=blocks[stack.slots[0][0]].use_symmetric_packing,
+                packed=blocks[stack.slots[0][0]].use_symmetric_packing
+                if packed is None
+                else packed,
             )
             for stack in self._layout.stacks
         )

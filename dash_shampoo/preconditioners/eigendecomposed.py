@@ -1,0 +1,96 @@
+"""Shampoo by stored eigendecompositions, stacked: the plain method and KL-Shampoo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base import PreconditionerList
+from dash_shampoo.buckets import Piece, Rows, stack_
+from dash_shampoo.eigenbasis import EigenbasisResult
+from dash_shampoo.inverse_root.eigen import inverse_power
+from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
+
+
+class StackedEigendecomposedShampooPreconditionerList(
+    StackedEigenvectorsPreconditionerList, PreconditionerList
+):
+    """Shampoo with F = Q·diag(λ)·Qᵀ stored instead of its inverse root.
+
+        F ← beta2·F + w·G₍ₖ₎G₍ₖ₎ᵀ          per bucket and dimension k
+        Q, λ ← F / bias_correction2         per stack, when the amortized computation is due
+        U ← Q·(QᵀG ⊙ λ^(-1/p))              per bucket and dimension
+
+    The exponent is applied in every step, after the repair of the spectrum that the config names, so a
+    root may be changed without a refresh. Where the base forms each block's root anew in every step, the
+    gradient is rotated here and scaled: as many products for a square block, and no root in memory.
+
+    References:
+        arXiv 2309.06497 (Distributed Shampoo).
+    """
+
+    block_seams = (
+        *StackedEigenvectorsPreconditionerList.block_seams,
+        "factor_matrices_eigenvalues",
+    )
+    _eigenvalues: tuple[Tensor, ...]
+
+    def _adopt_state(self) -> None:
+        super()._adopt_state()
+        blocks = self._local_kronecker_factors_unwrapped
+        self._eigenvalues = tuple(
+            stack_([blocks[i].factor_matrices_eigenvalues[number] for i, number in stack.slots])
+            for stack in self._layout.stacks
+        )
+
+    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """U = G ×₁ F₁^(-1/p₁) ×₂ F₂^(-1/p₂) … for every piece, in new memory.
+
+        Args:
+            masked_grad_list: (Filtered) gradients, (K, *shape) of each piece.
+
+        Returns:
+            Tensors of the same shapes and dtypes.
+        """
+        return tuple(
+            self._apply_roots(grads, piece)
+            for grads, piece in zip(masked_grad_list, self._active.pieces, strict=True)
+        )
+
+    def _apply_roots(self, grads: Tensor, piece: Piece, skipped: int | None = None) -> Tensor:
+        """U over the preconditioned dimensions except factor number `skipped`."""
+        bases = self._bases(piece, skipped)
+        rotated = self._to_basis(grads, bases)
+        for number, factor in enumerate(piece.bucket.factors):
+            if number == skipped:
+                continue
+            spec = self._layout.stacks[factor.stack]
+            scale = inverse_power(
+                self._eigenvalues[factor.stack][piece.factor_rows(factor)],
+                spec.root,
+                self._epsilon,
+                self._options.amortized_computation_config,
+            )
+            shape = [len(grads), *[1] * (grads.dim() - 1)]
+            shape[factor.dimension + 1] = spec.size
+            rotated.mul_(scale.view(shape))
+        return self._from_basis(rotated, bases)
+
+    def _store(self, number: int, rows: Rows, result: EigenbasisResult) -> None:
+        super()._store(number, rows, result)
+        eigenvalues = self._eigenvalues[number]
+        usable = result.is_usable[:, None]
+        eigenvalues[rows] = torch.where(
+            usable, result.eigenvalues.to(eigenvalues.dtype), eigenvalues[rows]
+        )
+
+
+class StackedEigendecomposedKLShampooPreconditionerList(
+    StackedEigendecomposedShampooPreconditionerList
+):
+    """KL-Shampoo: the outer products are taken of gradients preconditioned in all other dimensions."""
+
+    def _contraction_operand(self, grads: Tensor, piece: Piece, number: int) -> Tensor:
+        return self._apply_roots(grads, piece, skipped=number)

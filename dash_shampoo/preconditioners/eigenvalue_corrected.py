@@ -1,0 +1,93 @@
+"""Eigenvalue-corrected Shampoo (SOAP), stacked: Adam in the eigenbasis of the factor matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base import PreconditionerList
+from dash_shampoo.buckets import stack_
+from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
+
+
+class StackedEigenvalueCorrectedShampooPreconditionerList(
+    StackedEigenvectorsPreconditionerList, PreconditionerList
+):
+    """Adam in the basis of the eigenvectors of Shampoo's factor matrices.
+
+        F ← beta2·F + w·G₍ₖ₎G₍ₖ₎ᵀ                     per bucket and dimension k
+        Q ← eigenvectors of F / bias_correction2       per stack, when the amortized computation is due
+        V ← beta2·V + w·(G ×₁ Q₁ᵀ ×₂ Q₂ᵀ …)²            per bucket
+        U ← (G ×₁ Q₁ᵀ …) / ((V / bias_correction2)^a + ε) ×₁ Q₁ ×₂ Q₂ …     a = 1/2 unless overridden
+
+    References:
+        Vyas et al. (SOAP), arXiv 2409.11321; Eschenhagen et al., arXiv 2506.03595.
+    """
+
+    block_seams = (
+        *StackedEigenvectorsPreconditionerList.block_seams,
+        "corrected_eigenvalues",
+    )
+    _second_moments: tuple[Tensor, ...]
+
+    def _roots_of(self, factors: object, selector: tuple[bool, ...]) -> tuple[float, ...]:
+        # The one root is that of the second moment; the factor matrices are decomposed alone.
+        return (1.0,) * sum(selector)
+
+    def _adopt_state(self) -> None:
+        super()._adopt_state()
+        blocks = self._local_kronecker_factors_unwrapped
+        self._second_moments = tuple(
+            stack_([blocks[index].corrected_eigenvalues for index in bucket.blocks])
+            for bucket in self._layout.buckets
+        )
+        self._exponents = [1 / blocks[bucket.blocks[0]].roots[0] for bucket in self._layout.buckets]
+
+    @torch.no_grad()
+    def update_buckets(
+        self,
+        masked_grad_list: Sequence[Tensor],
+        step: Tensor,
+        perform_amortized_computation: bool = False,
+    ) -> None:
+        """Accumulates the factor matrices, refreshes the bases when due, then the second moments.
+
+        Args:
+            masked_grad_list: Gradients, (K, *shape) of each piece.
+            step: Step count, a CPU tensor.
+            perform_amortized_computation: Whether the bases are due.
+
+        Raises:
+            PreconditionerValueError: If a factor matrix is not finite.
+            ValueError: If the eigenvectors of a block failed more often in a row than is tolerated.
+        """
+        super().update_buckets(masked_grad_list, step, perform_amortized_computation)
+        for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
+            second_moment = self._second_moments[piece.bucket.number][piece.slots]
+            rotated = self._to_basis(grads, self._bases(piece))
+            if self._beta2 != 1.0:
+                second_moment.mul_(self._beta2)
+            second_moment.addcmul_(rotated, rotated, value=self._weighting_factor)
+
+    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Adam's direction in the eigenbasis, for every piece, in new memory.
+
+        Args:
+            masked_grad_list: (Filtered) gradients, (K, *shape) of each piece.
+
+        Returns:
+            Tensors of the same shapes and dtypes.
+        """
+        # A CPU scalar, so that reading it is no device synchronisation.
+        bias_correction = float(self._bias_correction2)
+        directions = []
+        for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
+            bases = self._bases(piece)
+            second_moment = self._second_moments[piece.bucket.number][piece.slots]
+            denominator = second_moment.div(bias_correction)
+            denominator.pow_(self._exponents[piece.bucket.number]).add_(self._epsilon)
+            rotated = self._to_basis(grads, bases)
+            directions.append(self._from_basis(rotated.div_(denominator), bases))
+        return tuple(directions)
