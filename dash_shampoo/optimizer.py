@@ -106,8 +106,10 @@ class DashShampoo(GuardedShampoo, ManyProcesses):
         )
 
     Accepts every argument of the base's `DistributedShampoo`; see there. `preconditioner_config` may
-    also be a `DashShampooPreconditionerConfig`, with options of the stacked computation. Preconditioners
-    that are not inverse roots (SOAP and others of Meta's package) run on the base's own list.
+    also be a `DashShampooPreconditionerConfig`, with options of the stacked computation. All of the
+    base's preconditioners are stacked: Shampoo by inverse roots or eigendecompositions, KL-Shampoo,
+    eigenvalue-corrected Shampoo (SOAP), spectral and sign descent. One that is not known, of a future
+    release, runs on the base's own list.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or the solver is unknown or cannot compute a

@@ -122,7 +122,7 @@ LISTS: tuple[Row, ...] = (
         "eigendecomposed_options",
         _eigen(
             amortized_computation_config=_later,
-            inverse_exponent_override={2: 0.5, 3: {0: 0.0, 1: 0.3}, 1: 0.0},
+            inverse_exponent_override={2: 0.5, 3: {0: 0.0, 1: 0.3}},
             use_symmetric_packing=False,
         ),
         _EIGEN,

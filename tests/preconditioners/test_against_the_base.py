@@ -47,7 +47,15 @@ def test_fifty_steps_in_float64(row: Row, frequency: int) -> None:
 @each_row
 @pytest.mark.parametrize("missing", ["some", "alternating"])
 def test_blocks_without_a_gradient(row: Row, missing: str) -> None:
-    compare(row, torch.float64, 70, 1e-7, missing=missing, precondition_frequency=2, start_preconditioning_step=50)
+    compare(
+        row,
+        torch.float64,
+        70,
+        1e-7,
+        missing=missing,
+        precondition_frequency=2,
+        start_preconditioning_step=50,
+    )
 
 
 @each_row
