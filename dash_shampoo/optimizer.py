@@ -248,7 +248,7 @@ class DashShampoo(GuardedShampoo, ManyProcesses):
         # The base swallows an unknown method as a failed computation, so it must be refused here.
         stacked_list.check_method(method)
         base_list = super()._preconditioner_config_to_list_cls(state_lists, group, for_base)
-        if seam := missing_seam(base_list, stacked_list.list_seams, stacked_list.block_seams):
+        if seam := missing_seam(base_list, stacked_list.block_seams, stacked_list.list_seams):
             return _fall_back(base_list, seam, method)
         distributor = state_lists[DISTRIBUTOR]
         return stacked_list.adopt(

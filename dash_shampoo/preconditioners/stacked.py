@@ -59,14 +59,14 @@ BLOCK_SEAMS = (
 
 
 def missing_seam(
-    base_list: object, list_seams: Sequence[str], block_seams: Sequence[str]
+    base_list: object, block_seams: Sequence[str], list_seams: Sequence[str] = LIST_SEAMS
 ) -> str | None:
     """The first attribute that a stacked list needs and `base_list` lacks, or None.
 
     Args:
         base_list: A list as the base built it.
-        list_seams: What it must have.
         block_seams: What the base's record of a block must have.
+        list_seams: What the list must have.
 
     Returns:
         Its name.

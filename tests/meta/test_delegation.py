@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dash_shampoo as ds
-from dash_shampoo.preconditioners import StackedRootInvShampooPreconditionerList
+from dash_shampoo.preconditioners import StackedPreconditionerList
 
 meta = pytest.importorskip("distributed_shampoo", reason="Meta's package is not importable")
 if ds.base.name != "meta":
@@ -22,7 +22,13 @@ CONFIGS = [
     and issubclass(cls, meta.PreconditionerConfig)
     and not inspect.isabstract(cls)
 ]
-STACKED = {ds.RootInvShampooPreconditionerConfig, ds.RootInvKLShampooPreconditionerConfig}
+ELEMENTWISE = {
+    ds.SGDPreconditionerConfig,
+    ds.AdaGradPreconditionerConfig,
+    ds.RMSpropPreconditionerConfig,
+    ds.AdamPreconditionerConfig,
+}
+STACKED = set(CONFIGS) - ELEMENTWISE
 
 
 def run(optimizer_class, config):
@@ -74,7 +80,7 @@ def test_config(config_class, caplog):
     lists = [state["shampoo_preconditioner_list"] for state in dash._per_group_state_lists]
     if config_class in STACKED:
         assert lines == []
-        assert all(isinstance(x, StackedRootInvShampooPreconditionerList) for x in lists)
+        assert all(isinstance(x, StackedPreconditionerList) for x in lists)
     else:
         theirs = [state["shampoo_preconditioner_list"] for state in base._per_group_state_lists]
         assert [type(x) for x in lists] == [type(x) for x in theirs]
@@ -83,5 +89,5 @@ def test_config(config_class, caplog):
         assert all(r.levelno == logging.INFO and config_class.__name__ in r.message for r in lines)
     for p, q in zip(expected, found, strict=True):
         assert torch.isfinite(q).all()
-        # How close the stacked ones are is what tests/test_parity.py measures.
+        # How close the stacked ones are is what tests/preconditioners measures.
         assert config_class in STACKED or torch.equal(q, p)
