@@ -191,7 +191,9 @@ class Block:
 class ReferenceShampoo:
     """The optimizer: cuts parameters into blocks and counts steps. Parameters are not modified."""
 
-    def __init__(self, params: list[Tensor], options: Options) -> None:
+    def __init__(
+        self, params: list[Tensor], options: Options, block_class: type[Block] = Block
+    ) -> None:
         self.options = options
         self.t = 0
         self.lr_sum = 0.0
@@ -200,7 +202,7 @@ class ReferenceShampoo:
         self.merged = [merged_shape(shape, limit) for shape in self.shapes]
         self.slices = [block_slices(shape, limit) for shape in self.merged]
         self.blocks = [
-            [Block(p.detach().double().reshape(shape)[s], options) for s in slices]
+            [block_class(p.detach().double().reshape(shape)[s], options) for s in slices]
             for p, shape, slices in zip(params, self.merged, self.slices, strict=True)
         ]
 
