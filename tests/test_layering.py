@@ -55,7 +55,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # What is imported by everyone is torch; the rest by these rooms (or files) alone.
 THIRD_PARTY: dict[str, set[str]] = {
-    "experiments": {"hydra", "omegaconf", "matplotlib", "sentencepiece", "sklearn", "tqdm", "numpy"},
+    "experiments": {
+        "hydra",
+        "omegaconf",
+        "matplotlib",
+        "sentencepiece",
+        "sklearn",
+        "tqdm",
+        "numpy",
+    },
 }
 DOOR = "dash_shampoo.base"
 
