@@ -109,6 +109,7 @@ try:
     __version__ = _version("dash-shampoo")
 except _PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
     __version__ = "0+checkout"
+from dash_shampoo.planning import Parallelism, plan_optimizer
 
 __all__ = [
     "AdaGradPreconditionerConfig",
@@ -163,6 +164,7 @@ __all__ = [
     "NewtonSchulzOrthogonalizationConfig",
     "OrthogonalIterationConfig",
     "OrthogonalizationConfig",
+    "Parallelism",
     "ParamGroups",
     "ParamRule",
     "PerturbationConfig",
@@ -195,6 +197,7 @@ __all__ = [
     "match_rms_adamw",
     "muon_original",
     "param_groups",
+    "plan_optimizer",
     "safe_globals",
 ]
 

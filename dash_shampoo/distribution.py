@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -94,3 +94,22 @@ def shares_errors(compute: Callable[..., Any]) -> Callable[..., Any]:
             return distributor.substitute(error)
 
     return directions
+
+
+def share_late_error(groups: Iterable[Any], error: Exception | None) -> None:
+    """Raises what was noticed after the step, on all processes.
+
+    Args:
+        groups: The lists of each parameter group.
+        error: This process's error, or None.
+
+    Raises:
+        Exception: The error, or one that tells of another process's.
+    """
+    distributors = [state_lists[DISTRIBUTOR] for state_lists in groups]
+    late = (d for d in distributors if getattr(d, "is_shared", False) and d.is_late())
+    # Once: who raises here takes no part in what comes after it.
+    if (distributor := next(late, None)) is not None:
+        distributor.agree(error)
+    if error is not None:
+        raise error

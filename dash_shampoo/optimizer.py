@@ -35,8 +35,15 @@ from dash_shampoo.base import (
 )
 from dash_shampoo.base import name as base_name
 from dash_shampoo.config import DashShampooPreconditionerConfig, GradientPolicy
-from dash_shampoo.distribution import ManyProcesses, shares_errors
+from dash_shampoo.distribution import ManyProcesses, share_late_error, shares_errors
 from dash_shampoo.guards import GuardedShampoo
+from dash_shampoo.planning import (
+    Device,
+    OptimizerPlan,
+    Parallelism,
+    parallelism_of,
+    plan_optimizer,
+)
 from dash_shampoo.preconditioners import (
     StackedEigendecomposedKLShampooPreconditionerList,
     StackedEigendecomposedShampooPreconditionerList,
@@ -160,7 +167,12 @@ class DashShampoo(GuardedShampoo, ManyProcesses):
             ValueError: If the inverse roots of a block failed too often in a row.
         """
         loss = super().step(closure)
-        self._settle()
+        error = None
+        try:
+            self._settle()
+        except Exception as settled:
+            error = settled
+        share_late_error(self._per_group_state_lists, error)
         return loss
 
     def _settle(self) -> None:
@@ -270,6 +282,31 @@ class DashShampoo(GuardedShampoo, ManyProcesses):
             for index, param in enumerate(group["params"]):
                 names[id(param)] = given[index] if is_named else f"parameter {len(names)}"
         return [names[id(info.param)] for info in block_infos]
+
+    def plan(
+        self,
+        parallelism: Parallelism | None = None,
+        device: Device | None = None,
+        use_tf32: bool = False,
+    ) -> OptimizerPlan:
+        """Memory, work and balance of this optimizer, on its own ranks or on others.
+
+        Args:
+            parallelism: How many ranks there are and what they share. Default: as it is now.
+            device: Where the roofline is taken; `planning.DEVICES` has some. Default: none.
+            use_tf32: Whether float32 matmuls outside the inverse roots use TF32. Default: False.
+
+        Returns:
+            The plan; see `plan_optimizer`.
+        """
+        groups = [
+            {**group, "params": [p for p in group["params"] if p.requires_grad]}
+            for group in self.param_groups
+        ]
+        groups = [group for group in groups if group["params"]]
+        if parallelism is None:
+            parallelism = parallelism_of(groups[0]["distributed_config"])
+        return plan_optimizer(groups, parallelism, device, use_tf32)
 
     def failure_counts(self) -> dict[str, int]:
         """How many inverse roots were not accepted since the start, by the name of their parameter.

@@ -38,7 +38,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"base", "config", "eigenbasis", "orthogonalization"},
     "guards": {"base", "buckets", "checkpoint"},
     "distribution": {"base"},
-    "optimizer": {"base", "config", "distribution", "guards", "preconditioners", "safety", "step"},
+    "optimizer": {
+        "base",
+        "config",
+        "distribution",
+        "guards",
+        "planning",
+        "preconditioners",
+        "safety",
+        "step",
+    },
     "planning": {"base", "buckets", "config", "inverse_root"},
     "grouping": {"base", "planning"},
     "dash_shampoo": {
@@ -50,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "eigenbasis",
         "grouping",
         "orthogonalization",
+        "planning",
     },
     "experiments": {"dash_shampoo", "inverse_root", "planning"},
 }

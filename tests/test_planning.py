@@ -23,7 +23,7 @@ from dash_shampoo.planning import (
 )
 from dash_shampoo.planning.devices import precision_of
 from dash_shampoo.planning.solver_cost import measure_solver
-from dash_shampoo.planning.spread import local_shards
+from dash_shampoo.planning.spread import local_shards, parallelism_of
 from experiments.model import Llama
 from tests.state_bytes import real_bytes
 
@@ -260,7 +260,7 @@ def test_more_ranks_than_blocks():
     assert idle.stacks == ()
     assert without_shared(idle.state_bytes) == {}
     assert idle.step.matmul_flops == 0
-    assert idle.received_bytes == many.ranks[0].received_bytes == 8 * 16 * 16 * 4
+    assert idle.received_bytes == many.ranks[0].received_bytes == 8 * (16 * 16 * 4 + 64)
     assert many.flops_balance == balance(many.flops) > 2
 
 
@@ -450,3 +450,31 @@ def test_llama_953m_on_1024_ranks():
     # Two blocks of 1024 in a side, or ragged ones, for each of about a thousand blocks.
     assert sum(rank.num_blocks for rank in result.ranks) == 1026
     assert result.num_idle == 0
+
+
+def test_an_optimizer_plans_itself():
+    params = parameters()
+    frozen = nn.Parameter(torch.zeros(64, 64), requires_grad=False)
+    groups = [
+        {"params": [*params[:3], frozen], "max_preconditioner_dim": 16},
+        {"params": params[3:]},
+        {"params": [nn.Parameter(torch.zeros(9, 9), requires_grad=False)]},
+    ]
+    optimizer = ds.DashShampoo(groups, grafting_config=ds.AdamPreconditionerConfig())
+    plan = optimizer.plan()
+    assert plan == ds.plan_optimizer(
+        [{"params": params[:3], "max_preconditioner_dim": 16}, {"params": params[3:]}],
+        grafting_config=ds.AdamPreconditionerConfig(),
+    )
+    num_buckets, stacks = stacks_of(optimizer)
+    assert plan.ranks[0].num_buckets == num_buckets
+    assert [(s.size, s.root, s.num_matrices) for s in plan.ranks[0].stacks] == stacks
+    assert plan.state_bytes == real_bytes(optimizer)
+    many = optimizer.plan(Parallelism(strategy="ddp", world_size=4))
+    assert len(many.ranks) == 4
+    assert sum(rank.num_blocks for rank in many.ranks) == plan.ranks[0].num_blocks
+
+
+def test_a_parallelism_that_cannot_be_seen_is_asked_for():
+    with pytest.raises(ValueError, match="distributed_config=object can't be seen: give one"):
+        parallelism_of(object())

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from dash_shampoo.base.embedded.blocking import grid_view
+from dash_shampoo.base.embedded.distributed_configs import assign_owners
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.factories import own_distributor_class as _own_distributor_class
 from dash_shampoo.base.embedded.group_state import take_weights
@@ -38,7 +39,15 @@ _META_MODULES = (
 # What only Meta's package has (FSDP1); without it, the names say so.
 META_ONLY = ("FSDPDistributedConfig", "HSDPDistributedConfig", "compile_fsdp_parameter_metadata")
 # The same on both bases.
-_OURS = ("META_ONLY", "grid_view", "name", "native_config", "own_distributor_class", "take_weights")
+_OURS = (
+    "META_ONLY",
+    "assign_owners",
+    "grid_view",
+    "name",
+    "native_config",
+    "own_distributor_class",
+    "take_weights",
+)
 
 if TYPE_CHECKING:
     from dash_shampoo.base.embedded.configs import *
@@ -132,6 +141,7 @@ __all__ = [
     "SingleDeviceDistributedConfig",
     "SpectralDescentPreconditionerConfig",
     "WeightDecayType",
+    "assign_owners",
     "grid_view",
     "name",
     "native_config",

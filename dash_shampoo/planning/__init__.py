@@ -2,10 +2,15 @@
 
 from dash_shampoo.planning.costs import StepCost
 from dash_shampoo.planning.devices import DEVICES, Device
-from dash_shampoo.planning.plan import InverseRoots, OptimizerPlan, balance, plan_optimizer
+from dash_shampoo.planning.optimizer_plan import (
+    InverseRoots,
+    OptimizerPlan,
+    balance,
+    plan_optimizer,
+)
 from dash_shampoo.planning.ranks import SHARED, RankPlan, StackCount
 from dash_shampoo.planning.solver_cost import REFERENCE_CONDITION_NUMBER, SolverCost
-from dash_shampoo.planning.spread import Parallelism, Strategy
+from dash_shampoo.planning.spread import Parallelism, Strategy, parallelism_of
 
 __all__ = [
     "DEVICES",
@@ -21,5 +26,6 @@ __all__ = [
     "StepCost",
     "Strategy",
     "balance",
+    "parallelism_of",
     "plan_optimizer",
 ]

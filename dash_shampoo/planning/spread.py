@@ -19,8 +19,8 @@ from dash_shampoo.base import (
     DistributedConfig,
     FSDPParamAssignmentStrategy,
     LoadBalancingConfig,
+    assign_owners,
 )
-from dash_shampoo.base.embedded.gathering import assign_owners
 from dash_shampoo.planning.blocks import META, BlockCost, ParameterSpec
 
 Strategy = Literal["none", "ddp", "fully_shard", "hybrid_shard"]
@@ -109,6 +109,36 @@ class Parallelism:
         return size
 
 
+def parallelism_of(distributed_config: object) -> Parallelism:
+    """How the processes that run now share an optimizer.
+
+    Args:
+        distributed_config: The optimizer's.
+
+    Returns:
+        The parallelism of its ranks.
+
+    Raises:
+        ValueError: If it can't be read off the config.
+    """
+    name = type(distributed_config).__name__
+    mesh = getattr(distributed_config, "device_mesh", None)
+    if name == "SingleDeviceDistributedConfig":
+        return Parallelism()
+    if name == "HybridShardDistributedConfig" and mesh is not None:
+        return Parallelism(
+            strategy="hybrid_shard", world_size=mesh.size(), replicate_degree=mesh.size(0)
+        )
+    if name in ("DDPDistributedConfig", "DashDDPDistributedConfig"):
+        replicas = getattr(distributed_config, "replicas", None)
+        size = replicas.size() if replicas is not None else torch.distributed.get_world_size()
+        return Parallelism(strategy="ddp", world_size=size)
+    if name == "FullyShardDistributedConfig":
+        size = torch.distributed.get_world_size()
+        return Parallelism(strategy="fully_shard", world_size=size)
+    raise ValueError(f"The parallelism of distributed_config={name} can't be seen: give one.")
+
+
 def local_shards(spec: ParameterSpec, num_shards: int) -> list[ParameterSpec | None]:
     """The shards of a parameter along dimension 0, as `fully_shard` cuts them.
 
@@ -157,8 +187,8 @@ class Sharing:
 
     Attributes:
         blocks: The blocks of each owner, in order.
-        largest_buffer: Bytes of the updates of the owner that has most of them; the others' are
-            padded to it.
+        largest_buffer: Bytes of the updates of the owner that has most of them, and of its flag for
+            errors; the others' are padded to it.
     """
 
     blocks: tuple[tuple[BlockCost, ...], ...]
@@ -188,4 +218,4 @@ def share(
     for block, tensor, owner in zip(blocks, sent, owners, strict=True):
         owned[owner].append(block)
         buffers[owner] += int(aligned.cost(tensor))
-    return Sharing(tuple(map(tuple, owned)), max(buffers))
+    return Sharing(tuple(map(tuple, owned)), max(buffers) + aligned.alignment_bytes)

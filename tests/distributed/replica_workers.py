@@ -128,6 +128,22 @@ def failing(rank, where, communicate_params):
     return {"said": said, "after": after}
 
 
+def failing_late(rank):
+    """As on an accelerator, where outcomes are read after the step."""
+    params, optimizer = build(ds.DashShampoo, 0, ds.DDPDistributedConfig())
+    for lists in optimizer._per_group_state_lists:
+        lists["distributor"].is_late = lambda: True
+
+    def fail():
+        raise ZeroDivisionError("noticed late")
+
+    run(params, optimizer, 0, num_steps=1)
+    if rank == 1:
+        optimizer._settle = fail
+    set_gradients(params, 1)
+    return message(optimizer.step)
+
+
 def averaging(rank, config, mode):
     """The optimizer is constructed before rank 0's weights are broadcast."""
     params, optimizer = build(

@@ -165,7 +165,7 @@ def test_owners_are_those_of_meta(model):
     from distributed_shampoo.utils import load_balancing_utils
     from distributed_shampoo.utils.shampoo_utils import distribute_buffer_sizes
 
-    from dash_shampoo.base.embedded.gathering import assign_owners
+    from dash_shampoo.base import assign_owners
 
     generator = torch.Generator().manual_seed(0)
     for num_owners in (1, 2, 3, 5, 8):

@@ -72,6 +72,14 @@ def test_an_error_of_one_rank_reaches_all(where, communicate_params, tmp_path):
         assert all(p.isfinite().all() for p in result["after"])
 
 
+def test_an_error_that_is_noticed_late_reaches_all(tmp_path):
+    said = run(3, replica_workers.failing_late, tmp_path)
+    assert said[1] == ("ZeroDivisionError", "noticed late")
+    for rank in (0, 2):
+        assert said[rank][0] == "RuntimeError"
+        assert "step failed on another rank" in said[rank][1]
+
+
 @pytest.mark.parametrize("mode", ["steps", "eval first"])
 @pytest.mark.parametrize(
     "config", [ds.ScheduleFreeConfig(), ds.GeneralizedPrimalAveragingConfig()], ids=["sf", "gpa"]

@@ -1,7 +1,9 @@
 """Configs of how parameters, state and work are spread over processes."""
 
 import enum
+import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -59,6 +61,27 @@ class PolynomialComputationalCostModel(CostModel):
     def _polynomial(self, n: int) -> float:
         # Horner's scheme, as every process of every base must round alike.
         return reduce(lambda value, c: value * n + c, reversed(self.coefficients), 0.0)
+
+
+def assign_owners(blocks: Sequence[Tensor], num_owners: int, cost_model: CostModel) -> list[int]:
+    """Shares blocks out: the costliest block first, each to whoever has the least so far.
+
+    Args:
+        blocks: The blocks, on any device.
+        num_owners: How many processes share them.
+        cost_model: What a block costs.
+
+    Returns:
+        The owner of each block, the same on every process.
+    """
+    costs = [cost_model.cost(block) for block in blocks]
+    loads = [(0.0, owner) for owner in range(num_owners)]
+    owners = [0] * len(blocks)
+    for index in sorted(range(len(blocks)), key=costs.__getitem__, reverse=True):
+        load, owner = heapq.heappop(loads)
+        owners[index] = owner
+        heapq.heappush(loads, (load + costs[index], owner))
+    return owners
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,6 @@ A *replica group* holds the same parameters. It is cut into groups of `num_train
 within each, every block has one owner, which keeps its state and computes its update.
 """
 
-import heapq
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +20,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.distributed_configs import (
     AlignedMemoryCostModel,
-    CostModel,
     DDPDistributedConfig,
     HybridShardDistributedConfig,
+    assign_owners,
 )
 from dash_shampoo.base.embedded.distributor import BlockInfo, Distributor
 from dash_shampoo.base.embedded.dtensors import is_dtensor, local_tensor
@@ -38,27 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
-def assign_owners(blocks: Sequence[Tensor], num_owners: int, cost_model: CostModel) -> list[int]:
-    """Shares blocks out: the costliest block first, each to whoever has the least so far.
-
-    Args:
-        blocks: The blocks, on any device.
-        num_owners: How many processes share them.
-        cost_model: What a block costs.
-
-    Returns:
-        The owner of each block, the same on every process.
-    """
-    costs = [cost_model.cost(block) for block in blocks]
-    loads = [(0.0, owner) for owner in range(num_owners)]
-    owners = [0] * len(blocks)
-    for index in sorted(range(len(blocks)), key=costs.__getitem__, reverse=True):
-        load, owner = heapq.heappop(loads)
-        owners[index] = owner
-        heapq.heappush(loads, (load + costs[index], owner))
-    return owners
 
 
 @dataclass(kw_only=True, eq=False)
@@ -289,6 +267,31 @@ class DDPDistributor(Distributor):
                     )
         if error is not None:
             raise error
+
+    def agree(self, error: Exception | None) -> None:
+        """Tells all replicas of an error that was noticed after the step; all must call this.
+
+        Only where inverse roots are due on an accelerator, as there it may be noticed late.
+
+        Args:
+            error: This process's, or None.
+
+        Raises:
+            RuntimeError: If another process has one.
+        """
+        if not self.is_late():
+            return
+        flag = torch.tensor(float(error is not None), device=self._flags.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._replicas)
+        if error is None and flag.item() > 0.0:
+            raise RuntimeError(
+                "The optimizer's step failed on another rank, so it ends here too; see the errors of "
+                "the others."
+            )
+
+    def is_late(self) -> bool:
+        """Whether errors of this step may be noticed after it."""
+        return self._flags.device.type != "cpu" and self._is_refreshing()
 
     def _is_refreshing(self) -> bool:
         if self.step is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dash_shampoo.base.embedded.dtensors import local_tensor
 
-# One group for all parameter groups and optimizers; they live as long as torch keeps them.
-_groups: WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = WeakValueDictionary()
+# One group for all parameter groups and optimizers, by the group of all processes: another one means
+# that torch.distributed was initialized anew.
+_groups: WeakKeyDictionary[
+    dist.ProcessGroup, WeakValueDictionary[tuple[int, ...], dist.ProcessGroup]
+] = WeakKeyDictionary()
 # Local shapes of parameters that were found equal.
 _compared: Any = WeakTensorKeyDictionary()
 _MAX_NAMED = 3
@@ -26,13 +29,15 @@ def group_of(ranks: Sequence[int], given: dist.ProcessGroup) -> dist.ProcessGrou
         ranks: Global ranks.
         given: A group to be used if it has these very ranks.
     """
-    key = tuple(sorted(ranks))
-    for known in (given, dist.group.WORLD, _groups.get(key)):
+    key, world = tuple(sorted(ranks)), dist.group.WORLD
+    assert world is not None
+    groups = _groups.setdefault(world, WeakValueDictionary())
+    for known in (given, world, groups.get(key)):
         if known is not None and tuple(sorted(dist.get_process_group_ranks(known))) == key:
             return known
     # Only the members: ranks outside may be other stages of a pipeline, with other optimizers.
     group: dist.ProcessGroup = dist.new_group(list(key), use_local_synchronization=True)
-    _groups[key] = group
+    groups[key] = group
     return group
 
 
