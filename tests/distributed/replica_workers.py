@@ -112,15 +112,14 @@ def failing(rank, where, communicate_params):
     config = ds.DDPDistributedConfig(communicate_params=communicate_params)
     params, optimizer = build(ds.DashShampoo, 0, config, precondition_frequency=2)
     run(params, optimizer, 0, num_steps=1)
-    lists = optimizer._per_group_state_lists[0]["shampoo_preconditioner_list"]
     with contextlib.ExitStack() as stack:
         if rank == 1:
 
             def fail(*args, **kwargs):
                 raise ZeroDivisionError("the owner's own error")
 
-            setattr(lists, where, fail)
-            stack.callback(delattr, lists, where)
+            setattr(optimizer, where, fail)
+            stack.callback(delattr, optimizer, where)
         set_gradients(params, 1)
         said = message(optimizer.step)
     # Nobody waits for anybody, and nobody fails again.

@@ -58,7 +58,7 @@ def test_other_values_are_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize("communicate_params", [False, True])
-@pytest.mark.parametrize("where", ["update_preconditioners", "precondition"])
+@pytest.mark.parametrize("where", ["_update_preconditioners", "_precondition_and_grafting"])
 def test_an_error_of_one_rank_reaches_all(where, communicate_params, tmp_path):
     results = run(3, replica_workers.failing, tmp_path, where, communicate_params)
     for rank, result in enumerate(results):
