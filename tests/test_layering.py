@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "step",
     },
     "planning": {"base", "buckets", "config", "inverse_root"},
+    "drop_in": {"optimizer"},
     "grouping": {"base", "planning"},
     "dash_shampoo": {
         "base",

@@ -25,10 +25,10 @@ class SeenParameters:
         self._has_dtensors = any(local(p) is not p for p in params)
         self._fingerprints = self._take()
 
-    def _take(self) -> list[tuple[int, tuple[int, ...]]]:
-        # Another dtype, device or layout is other memory, or other strides. About 0.15 µs each.
-        params = map(local, self._params) if self._has_dtensors else self._params
-        return [(p.data_ptr(), p.stride()) for p in params]
+    def _take(self) -> tuple[list[int], list[Any]]:
+        # Another dtype, device or layout is other memory, or other strides. About 0.1 µs each.
+        params = [*map(local, self._params)] if self._has_dtensors else self._params
+        return [*map(Tensor.data_ptr, params)], [*map(Tensor.stride, params)]
 
     def have_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether other parameters are in the groups, or in another order."""
