@@ -10,14 +10,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 # Command: what it does. Each is a module of this package with `run(config) -> exit status`, and a
-# file of its name in configs/.
+# file of its name in configs/; or with `main(words) -> exit status`, where files are what it takes.
 COMMANDS = {
     "train": "train a Llama-style model",
     "plan": "memory, work and balance on many ranks, before running",
     "demo": "compare optimizers on a tiny model: table and plots",
+    "data": "token files from text or from Hugging Face",
 }
 # What the extra `dev` brings.
-_EXTRA = ("hydra", "omegaconf", "tqdm", "matplotlib", "sentencepiece")
+_EXTRA = ("hydra", "omegaconf", "tqdm", "matplotlib", "sentencepiece", "plotly")
+# What is not in it: some gigabytes less.
+_ON_DEMAND = ("datasets", "huggingface_hub")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -47,10 +50,14 @@ def main(words: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return fail(f"unknown command {command!r}; one of {', '.join(COMMANDS)}.", 2)
     try:
-        run = importlib.import_module(f"experiments.{command}").run
-        return _through_hydra(command, run, words[1:])
+        module = importlib.import_module(f"experiments.{command}")
+        if hasattr(module, "main"):
+            return _directly(module.main, words[1:])
+        return _through_hydra(command, module.run, words[1:])
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
+        if missing in _ON_DEMAND:
+            return fail(f"the module {missing} is missing: pip install {missing}", 2)
         if missing not in _EXTRA:
             raise
         return fail(f"the module {missing} is missing: pip install -e '.[dev]'", 2)
@@ -94,6 +101,15 @@ def _through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) 
     finally:
         sys.argv = own_words
     return max(statuses)
+
+
+def _directly(run: Callable[..., int], words: Sequence[str]) -> int:
+    from experiments.settings import SettingsError
+
+    try:
+        return run(words)
+    except SettingsError as error:
+        return fail(str(error), 2)
 
 
 def _with_names(words: Sequence[str]) -> list[str]:

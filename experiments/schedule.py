@@ -40,6 +40,62 @@ def one_cycle(
     return _cosine(1.0, end_factor, min((step - peak) / (last - peak), 1.0))
 
 
+def warmup_stable_decay(
+    step: int, total_steps: int, *, warmup_fraction: float, decay_fraction: float, end_factor: float
+) -> float:
+    """Rises on a line, stays at 1, and falls on a line to `end_factor` at the last step.
+
+    Args:
+        step: 0 to ``total_steps - 1``.
+        total_steps: Length of the run.
+        warmup_fraction: Share of the steps in which it rises; 0 for none.
+        decay_fraction: Share of the steps in which it falls; 1 falls from the end of the rise on,
+            0 never.
+        end_factor: Value at the last step.
+
+    Returns:
+        The factor.
+
+    Raises:
+        ValueError: If a share or a factor is not in [0, 1].
+    """
+    _check(warmup_fraction=warmup_fraction, decay_fraction=decay_fraction, end_factor=end_factor)
+    rise = warmup_fraction * total_steps
+    if step + 1 < rise:
+        return (step + 1) / rise
+    fall = min(decay_fraction * total_steps, total_steps - rise)
+    left = total_steps - 1 - step
+    return end_factor + (1 - end_factor) * left / fall if left < fall else 1.0
+
+
+def cosine_with_restarts(
+    step: int, total_steps: int, *, warmup_fraction: float, cycles: int, end_factor: float
+) -> float:
+    """Rises on a line, then falls by half a cosine, `cycles` times, each from 1 again.
+
+    Args:
+        step: 0 to ``total_steps - 1``.
+        total_steps: Length of the run.
+        warmup_fraction: Share of the steps in which it rises; 0 for none.
+        cycles: How often it falls, in equal parts of the rest.
+        end_factor: What it falls to.
+
+    Returns:
+        The factor.
+
+    Raises:
+        ValueError: If a share or a factor is not in [0, 1], or `cycles` is less than 1.
+    """
+    _check(warmup_fraction=warmup_fraction, end_factor=end_factor)
+    if cycles < 1:
+        raise ValueError(f"schedule.cycles={cycles} must be at least 1.")
+    rise = warmup_fraction * total_steps
+    if step + 1 < rise:
+        return (step + 1) / rise
+    progress = cycles * max(step - rise, 0) / max(total_steps - rise, 1)
+    return _cosine(1.0, end_factor, progress % 1)
+
+
 def _check(**shares: float) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1:

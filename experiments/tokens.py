@@ -141,9 +141,39 @@ def write_tokens(path: Path, tokens: Tensor, vocab_size: int, tokenizer: str) ->
     data = tokens.to(_DTYPES[name]).contiguous().numpy().tobytes()
     _replace(path, data)
     sidecar = Sidecar(vocab_size, name, tokens.numel(), digest(data), tokenizer)
+    _write_sidecar(path, sidecar)
+    return sidecar
+
+
+def write_sidecar(path: Path, vocab_size: int, tokenizer: str) -> Sidecar:
+    """Look through a token file of somebody else's and write its sidecar.
+
+    Args:
+        path: The file, of uint16 tokens or with a header.
+        vocab_size: What its tokens must be smaller than.
+        tokenizer: What made them, in words.
+
+    Returns:
+        What the sidecar says.
+
+    Raises:
+        ValueError: If the file is not whole, or a token is outside of the vocabulary.
+    """
+    tokens = _map(path, None)
+    largest = TokenSequence([tokens]).largest()
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path} holds token {largest}, outside of the vocabulary of {vocab_size}."
+        )
+    name = str(tokens.dtype).rpartition(".")[2]
+    sidecar = Sidecar(vocab_size, name, tokens.numel(), digest(tokens.numpy().data), tokenizer)
+    _write_sidecar(path, sidecar)
+    return sidecar
+
+
+def _write_sidecar(path: Path, sidecar: Sidecar) -> None:
     text = json.dumps(asdict(sidecar), indent=1) + "\n"
     _replace(Path(f"{path}{_SIDECAR_SUFFIX}"), text.encode())
-    return sidecar
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -16,7 +16,7 @@ GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 
 def test_there_are_groups():
     assert {"optimizer", "solver", "model", "data", "schedule", "experiment"} <= set(GROUPS)
-    assert {f"{command}.yaml" for command in COMMANDS} <= {p.name for p in CONFIGS.iterdir()}
+    assert {"train.yaml", "demo.yaml", "plan.yaml"} <= {p.name for p in CONFIGS.iterdir()}
 
 
 @pytest.mark.parametrize("group", GROUPS)
