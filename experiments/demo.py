@@ -99,8 +99,10 @@ def _prepare(config: DictConfig, process: Process, folder: Path) -> tuple[list[R
             continue
         output_dir = folder / "runs" / str(name)
         shutil.rmtree(output_dir, ignore_errors=True)
-        trainer = Trainer(compose("demo", [*node.overrides, *own]), process, output_dir, data)
-        runs.append(Run(str(name), str(node.label), trainer, COLOURS[place % len(COLOURS)]))
+        label = str(node.label)
+        settings = compose("demo", [*node.overrides, *own])
+        trainer = Trainer(settings, process, output_dir, label, data)
+        runs.append(Run(str(name), label, trainer, COLOURS[place % len(COLOURS)]))
     return runs, missing
 
 

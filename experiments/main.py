@@ -13,8 +13,10 @@ import torch
 # file of its name in configs/; or with `main(words) -> exit status`, where files are what it takes.
 COMMANDS = {
     "train": "train a Llama-style model",
+    "sweep": "train with many settings: best first, and a page",
     "plan": "memory, work and balance on many ranks, before running",
     "demo": "compare optimizers on a tiny model: table and plots",
+    "report": "one page about any number of runs",
     "data": "token files from text or from Hugging Face",
 }
 # What the extra `dev` brings.
@@ -53,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"experiments.{command}")
         if hasattr(module, "main"):
             return _directly(module.main, words[1:])
-        return _through_hydra(command, module.run, words[1:])
+        return through_hydra(command, module.run, words[1:])
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in _ON_DEMAND:
@@ -63,7 +65,17 @@ def main(words: Sequence[str] | None = None) -> int:
         return fail(f"the module {missing} is missing: pip install -e '.[dev]'", 2)
 
 
-def _through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) -> int:
+def through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) -> int:
+    """Have Hydra compose the settings and call a command with them.
+
+    Args:
+        command: Its file in configs/.
+        run: The command; takes the settings and returns an exit status.
+        words: The command line: overrides, and flags of Hydra's.
+
+    Returns:
+        The exit status; of several runs the largest.
+    """
     import hydra
     from hydra.errors import HydraException
     from omegaconf import DictConfig

@@ -8,7 +8,8 @@ Kinds of records, by their ``event``:
   since the last record), ``seconds`` of training so far (validation and checkpoints excluded),
   ``tokens`` so far, ``peak_memory_mib`` (the largest of all processes).
 - ``validation``: ``step`` (0 is before training), ``loss``, ``perplexity``, ``accuracy``, and the same
-  of averaged weights (``averaged_loss``, ...), ``seconds``, ``tokens``.
+  of averaged weights (``averaged_loss``, ...), ``seconds``, ``tokens``; of DashShampoo ``failures``
+  so far, by parameter.
 - ``resume``: ``step`` from which the run was continued, its ``checkpoint``, and what was ``changed``.
 """
 

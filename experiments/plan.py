@@ -21,7 +21,7 @@ from dash_shampoo.planning import (
 )
 from experiments.builders import build, parameter_groups
 from experiments.plan_report import plan_record, plan_text, sweep_record, sweep_text
-from experiments.settings import Precision, SettingsError, choice, plain, require
+from experiments.settings import Precision, SettingsError, choice, optimizer_name, require
 
 _LARGEST_SWEEP = 1024
 
@@ -44,9 +44,7 @@ def run(config: DictConfig) -> int:
 
 def _answer(config: DictConfig) -> str:
     model = _model(config)
-    names = f"{choice('model')}, {choice('optimizer')}"
-    if "${solver." in str(plain(config)["optimizer"]):
-        names += f" with {choice('solver')}"
+    names = f"{choice('model')}, {optimizer_name(config)}"
     if not config.sweep:
         plan = _plan(config, model, config.world_size or 1)
         if config.format == "json":

@@ -1,7 +1,7 @@
 """Going on from a checkpoint: which one, whether it fits, and what is set otherwise now."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from experiments import checkpoint
 from experiments.builders import optimizer_family
 from experiments.parallel import Process
+from experiments.runs import leaves
 from experiments.sampler import BatchSampler
 from experiments.settings import Resume, SettingsError, plain
 
@@ -145,14 +146,6 @@ def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> di
     Returns:
         Before and now, by the name of the setting.
     """
-    before, now = dict(_leaves(saved)), dict(_leaves(current))
+    before, now = dict(leaves(saved)), dict(leaves(current))
     names = [name for name in dict.fromkeys([*before, *now]) if name.split(".")[0] not in _FREE]
     return {n: [before.get(n), now.get(n)] for n in names if before.get(n) != now.get(n)}
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -207,7 +207,7 @@ def check(config: DictConfig) -> None:
     norm = config.get("clip_grad_norm")
     require(norm is None or norm > 0, "clip_grad_norm", norm, "> 0 or null")
     unused = [word for word in overrides() if word.startswith(("solver=", "solver."))]
-    if unused and "${solver." not in str(plain(config)["optimizer"]):
+    if unused and not has_solver(config):
         raise SettingsError(
             f"{unused[0]} was given, but optimizer={choice('optimizer')} has no use for a solver; "
             "optimizer=dash has."
@@ -233,6 +233,31 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
 def choice(group: str) -> str:
     """Which file a group was read from, in the command that is running."""
     return str(HydraConfig.get().runtime.choices[group])
+
+
+def optimizer_name(config: DictConfig) -> str:
+    """The optimizer, and the solver if it has one, in words.
+
+    Args:
+        config: The composed settings of the command that is running.
+
+    Returns:
+        Such as "dash with newton_db".
+    """
+    name = choice("optimizer")
+    return f"{name} with {choice('solver')}" if has_solver(config) else name
+
+
+def has_solver(config: DictConfig) -> bool:
+    """Whether the optimizer makes use of the group ``solver``.
+
+    Args:
+        config: The composed settings.
+
+    Returns:
+        True if it refers to it.
+    """
+    return "${solver." in str(plain(config)["optimizer"])
 
 
 def overrides() -> list[str]:

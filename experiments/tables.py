@@ -1,5 +1,6 @@
 """Tables in markdown."""
 
+import statistics
 from collections.abc import Sequence
 
 
@@ -24,3 +25,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([line(header), line(rule), *(line(row) for row in rows)]) + "\n"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and standard deviation.
+
+    Args:
+        values: Any number.
+        form: Format of a number, such as ``"{:.2f}"``.
+
+    Returns:
+        "" for none, the value for one.
+    """
+    if not values:
+        return ""
+    text = form.format(statistics.fmean(values))
+    return f"{text} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else text

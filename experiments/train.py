@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.main import fail
 from experiments.parallel import Process, process_group
-from experiments.settings import SettingsError, choice, overrides
+from experiments.runs import read_run
+from experiments.settings import Resume, SettingsError, choice, optimizer_name, overrides
 from experiments.trainer import RunError, Trainer, TrainResult
 
 
@@ -28,7 +29,12 @@ def run(config: DictConfig) -> int:
     """
     with process_group(config.parallelism, config.device) as process:
         output_dir = Path(process.from_first(str(_output_dir(config, process))))
-        trainer = Trainer(config, process, output_dir)
+        if HydraConfig.get().mode == RunMode.MULTIRUN and config.resume != Resume.never:
+            run_before = read_run(output_dir)
+            if run_before is not None and run_before.is_done:
+                print(f"already done: {output_dir}")
+                return 0
+        trainer = Trainer(config, process, output_dir, optimizer_name(config))
         if process.is_first:
             changed = "".join(
                 f"  {k}: {a} -> {b}\n" for k, (a, b) in trainer.changed_settings.items()

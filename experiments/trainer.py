@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import dash_shampoo
 from experiments import checkpoint, resuming
 from experiments.builders import (
     build,
@@ -66,6 +67,7 @@ class Trainer:
         config: The composed settings of ``train``.
         process: This process.
         output_dir: Where metrics and checkpoints go; the same on all processes.
+        label: Name of the run in reports.
         data: Tokens, where the caller has them already; otherwise the group ``data`` is loaded.
 
     Raises:
@@ -74,7 +76,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: DictConfig, process: Process, output_dir: Path, data: TokenData | None = None
+        self,
+        config: DictConfig,
+        process: Process,
+        output_dir: Path,
+        label: str,
+        data: TokenData | None = None,
     ) -> None:
         if config.batch_size % process.world_size:
             raise SettingsError(
@@ -84,6 +91,7 @@ class Trainer:
         self.config = config
         self.process = process
         self.output_dir = output_dir
+        self.label = label
         self.checkpoints = output_dir / "checkpoints"
         self.data = data if data is not None else build_data(config)
         self._check_vocabulary()
@@ -254,6 +262,7 @@ class Trainer:
         if is_new:
             metrics.write(
                 "start",
+                label=self.label,
                 **environment(self.process.device, self.process.world_size),
                 data=self.data.name,
                 data_digest=self.data.digest,
@@ -403,9 +412,15 @@ class Trainer:
             averaged = self._evaluate(self.averaged)
             results |= {f"averaged_{name}": value for name, value in averaged.items()}
         self.validation_loss = results["loss"]
-        self._write("validation", **results)
+        self._write("validation", **results, **self._failures())
         if self.process.is_first and self.config.progress:
             bar.write(f"step {self.step}: validation loss {self.validation_loss:.4f}")
+
+    def _failures(self) -> dict[str, dict[str, int]]:
+        """Inverse roots of the first process that were not accepted so far, by parameter."""
+        if not isinstance(self.optimizer, dash_shampoo.DashShampoo):
+            return {}
+        return {"failures": self.optimizer.failure_counts()}
 
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
         """Loss, perplexity and accuracy over the fixed windows, micro-batch by micro-batch."""

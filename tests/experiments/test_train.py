@@ -114,7 +114,8 @@ def test_metrics_schema(tiny, tmp_path):
         assert r["peak_memory_mib"] > 10
     validations = [r for r in records if r["event"] == "validation"]
     assert [r["step"] for r in validations] == [0, 2, 4, 5]
-    assert all(set(r) == VALIDATION_KEYS for r in validations)
+    assert all(set(r) == VALIDATION_KEYS | {"failures"} for r in validations)
+    assert validations[-1]["failures"] == {}
     for r in validations:
         assert r["perplexity"] == pytest.approx(math.exp(r["loss"]))
     # An untrained model knows nothing: ln 256, and what its random weights add.
