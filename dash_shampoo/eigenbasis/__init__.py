@@ -3,6 +3,7 @@
 from dash_shampoo.eigenbasis.dispatch import (
     check_basis_supported,
     eigenbasis,
+    eigenbasis_stack,
     follows_a_basis,
     is_identity,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "OrthogonalIterationConfig",
     "check_basis_supported",
     "eigenbasis",
+    "eigenbasis_stack",
     "follows_a_basis",
     "is_identity",
 ]

@@ -56,6 +56,11 @@ _METHODS: dict[type[EigendecompositionConfig], Method] = {
     OrthogonalIterationConfig: Method(orthogonal_iteration, follows=True, max_chunked_size=192),
 }
 _REPAIR = EighEigendecompositionConfig()
+# N×N matrices that a method holds at its peak for each of a chunk, input and output included.
+_NUM_STACKS = 8
+
+Load = Callable[[slice], tuple[Tensor, Tensor]]
+Store = Callable[[slice, EigenbasisResult], None]
 
 
 def find_method(config: object) -> Method:
@@ -142,24 +147,85 @@ def eigenbasis(
         >>> result.eigenvalues[0].tolist(), result.status.tolist()
         ([1.0, 3.0], [0, 0, 0, 0])
     """
-    check_basis_supported(config, epsilon)
     _check_shapes(A, Q)
+    num_blocks, size, _ = A.shape
+    results: dict[int, EigenbasisResult] = {}
+    status = eigenbasis_stack(
+        lambda rows: (A[rows], Q[rows].to(A.dtype)),
+        lambda rows, result: results.update({rows.start: result}),
+        num_matrices=num_blocks,
+        size=size,
+        config=config,
+        epsilon=epsilon,
+        dtype=A.dtype,
+        device=A.device,
+    )
+    if not results:
+        return EigenbasisResult(Q.to(A.dtype).clone(), A.new_zeros(num_blocks, size), status)
+    return _concatenate([results[start] for start in sorted(results)])
+
+
+def eigenbasis_stack(
+    load: Load,
+    store: Store,
+    *,
+    num_matrices: int,
+    size: int,
+    config: EigendecompositionConfig,
+    epsilon: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_workspace_bytes: int | None = None,
+) -> Tensor:
+    """Eigenvectors of B matrices that the caller loads and stores piece by piece; see `eigenbasis`.
+
+    Args:
+        load: load(rows) gives matrices A and previous eigenvectors Q, both (K, N, N) in `dtype`, of
+            consecutive rows; may be views, which are not modified. Called from several threads, for rows
+            that don't overlap.
+        store: store(rows, result) takes what became of them. Called like `load`, once for every row.
+        num_matrices: B.
+        size: N.
+        config: The method and its options.
+        epsilon: Damping.
+        dtype: float32 or float64.
+        device: Of the matrices.
+        max_workspace_bytes: Cap on the memory taken at once; a single matrix is done in any case.
+            Default: none.
+
+    Returns:
+        (B,) status of every matrix.
+
+    Raises:
+        ValueError: As of `eigenbasis`.
+    """
+    check_basis_supported(config, epsilon)
     method = find_method(config)
     is_damped = getattr(config.rank_deficient_stability_config, "perturb_before_computation", False)
     damping = epsilon if is_damped else 0.0
-    num_blocks, size, _ = A.shape
-    if A.numel() == 0:
-        status = torch.zeros(num_blocks, dtype=torch.uint8, device=A.device)
-        return EigenbasisResult(Q.to(A.dtype).clone(), A.new_zeros(num_blocks, size), status)
-    if not can_look(A) or size > method.max_chunked_size:
-        chunks = [slice(0, num_blocks)]
+    if num_matrices == 0 or size == 0:
+        return torch.zeros(num_matrices, dtype=torch.uint8, device=device)
+
+    def solve(rows: slice) -> Tensor:
+        A, Q = load(rows)
+        result = _solve(method, A, Q, config, damping)
+        store(rows, result)
+        return result.status
+
+    cap = num_matrices
+    if max_workspace_bytes is not None:
+        cap = max(max_workspace_bytes // (_NUM_STACKS * size**2 * dtype.itemsize), 1)
+    if device.type == "cpu" and size <= method.max_chunked_size:
+        chunks = chunk_rows(num_matrices, size, dtype.itemsize, torch.get_num_threads())
+        cap = max(cap // torch.get_num_threads(), 1)
     else:
-        chunks = chunk_rows(num_blocks, size, A.element_size(), torch.get_num_threads())
-
-    def solve(rows: slice) -> EigenbasisResult:
-        return _solve(method, A[rows], Q[rows].to(A.dtype), config, damping)
-
-    return _concatenate(map_chunks(solve, chunks))
+        chunks = [slice(0, num_matrices)]
+    parts = [
+        slice(start, min(start + cap, chunk.stop))
+        for chunk in chunks
+        for start in range(chunk.start, chunk.stop, cap)
+    ]
+    return torch.cat(map_chunks(solve, parts))
 
 
 def is_identity(Q: Tensor) -> Tensor:

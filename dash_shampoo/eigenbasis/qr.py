@@ -46,8 +46,12 @@ def qr(A: Tensor, Q: Tensor, config: QREigendecompositionConfig) -> EigenbasisRe
         Vyas et al. (SOAP), arXiv 2409.11321, and Eschenhagen et al., arXiv 2506.03595.
     """
     E = rotated(A, Q)
-    Q, L = Q.clone(), E.diagonal(dim1=-2, dim2=-1).clone()
-    active = ~is_nearly_diagonal(E, config.tolerance)
+    L = E.diagonal(dim1=-2, dim2=-1).clone()
+    if config.tolerance == 0.0 and config.max_iterations == 1:
+        # Nothing but round-off could be that near to diagonal, and then the step changes nothing.
+        active = torch.ones(A.shape[0], dtype=torch.bool, device=A.device)
+    else:
+        active = ~is_nearly_diagonal(E, config.tolerance)
     for iteration in range(config.max_iterations):
         rows = _rows_to_iterate(active, iteration)
         if rows is None:
@@ -55,12 +59,12 @@ def qr(A: Tensor, Q: Tensor, config: QREigendecompositionConfig) -> EigenbasisRe
         # On the CPU the rows are those that iterate; on a device they are all, and masked.
         mask = None if can_look(A) else active[rows]
         P, R = torch.linalg.qr(E[rows])
-        _write(Q, rows, torch.bmm(Q[rows], P), mask)
+        Q = _with_rows(Q, rows, torch.bmm(Q[rows], P), mask)
         if iteration + 1 == config.max_iterations:
-            _write(L, rows, (R * P.mT).sum(-1), mask)  # all that is needed of R·P
+            L = _with_rows(L, rows, (R * P.mT).sum(-1), mask)  # all that is needed of R·P
             break
-        _write(E, rows, torch.bmm(R, P), mask)
-        _write(L, rows, E[rows].diagonal(dim1=-2, dim2=-1), mask)
+        E = _with_rows(E, rows, torch.bmm(R, P), mask)
+        L = _with_rows(L, rows, E[rows].diagonal(dim1=-2, dim2=-1), mask)
         active[rows] &= ~is_nearly_diagonal(E[rows], config.tolerance)
     L, Q, order = sort_columns(L, Q)
     status = torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
@@ -79,9 +83,13 @@ def _rows_to_iterate(active: Tensor, iteration: int) -> Tensor | slice | None:
     return slice(None)
 
 
-def _write(stack: Tensor, rows: Tensor | slice, values: Tensor, mask: Tensor | None) -> None:
-    """Write the values (K, ...) to the rows of a stack, where there is no mask or it holds."""
+def _with_rows(stack: Tensor, rows: Tensor | slice, values: Tensor, mask: Tensor | None) -> Tensor:
+    """The stack with the values (K, ...) in those rows, where there is no mask or it holds."""
     if mask is not None:
         mask = mask.view(-1, *[1] * (values.dim() - 1))
-        values = torch.where(mask, values, stack[rows])
+        return torch.where(mask, values, stack)
+    if isinstance(rows, slice):
+        return values
+    stack = stack.clone()
     stack[rows] = values
+    return stack

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import PreconditionerList
-from dash_shampoo.buckets import Piece, Rows, stack_
+from dash_shampoo.buckets import Piece, Rows, stack_, subset
 from dash_shampoo.eigenbasis import EigenbasisResult
 from dash_shampoo.inverse_root.eigen import inverse_power
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
@@ -61,14 +61,22 @@ class StackedEigendecomposedShampooPreconditionerList(
 
     def _apply_roots(self, grads: Tensor, piece: Piece, skipped: int | None = None) -> Tensor:
         """U over the preconditioned dimensions except factor number `skipped`."""
-        bases = self._bases(piece, skipped)
+        return self._by_parts(
+            grads, lambda blocks, part: self._apply_roots_to(blocks, piece, part, skipped)
+        )
+
+    def _apply_roots_to(
+        self, grads: Tensor, piece: Piece, part: slice, skipped: int | None
+    ) -> Tensor:
+        """U of some rows of a piece."""
+        bases = self._bases(piece, part, skipped)
         rotated = self._to_basis(grads, bases)
         for number, factor in enumerate(piece.bucket.factors):
             if number == skipped:
                 continue
             spec = self._layout.stacks[factor.stack]
             scale = inverse_power(
-                self._eigenvalues[factor.stack][piece.factor_rows(factor)],
+                self._eigenvalues[factor.stack][subset(piece.factor_rows(factor), part)],
                 spec.root,
                 self._epsilon,
                 self._options.amortized_computation_config,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import PreconditionerList
-from dash_shampoo.buckets import stack_
+from dash_shampoo.buckets import Piece, stack_
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
 
 
@@ -66,10 +67,15 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         super().update_buckets(masked_grad_list, step, perform_amortized_computation)
         for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
             second_moment = self._second_moments[piece.bucket.number][piece.slots]
-            rotated = self._to_basis(grads, self._bases(piece))
-            if self._beta2 != 1.0:
-                second_moment.mul_(self._beta2)
-            second_moment.addcmul_(rotated, rotated, value=self._weighting_factor)
+            for part in self._parts(grads):
+                self._accumulate_(second_moment[part], grads[part], self._bases(piece, part))
+
+    def _accumulate_(self, second_moment: Tensor, grads: Tensor, bases: dict[int, Tensor]) -> None:
+        """V ← beta2·V + w·(G in its basis)²."""
+        rotated = self._to_basis(grads, bases)
+        if self._beta2 != 1.0:
+            second_moment.mul_(self._beta2)
+        second_moment.addcmul_(rotated, rotated, value=self._weighting_factor)
 
     def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Adam's direction in the eigenbasis, for every piece, in new memory.
@@ -80,14 +86,16 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         Returns:
             Tensors of the same shapes and dtypes.
         """
-        # A CPU scalar, so that reading it is no device synchronisation.
-        bias_correction = float(self._bias_correction2)
         directions = []
         for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
-            bases = self._bases(piece)
-            second_moment = self._second_moments[piece.bucket.number][piece.slots]
-            denominator = second_moment.div(bias_correction)
-            denominator.pow_(self._exponents[piece.bucket.number]).add_(self._epsilon)
-            rotated = self._to_basis(grads, bases)
-            directions.append(self._from_basis(rotated.div_(denominator), bases))
+            directions.append(self._by_parts(grads, partial(self._direction, piece)))
         return tuple(directions)
+
+    def _direction(self, piece: Piece, grads: Tensor, part: slice) -> Tensor:
+        """Adam's direction in the eigenbasis, of some rows of a piece."""
+        bases = self._bases(piece, part)
+        second_moment = self._second_moments[piece.bucket.number][piece.slots][part]
+        # A CPU scalar, so that reading it is no device synchronisation.
+        denominator = second_moment.div(float(self._bias_correction2))
+        denominator.pow_(self._exponents[piece.bucket.number]).add_(self._epsilon)
+        return self._from_basis(self._to_basis(grads, bases).div_(denominator), bases)

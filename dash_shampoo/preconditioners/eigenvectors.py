@@ -5,7 +5,7 @@ Shapes: K blocks of a piece, B rows of a stack, N×N factor matrices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +16,15 @@ from dash_shampoo.eigenbasis import (
     EigenbasisResult,
     check_basis_supported,
     eigenbasis,
+    eigenbasis_stack,
     follows_a_basis,
     is_identity,
 )
 from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList, contract
 from dash_shampoo.safety import Slot, is_asynchronous
 
-# N×N matrices that a method holds at its peak for each of a chunk, input and output included.
-_NUM_STACKS = 8
+# Blocks of a part: with what is made of them they should fit a core's cache.
+_PART_BYTES = 2**18
 
 
 class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
@@ -54,10 +55,38 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
 
     # --------------------------------------------------------------------- the basis at work
 
-    def _bases(self, piece: Piece, skipped: int | None = None) -> dict[int, Tensor]:
-        """The eigenvectors (K, N, N) by dimension, except those of factor number `skipped`."""
+    def _by_parts(self, grads: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Applies a function to the parts of a piece.
+
+        Args:
+            grads: (K, *shape) of the piece.
+            function: Takes some of its blocks and their rows, and gives a tensor like them.
+
+        Returns:
+            Its results for all blocks, in new memory.
+        """
+        parts = self._parts(grads)
+        if len(parts) == 1:
+            return function(grads, parts[0])
+        result = torch.empty_like(grads, memory_format=torch.contiguous_format)
+        for part in parts:
+            result[part] = function(grads[part], part)
+        return result
+
+    @staticmethod
+    def _parts(grads: Tensor) -> list[slice]:
+        """The rows of a piece in parts, on the CPU such that each stays in a core's cache."""
+        count = len(grads)
+        per_row = max(grads[:1].numel() * grads.element_size(), 1)
+        rows = count if is_asynchronous(grads.device) else max(_PART_BYTES // per_row, 1)
+        return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+    def _bases(self, piece: Piece, part: slice, skipped: int | None = None) -> dict[int, Tensor]:
+        """The eigenvectors (K, N, N) of some rows of a piece by dimension, except of one factor."""
         return {
-            factor.dimension: self._eigenvectors[factor.stack].data[piece.factor_rows(factor)]
+            factor.dimension: self._eigenvectors[factor.stack].data[
+                subset(piece.factor_rows(factor), part)
+            ]
             for number, factor in enumerate(piece.bucket.factors)
             if number != skipped
         }
@@ -88,34 +117,49 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
         Returns:
             The status of each row.
         """
-        spec = self._layout.stacks[active.stack]
+        number, spec = active.stack, self._layout.stacks[active.stack]
         dtype = torch.promote_types(self._options.factor_matrix_dtype, torch.float32)
-        per_row = _NUM_STACKS * max(spec.size, 1) ** 2 * dtype.itemsize
-        step = max(1, self._options.max_workspace_bytes // per_row)
-        count = num_rows(active.rows)
-        statuses = []
-        for start in range(0, count, step):
-            rows = subset(active.rows, slice(start, min(start + step, count)))
-            result = self._decompose(active.stack, rows, dtype)
-            self._store(active.stack, rows, result)
-            statuses.append(result.status)
-        return torch.cat(statuses)
 
-    def _decompose(self, number: int, rows: Rows, dtype: torch.dtype) -> EigenbasisResult:
-        """The new eigenvectors of some rows; rows that went wrong have their previous ones."""
+        def load(part: slice) -> tuple[Tensor, Tensor]:
+            rows = subset(active.rows, part)
+            Q = self._eigenvectors[number].data[rows]
+            return self._bias_corrected(number, rows).to(dtype), Q.to(dtype)
+
         config = self._options.amortized_computation_config
-        A = self._bias_corrected(number, rows).to(dtype)
-        Q = self._eigenvectors[number].data[rows]
-        result = eigenbasis(A, Q, config, self._epsilon)
-        if is_asynchronous(A.device) and follows_a_basis(config) and self._may_lack_basis[number]:
+        lost = None
+        if (
+            is_asynchronous(spec.device)
+            and self._may_lack_basis[number]
+            and follows_a_basis(config)
+        ):
             # A host synchronisation, in the first refresh of a stack.
-            lost = is_identity(Q).nonzero().flatten()
+            lost = is_identity(self._eigenvectors[number].data[active.rows]).nonzero().flatten()
+        status = eigenbasis_stack(
+            load,
+            lambda part, result: self._store(number, subset(active.rows, part), result),
+            num_matrices=num_rows(active.rows),
+            size=spec.size,
+            config=config,
+            epsilon=self._epsilon,
+            dtype=dtype,
+            device=spec.device,
+            max_workspace_bytes=self._options.max_workspace_bytes,
+        )
+        if lost is not None:
             self._may_lack_basis[number] = len(lost) > 0
             if len(lost):
-                found = eigenbasis(A[lost], Q[lost], EighEigendecompositionConfig())
-                for name in ("eigenvectors", "eigenvalues", "status"):
-                    getattr(result, name)[lost] = getattr(found, name)
-        return result
+                rows = torch.arange(len(self._eigenvectors[number].data), device=spec.device)
+                status[lost] = self._decompose(number, rows[active.rows][lost])
+        return status
+
+    def _decompose(self, number: int, rows: Rows) -> Tensor:
+        """Finds the eigenvectors of a few rows from nothing; gives their status."""
+        A = self._bias_corrected(number, rows)
+        A = A.to(torch.promote_types(A.dtype, torch.float32))
+        Q = self._eigenvectors[number].data[rows]
+        result = eigenbasis(A, Q, EighEigendecompositionConfig())
+        self._store(number, rows, result)
+        return result.status
 
     def _store(self, number: int, rows: Rows, result: EigenbasisResult) -> None:
         """Takes over the eigenvectors of some rows; those that went wrong are the previous ones."""
@@ -131,8 +175,4 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
             wanted = [slot for slot, member in enumerate(spec.slots) if member in members]
             if not wanted:
                 continue
-            rows = rows_of(wanted, spec.device)
-            A = self._bias_corrected(number, rows)
-            A = A.to(torch.promote_types(A.dtype, torch.float32))
-            Q = self._eigenvectors[number].data[rows]
-            self._store(number, rows, eigenbasis(A, Q, EighEigendecompositionConfig()))
+            self._decompose(number, rows_of(wanted, spec.device))
