@@ -36,7 +36,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from benchmarks.memory import Memory, tensors_in
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-_FREE = {"set_", "is_pinned", "lift_fresh", "_unsafe_view", "alias", "record_stream", "resize_"}
+_FREE = {
+    "set_",
+    "is_pinned",
+    "lift_fresh",
+    "_unsafe_view",
+    "unsafe_split",
+    "alias",
+    "record_stream",
+    "resize_",
+}
 _FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_", "mv", "dot"}
 # Functional forms that copy first, and a matrix that is filled with zeros first.

@@ -59,7 +59,7 @@ def take_stock(milliseconds: float, own_objects: int) -> Window:
     """Counts what is alive, but for so many objects."""
     gc.collect()
     objects = gc.get_objects()
-    tensors = [entry for entry in objects if issubclass(type(entry), Tensor)]
+    tensors = [entry for entry in objects if type(entry) in (Tensor, torch.nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -335,6 +335,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def main(words: Sequence[str]) -> str:
     options = parse(words)
     torch.set_num_threads(options.threads)
+    # glibc's malloc returns freed memory to the system, and every page costs again, until a process has
+    # freed a block as large as this one; training does that in its first steps.
+    torch.empty(31 * 2**18)
     # Both bases warn of every capped Newton iteration; writing that down would be timed too.
     logging.disable(logging.WARNING)
     report = [preface(options)]

@@ -32,8 +32,6 @@ from dash_shampoo.buckets import (
     BlockSpec,
     Layout,
     Piece,
-    Segment,
-    find_segments,
     gather,
     make_layout,
     stack_,
@@ -65,13 +63,11 @@ class _Selection:
 
     Attributes:
         pieces: The runs of active slots.
-        segments: For each of them how its gradients are gathered.
         lists: By key of the base, what replaces the lists of blocks: views of the state.
         elementwise: Lists of the base, each with the views of its state that it is to work on.
     """
 
     pieces: tuple[Piece, ...]
-    segments: tuple[tuple[Segment, ...], ...]
     lists: dict[str, tuple[Tensor, ...]]
     elementwise: tuple[tuple[AdagradPreconditionerList, tuple[Tensor, ...]], ...]
 
@@ -116,7 +112,6 @@ class BucketStep:
         distributor = state_lists[DISTRIBUTOR]
         self.run = run
         self._params: tuple[Tensor, ...] = tuple(distributor.local_blocked_params)
-        self._owners = [id(info.param) for info in distributor.local_block_info_list]
         self._shampoo = state_lists[SHAMPOO_PRECONDITIONER_LIST]
         self._layout = (
             self._shampoo.layout
@@ -186,10 +181,7 @@ class BucketStep:
         self._selected = selection
 
         def gathered(key: str) -> tuple[Tensor, ...]:
-            return tuple(
-                gather(state_lists[key], piece, segments)
-                for piece, segments in zip(selection.pieces, selection.segments, strict=True)
-            )
+            return tuple(gather(state_lists[key], piece) for piece in selection.pieces)
 
         grads = gathered(MASKED_BLOCKED_GRADS)
         if not self.gradient_guard.mask_(grads, selection.pieces):
@@ -219,8 +211,7 @@ class BucketStep:
         pieces = self._layout.active(selector).pieces
         lists = {key: _cut(stacks, pieces) for key, stacks in self._buffers.items()}
         elementwise = tuple((lists, _cut(stacks, pieces)) for lists, stacks in self._elementwise)
-        segments = tuple(find_segments(piece, self._params, self._owners) for piece in pieces)
-        return _Selection(pieces, segments, lists, elementwise)
+        return _Selection(pieces, lists, elementwise)
 
     def _stack(self, blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from dash_shampoo.base.embedded.blocking import grid_view
 from dash_shampoo.base.embedded.distributed_configs import assign_owners
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.factories import own_distributor_class as _own_distributor_class
@@ -42,7 +41,6 @@ META_ONLY = ("FSDPDistributedConfig", "HSDPDistributedConfig", "compile_fsdp_par
 _OURS = (
     "META_ONLY",
     "assign_owners",
-    "grid_view",
     "name",
     "native_config",
     "own_distributor_class",
@@ -142,7 +140,6 @@ __all__ = [
     "SpectralDescentPreconditionerConfig",
     "WeightDecayType",
     "assign_owners",
-    "grid_view",
     "name",
     "native_config",
     "own_distributor_class",

@@ -16,7 +16,7 @@ from dash_shampoo.buckets.layout import (
     subset,
 )
 from dash_shampoo.buckets.storage import MatrixStack, bind_, pack, row_of, stack_, unpack
-from dash_shampoo.buckets.transfer import Segment, find_segments, gather, to_blocks
+from dash_shampoo.buckets.transfer import gather, to_blocks
 
 __all__ = [
     "ActiveLayout",
@@ -28,10 +28,8 @@ __all__ = [
     "MatrixStack",
     "Piece",
     "Rows",
-    "Segment",
     "StackSpec",
     "bind_",
-    "find_segments",
     "gather",
     "make_layout",
     "num_rows",

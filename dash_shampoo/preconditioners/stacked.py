@@ -19,7 +19,6 @@ from dash_shampoo.buckets import (
     MatrixStack,
     Piece,
     Rows,
-    Segment,
     gather,
     make_layout,
     subset,
@@ -336,10 +335,7 @@ class StackedPreconditionerList(_ShampooList):
         return self._is_asynchronous and self._options.safety is not None
 
     def _gather(self, blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(
-            gather(blocks, piece, (Segment(0, piece.stop - piece.start, None),))
-            for piece in self._active.pieces
-        )
+        return tuple(gather(blocks, piece) for piece in self._active.pieces)
 
     def _stack_matrices(self, name: str, packed: bool | None = None) -> tuple[MatrixStack, ...]:
         """One stack of the matrices `name` of the base's records for each stack of the layout.

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dash_shampoo.base import grid_view
-from dash_shampoo.base.embedded import DistributedShampoo
-from dash_shampoo.base.embedded.blocking import equal_grids, multi_dim_split
+from dash_shampoo.base.embedded import DistributedShampoo, distributor
+from dash_shampoo.base.embedded.blocking import equal_grids, grid_view, multi_dim_split
 from tests.base.cases import gradients, parameters, take_steps
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -116,6 +115,7 @@ def test_stacked_directions_are_added_parameter_by_parameter(missing, monkeypatc
 
     optimizer = Stacked(found, **options)
     monkeypatch.setattr(torch, "_foreach_add_", counting)
+    monkeypatch.setattr(distributor, "_prefers_grids", lambda device: True)
     take_steps(optimizer, found, steps)
     for p, q in zip(found, expected, strict=True):
         assert torch.equal(p, q)

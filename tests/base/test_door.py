@@ -45,7 +45,7 @@ SpectralDescentPreconditionerConfig WeightDecayType
 AdagradPreconditionerList SGDPreconditionerList FILTERED_GRAD_LIST GRAFTING_PRECONDITIONER_LIST
 MASKED_BLOCKED_GRADS MASKED_BLOCKED_PARAMS MASKED_FILTERED_GRAD_LIST MASKED_MOMENTUM_BUFFER_LIST
 LR_CPU_PINNED MASKED_WEIGHT_BUFFER_LIST MOMENTUM_BUFFER_LIST PREVIOUS_GRAD_SELECTOR WEIGHT_BUFFER_LIST
-META_ONLY assign_owners grid_view name native_config own_distributor_class take_weights
+META_ONLY assign_owners name native_config own_distributor_class take_weights
 """
 EXPORTED = tuple(NAMES.split())
 

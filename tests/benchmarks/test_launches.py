@@ -33,12 +33,12 @@ def test_launches_of_a_llama_by_phase():
 @pytest.mark.parametrize(
     ("config", "launches", "waits", "passes", "mebibytes"),
     [
-        ("default", 284, 0, 17.4, 58.9),
-        ("eigen", 175, 4, 13.2, 24.5),
-        ("coupled_newton", 574, 95, 60.3, 40.7),
-        ("newton_db", 415, 1, 37.0, 40.6),
-        ("chebyshev", 514, 1, 98.3, 52.8),
-        ("minimax", 400, 1, 17.3, 69.1),
+        ("default", 284, 0, 17.4, 56.9),
+        ("eigen", 175, 4, 13.2, 22.5),
+        ("coupled_newton", 574, 95, 60.3, 38.6),
+        ("newton_db", 415, 1, 37.0, 38.6),
+        ("chebyshev", 514, 1, 98.3, 50.8),
+        ("minimax", 400, 1, 17.3, 67.1),
     ],
 )
 def test_launches_waits_passes_and_memory_of_a_refresh(config, launches, waits, passes, mebibytes):

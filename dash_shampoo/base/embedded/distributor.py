@@ -198,10 +198,10 @@ class Distributor:
         """
         params = self._targets(blocked_search_directions, use_masked_tensors)
         if params:
-            # One addition per parameter where the directions of its blocks lie in a grid, as they do
-            # in consecutive slots of a stack.
-            active = self._active_params if use_masked_tensors else None
-            targets, increments = self._in_grids(params, blocked_search_directions, active)
+            targets, increments = list(params), list(blocked_search_directions)
+            if _prefers_grids(params[0].device):
+                active = self._active_params if use_masked_tensors else None
+                targets, increments = self._in_grids(params, blocked_search_directions, active)
             torch._foreach_add_(targets, increments)
         self._write_back()
 
@@ -374,3 +374,11 @@ class Distributor:
     def _write_back(self) -> None:
         for param, copy in self._staged:
             param.copy_(copy)
+
+
+def _prefers_grids(device: torch.device) -> bool:
+    """Whether one addition for each grid of directions is faster than one per block.
+
+    It saves launches, and on the CPU looking for grids costs as much as the additions.
+    """
+    return device.type != "cpu"

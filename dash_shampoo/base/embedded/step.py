@@ -79,10 +79,10 @@ class ShampooStep:
             RuntimeError: If averaging is in eval mode.
         """
         grads = state_lists[keys.MASKED_BLOCKED_GRADS]
-        params = state_lists[keys.MASKED_BLOCKED_PARAMS]
         # L2 regularization:
         #   G <- G + weight_decay * W      (in new memory: the gradients are the user's)
         if weight_decay != 0.0 and weight_decay_type == WeightDecayType.L2:
+            params = state_lists[keys.MASKED_BLOCKED_PARAMS]
             grads = tuple(torch._foreach_add(grads, params, alpha=weight_decay))
 
         # Preconditioners of Shampoo and of the grafting:
@@ -112,6 +112,7 @@ class ShampooStep:
             if iterate_averaging_enabled:
                 torch._foreach_mul_(state_lists[keys.MASKED_WEIGHT_BUFFER_LIST], 1 - lr * alpha)
             else:
+                params = state_lists[keys.MASKED_BLOCKED_PARAMS]
                 torch._foreach_add_(directions, params, alpha=alpha)
 
         #   M <- momentum * M + (1 - dampening) * P
@@ -126,6 +127,7 @@ class ShampooStep:
             if not state_lists[keys.TRAIN_MODE]:
                 raise RuntimeError("The optimizer is in eval mode: call its train() before step().")
             buffers = state_lists[keys.MASKED_WEIGHT_BUFFER_LIST]
+            params = state_lists[keys.MASKED_BLOCKED_PARAMS]
             _average(buffers, directions, params, eval_interp_coeff, train_interp_coeff)
         return directions
 
