@@ -35,8 +35,8 @@ from dash_shampoo.base import (
 )
 from dash_shampoo.base import name as base_name
 from dash_shampoo.config import DashShampooPreconditionerConfig, GradientPolicy
-from dash_shampoo.distribution import ManyProcesses, share_late_error, shares_errors
-from dash_shampoo.guards import GuardedShampoo
+from dash_shampoo.consolidation import ConsolidatingShampoo
+from dash_shampoo.distribution import share_late_error, shares_errors
 from dash_shampoo.planning import (
     Device,
     OptimizerPlan,
@@ -100,7 +100,7 @@ _METHODS_OF_BASE = (
 )
 
 
-class DashShampoo(GuardedShampoo, ManyProcesses):
+class DashShampoo(ConsolidatingShampoo):
     """Distributed Shampoo, with all blocks of a size computed at once.
 
     A drop-in replacement for `DistributedShampoo`: the same constructor, parameter-group options, state

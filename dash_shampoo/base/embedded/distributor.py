@@ -98,10 +98,12 @@ class Distributor:
         runtime_config: Whether gradients are checked.
 
     Attributes:
+        keeps_a_part: Whether other processes have state that this one lacks.
         is_shared: Whether other processes wait for this one's directions in `update_params`.
         step: The group's step count, once there is one.
     """
 
+    keeps_a_part = False
     is_shared = False
     step: Tensor | None = None
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
+from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.dtensors import local_tensor
 from dash_shampoo.base.embedded.gathering import is_foreign_shard, select_shards
@@ -16,6 +17,13 @@ class FullyShardDistributor(Distributor):
 
     The blocks of a parameter depend on the number of processes, and so does the result.
     """
+
+    keeps_a_part = True
+
+    def groups_to_gather_over(self) -> list[dist.ProcessGroup]:
+        """The shards of the parameters."""
+        first = self._param_group[keys.PARAMS][0]
+        return [first.device_mesh.get_group()]
 
     def is_foreign_block(self, param: Tensor, key: str) -> bool:
         """Whether a key of the state is a block of another process's shard."""

@@ -101,6 +101,15 @@ class DDPDistributor(Distributor):
                 )
         return super().merge_and_block_gradients()
 
+    @property
+    def keeps_a_part(self) -> bool:  # type: ignore[override]
+        """Whether other processes have state that this one lacks."""
+        return any(dist.get_world_size(group) > 1 for group in self.groups_to_gather_over())
+
+    def groups_to_gather_over(self) -> list[dist.ProcessGroup]:
+        """Process groups over which the parts of the state add up to the whole."""
+        return [self._communication_group]
+
     def substitute(self, error: Exception) -> tuple[Tensor, ...]:
         """Keeps the error until the others, who wait in `update_params`, have heard of it."""
         self._error = error
@@ -337,6 +346,10 @@ class HybridShardDistributor(DDPDistributor):
                 "(replicate, shard)."
             )
         return select_shards(params, (Replicate, Shard), "HybridShardDistributedConfig")
+
+    def groups_to_gather_over(self) -> list[dist.ProcessGroup]:
+        """As under DDP, then over the shards."""
+        return [self._communication_group, self._config.device_mesh.get_group(1)]
 
     def _find_replicas(self) -> dist.ProcessGroup:
         return self._config.device_mesh.get_group(0)

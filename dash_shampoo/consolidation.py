@@ -1,0 +1,241 @@
+"""States of many processes in one: for those who save on one rank and load on all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import StateDict
+
+from dash_shampoo.base import DISTRIBUTOR
+from dash_shampoo.distribution import ManyProcesses
+from dash_shampoo.guards import GuardedShampoo
+
+logger = logging.getLogger(__name__)
+
+# Where a tensor of the state belongs: number of the parameter, keys down to the tensor.
+_Path = tuple[Any, ...]
+_MAX_NAMED = 3
+
+
+class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
+    """Exports the whole state on one rank, and refuses states of which this rank's part is missing.
+
+    Accepts the arguments of the base's class; see there.
+    """
+
+    _consolidated: dict[_Path, Tensor] | None = None
+    _consolidated_steps: dict[Tensor, int] | None = None
+    _is_exporting = False
+    _has_warned = False
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Brings the state of all ranks to one, whose next `state_dict()` is complete.
+
+        As in torch's ZeroRedundancyOptimizer; Lightning calls it by itself. All ranks must call it, and
+        `state_dict()` must follow before the next step. The complete state has plain tensors on the CPU
+        and can be loaded on any number of ranks under DDP; under `fully_shard` on as many as saved it.
+
+        Args:
+            to: The global rank. (Default: 0)
+        """
+        self._consolidated, self._consolidated_steps = None, None
+        numbers = self._numbers()
+        found: dict[_Path, Tensor] = {}
+        exported = self._exported_state()
+        for state_lists, cohort in zip(self._per_group_state_lists, self._cohorts, strict=True):
+            own: dict[_Path, Tensor] = {}
+            for param in cohort.params:
+                blocks = {k: v for k, v in exported[param].items() if isinstance(v, Mapping)}
+                own.update(_leaves(blocks, (numbers[param],)))
+            groups = _groups_to_gather_over(state_lists[DISTRIBUTOR])
+            for index, group in enumerate(groups):
+                is_last = index == len(groups) - 1
+                own = _gather(own, group, is_kept=not is_last or dist.get_rank() == to)
+            found.update(own)
+        if not dist.is_initialized() or dist.get_rank() == to:
+            self._consolidated, self._consolidated_steps = found, self._steps()
+
+    def state_dict(self) -> StateDict:
+        """The state, by the numbers of the parameters, and the parameter groups.
+
+        Under DDP and `fully_shard` these are the blocks of this rank, except after
+        `consolidate_state_dict()`.
+        """
+        self._is_exporting = True
+        try:
+            return super().state_dict()
+        finally:
+            self._is_exporting = False
+
+    def _exported_state(self) -> dict[Tensor, dict[str, Any]]:
+        exported = super()._exported_state()
+        if not self._is_exporting:
+            return exported
+        if self._consolidated is None or self._consolidated_steps != self._steps():
+            self._consolidated = None
+            self._warn_of_a_partial_state()
+            return exported
+        complete = {
+            param: {key: value for key, value in tree.items() if not isinstance(value, Mapping)}
+            for param, tree in exported.items()
+        }
+        params = {number: param for param, number in self._numbers().items()}
+        for (number, *keys), tensor in self._consolidated.items():
+            tree = complete[params[number]]
+            for key in keys[:-1]:
+                tree = tree.setdefault(key, {})
+            tree[keys[-1]] = tensor
+        return complete
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Loads a state that this class or the base's `DistributedShampoo` saved, of either base.
+
+        The state is copied in place and keeps its precision: fp32 factor matrices of bf16 parameters
+        are restored bit for bit. Options in the saved groups are taken over; what the state is built
+        from (preconditioner, grafting, blocking, distribution) stays the constructor's. Blocks that
+        other ranks own may be in it.
+
+        Args:
+            state_dict: As returned by `state_dict()`.
+
+        Raises:
+            ValueError: If groups, keys or shapes do not fit, or the state was saved by one rank alone
+                and lacks this rank's blocks; then nothing was changed.
+        """
+        if any(getattr(lists[DISTRIBUTOR], "keeps_a_part", False) for lists in self._lists()):
+            state_dict = {**state_dict, "state": self._own_part(state_dict)}
+        super().load_state_dict(state_dict)
+
+    def _own_part(self, state_dict: StateDict) -> dict[Any, Any]:
+        """The saved state without the blocks of other ranks, in tensors like those of now."""
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        saved, own = state_dict["state"], dict(state_dict["state"])
+        exported = super()._exported_state()
+        missing, foreign = [], set()
+        for identifier, param in zip(ids, params, strict=False):
+            tree, present = saved.get(identifier), exported.get(param)
+            if not isinstance(tree, Mapping) or present is None:
+                continue
+            blocks = {key for key, value in present.items() if isinstance(value, Mapping)}
+            missing += [
+                f"{key} of parameter {self._name_of(param)}" for key in blocks - tree.keys()
+            ]
+            foreign |= {
+                str(k) for k, v in tree.items() if isinstance(v, Mapping) and k not in blocks
+            }
+            own[identifier] = {
+                key: _like(present[key], value) if key in blocks else value
+                for key, value in tree.items()
+                if key in blocks or not isinstance(value, Mapping)
+            }
+        if missing and foreign:
+            raise ValueError(_what_happened(missing, foreign))
+        return own
+
+    def _warn_of_a_partial_state(self) -> None:
+        distributors = [lists[DISTRIBUTOR] for lists in self._lists()]
+        if self._has_warned or not any(getattr(d, "keeps_a_part", False) for d in distributors):
+            return
+        self._has_warned = True
+        logger.warning(
+            "This state_dict() holds the blocks of rank %d alone. Save it on every rank, or call "
+            "consolidate_state_dict() on every rank before rank 0 saves.",
+            dist.get_rank(),
+        )
+
+    def _lists(self) -> Iterator[Any]:
+        yield from self._per_group_state_lists
+
+    def _numbers(self) -> dict[Tensor, int]:
+        params = [param for group in self.param_groups for param in group["params"]]
+        return {param: number for number, param in enumerate(params)}
+
+
+def _leaves(tree: Mapping[Any, Any], path: _Path) -> Iterator[tuple[_Path, Tensor]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, key))
+        elif isinstance(value, Tensor):
+            yield (*path, key), value.to_local() if hasattr(value, "to_local") else value
+
+
+def _groups_to_gather_over(distributor: Any) -> list[Any]:
+    """Process groups over which the parts add up to the whole, one after the other."""
+    if not dist.is_initialized():
+        return []
+    own = getattr(distributor, "groups_to_gather_over", None)
+    return [dist.group.WORLD] if own is None else list(own())
+
+
+def _gather(own: dict[_Path, Tensor], group: Any, is_kept: bool) -> dict[_Path, Tensor]:
+    """The tensors of all ranks of a group, on the CPU; one rank's where several have a path."""
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    described = [(path, tuple(t.shape), t.dtype, t.device.type) for path, t in own.items()]
+    dist.all_gather_object(everyones, described, group=group)
+    found: dict[_Path, Tensor] = {}
+    seen = set()
+    me = dist.get_rank(group)
+    for rank, entries in enumerate(everyones):
+        source = dist.get_global_rank(group, rank)
+        for path, shape, dtype, device in entries:
+            if path in seen:
+                continue
+            seen.add(path)
+            # On the CPU after a first gathering, where a group may be of an accelerator.
+            where = torch.device(device if device != "cpu" else _device_of(group))
+            if rank == me:
+                tensor = own[path].to(where).contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=where)
+            dist.broadcast(tensor, src=source, group=group)
+            if is_kept:
+                found[path] = tensor.cpu().clone()
+    return found
+
+
+def _device_of(group: Any) -> str:
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+
+
+def _like(present: Any, saved: Any) -> Any:
+    """A saved tree with DTensors where the present one has them."""
+    if isinstance(saved, Mapping) and isinstance(present, Mapping):
+        # Tools that flatten a state turn the numbers of the factor matrices into strings.
+        by_name = {str(key): value for key, value in present.items()}
+        return {key: _like(by_name.get(str(key)), value) for key, value in saved.items()}
+    if not (hasattr(present, "to_local") and isinstance(saved, Tensor)):
+        return saved
+    local = saved.to_local() if hasattr(saved, "to_local") else saved
+    if local.shape != present.to_local().shape:
+        return saved  # for those who compare to refuse
+    from torch.distributed.tensor import DTensor
+
+    local = local.to(present.device)
+    return DTensor.from_local(local, present.device_mesh, present.placements, run_check=False)
+
+
+def _what_happened(missing: list[str], foreign: set[str]) -> str:
+    named = ", ".join(missing[:_MAX_NAMED])
+    more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+    if any(key.startswith("rank_") for key in foreign):
+        why = (
+            "It was saved by other ranks under fully_shard, where blocks are cut from local shards: load "
+            "it on as many ranks as saved it, each rank its own file or all a consolidated one."
+        )
+    else:
+        why = (
+            "It was saved by one rank alone, and every rank keeps the state of its own blocks: call "
+            "consolidate_state_dict() on every rank before that one saves state_dict(), or save on "
+            "every rank."
+        )
+    return (
+        f"Cannot load the optimizer's state, nothing was changed: it has blocks of other ranks, but lacks "
+        f"{named}{more}, of this rank {dist.get_rank()}. {why}"
+    )
