@@ -68,6 +68,7 @@ CONFIGS = {
         _solver(lambda: ds.CoupledNewtonConfig(max_iterations=10)), on_base=True
     ),
     "newton_db": Config(_solver(ds.NewtonDBConfig)),
+    "newton_schulz": Config(_solver(ds.NewtonSchulzRootInvConfig)),
     "chebyshev": Config(_solver(ds.ChebyshevConfig)),
     "minimax": Config(_solver(ds.MinimaxConfig)),
     "default": Config(lambda: ds.DefaultDashConfig),

@@ -80,22 +80,25 @@ from dash_shampoo.base import (
 )
 from dash_shampoo.checkpoint import safe_globals
 from dash_shampoo.config import (
-    ChebyshevConfig,
     DashShampooPreconditionerConfig,
     DefaultDashConfig,
+    SafetyConfig,
+)
+from dash_shampoo.distribution import DashDDPDistributedConfig
+from dash_shampoo.eigenbasis import OrthogonalIterationConfig
+from dash_shampoo.grouping import ParamGroups, ParamRule, param_groups
+from dash_shampoo.inverse_root import (
+    ChebyshevConfig,
     FrobeniusScaling,
     MinimaxConfig,
     NewtonDBConfig,
+    NewtonSchulzRootInvConfig,
     PowerIterationScaling,
-    SafetyConfig,
     ScaledCoupledNewtonConfig,
     ScalingConfig,
     SpectrumRepairConfig,
     TraceScaling,
 )
-from dash_shampoo.distribution import DashDDPDistributedConfig
-from dash_shampoo.eigenbasis import OrthogonalIterationConfig
-from dash_shampoo.grouping import ParamGroups, ParamRule, param_groups
 from dash_shampoo.optimizer import DashShampoo
 from dash_shampoo.orthogonalization import (
     GramOrthogonalizationConfig,
@@ -162,6 +165,7 @@ __all__ = [
     "MuonOrthogonalizationConfig",
     "NewtonDBConfig",
     "NewtonSchulzOrthogonalizationConfig",
+    "NewtonSchulzRootInvConfig",
     "OrthogonalIterationConfig",
     "OrthogonalizationConfig",
     "Parallelism",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_shampoo import base, config, distribution, eigenbasis, orthogonalization
+from dash_shampoo import base, config, distribution, eigenbasis, inverse_root, orthogonalization
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,9 @@ def safe_globals() -> list[type | tuple[type, str]]:
     aliases = [(cls, f"{home}.{name}") for home in _HOMES for name, cls in named]
     ours = [
         cls
-        for room in (config, distribution, eigenbasis, orthogonalization)
+        for room in (config, distribution, eigenbasis, inverse_root, orthogonalization)
         for name, cls in _config_classes(room).items()
-        if room is config or name.endswith("Config")
+        if room is config or name.endswith(("Config", "Scaling"))
     ]
     scales: list[Any] = [orthogonalization.match_rms_adamw, orthogonalization.muon_original]
     return [*ours, *scales, *aliases]

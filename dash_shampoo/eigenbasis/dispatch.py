@@ -29,7 +29,7 @@ from dash_shampoo.eigenbasis.qr import qr
 from dash_shampoo.eigenbasis.result import EigenbasisResult, can_look
 from dash_shampoo.inverse_root import InverseRootStatus
 from dash_shampoo.inverse_root.blocks import damped
-from dash_shampoo.inverse_root.cpu_pool import chunk_rows, map_chunks
+from dash_shampoo.inverse_root.chunks import map_chunks, plan_chunks
 
 
 @dataclass(frozen=True)
@@ -212,20 +212,17 @@ def eigenbasis_stack(
         store(rows, result)
         return result.status
 
-    cap = num_matrices
-    if max_workspace_bytes is not None:
-        cap = max(max_workspace_bytes // (_NUM_STACKS * size**2 * dtype.itemsize), 1)
-    if device.type == "cpu" and size <= method.max_chunked_size:
-        chunks = chunk_rows(num_matrices, size, dtype.itemsize, torch.get_num_threads())
-        cap = max(cap // torch.get_num_threads(), 1)
-    else:
-        chunks = [slice(0, num_matrices)]
-    parts = [
-        slice(start, min(start + cap, chunk.stop))
-        for chunk in chunks
-        for start in range(chunk.start, chunk.stop, cap)
-    ]
-    return torch.cat(map_chunks(solve, parts))
+    chunks = plan_chunks(
+        num_matrices,
+        size,
+        itemsize=dtype.itemsize,
+        num_stacks=_NUM_STACKS,
+        device_type=device.type,
+        is_serial=size <= method.max_chunked_size,
+        max_workspace_bytes=2**62 if max_workspace_bytes is None else max_workspace_bytes,
+        num_threads=torch.get_num_threads(),
+    )
+    return torch.cat(map_chunks(solve, chunks))
 
 
 def is_identity(Q: Tensor) -> Tensor:

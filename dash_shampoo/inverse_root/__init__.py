@@ -1,16 +1,42 @@
 """A^(-1/root) for stacks of factor matrices, by one function and a config that names the solver."""
 
-from dash_shampoo.inverse_root.dispatch import check_supported, inverse_root
+from dash_shampoo.inverse_root.chebyshev import ChebyshevConfig
+from dash_shampoo.inverse_root.cost import num_products
+from dash_shampoo.inverse_root.coupled_newton import ScaledCoupledNewtonConfig
+from dash_shampoo.inverse_root.eigen import SpectrumRepairConfig
+from dash_shampoo.inverse_root.minimax.solve import MinimaxConfig
+from dash_shampoo.inverse_root.newton_db import NewtonDBConfig
+from dash_shampoo.inverse_root.newton_schulz import NewtonSchulzRootInvConfig
+from dash_shampoo.inverse_root.registry import check_supported, config_for_root
+from dash_shampoo.inverse_root.repair import repair
 from dash_shampoo.inverse_root.residual import sketched_residual
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus
-from dash_shampoo.inverse_root.stack import StackOutcome, repair, solve_stack
+from dash_shampoo.inverse_root.scaling import (
+    FrobeniusScaling,
+    PowerIterationScaling,
+    ScalingConfig,
+    TraceScaling,
+)
+from dash_shampoo.inverse_root.stack import StackOutcome, inverse_root, solve_stack
 
 __all__ = [
+    "ChebyshevConfig",
+    "FrobeniusScaling",
     "InverseRootResult",
     "InverseRootStatus",
+    "MinimaxConfig",
+    "NewtonDBConfig",
+    "NewtonSchulzRootInvConfig",
+    "PowerIterationScaling",
+    "ScaledCoupledNewtonConfig",
+    "ScalingConfig",
+    "SpectrumRepairConfig",
     "StackOutcome",
+    "TraceScaling",
     "check_supported",
+    "config_for_root",
     "inverse_root",
+    "num_products",
     "repair",
     "sketched_residual",
     "solve_stack",

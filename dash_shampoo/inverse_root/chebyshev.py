@@ -7,28 +7,81 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.config import ChebyshevConfig
-from dash_shampoo.inverse_root.blocks import (
-    affine_identity_,
-    damped,
-    diagonal,
-    per_block,
-    rescaled_symmetric,
+from dash_shampoo.base import RootInvConfig
+from dash_shampoo.inverse_root.blocks import affine_identity_, diagonal, power, scaled, stacks_like
+from dash_shampoo.inverse_root.fields import (
+    check_choice,
+    check_field,
+    check_matmul_precision,
+    check_positive_int,
+    is_int,
+    is_number,
 )
-from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
-from dash_shampoo.inverse_root.result import InverseRootResult, make_result
-from dash_shampoo.inverse_root.scaling import compute_scale
+from dash_shampoo.inverse_root.result import Solution
+from dash_shampoo.inverse_root.scaling import (
+    FrobeniusScaling,
+    ScalingConfig,
+    check_scaling,
+    compute_scale,
+)
+from dash_shampoo.inverse_root.solver import Solver
+from dash_shampoo.products import MatmulPrecision, Products
 
 logger = logging.getLogger(__name__)
 
 # A fit that is off by more than its own target, somewhere on the interval.
 _POOR_FIT = 1.0
+
+
+ChebyshevEvaluation = Literal["baby_step_giant_step", "clenshaw"]
+
+
+@dataclass(kw_only=True)
+class ChebyshevConfig(RootInvConfig):
+    """A Chebyshev polynomial fitted to x^(-1/root) on [relative_epsilon, 1 + relative_epsilon].
+
+    It takes any positive root and needs no sync. Choose this to reproduce DASH, or for a root
+    that no Newton iteration has. One polynomial can't follow x^(-1/root) near 0: with degree 60
+    and relative_epsilon 1e-2 / 1e-3 / 1e-4 the root is within 1e-6 / 0.01 / 0.2 of its target;
+    with the paper's 1e-10 it is off by up to 2 times for root 4 (0.3 for eigenvalues above
+    1e-3·s), and by 4 times for root 2, which is warned of.
+
+    Attributes:
+        degree (int): Degree of the polynomial, at least 1. (Default: 60)
+        relative_epsilon (float): Damping of the fit relative to s: the target is
+            (A/s + relative_epsilon·I)^(-1/root). In (0, 1]. (Default: 1e-10)
+        num_nodes (int): Chebyshev nodes of the fit, more than `degree`. (Default: 10000)
+        evaluation (str): "baby_step_giant_step" needs about 2√degree matmuls and the workspace of
+            as many stacks as there are baby steps (6 for degree 60); "clenshaw" needs degree - 1
+            matmuls and three stacks. (Default: "baby_step_giant_step")
+        scaling (ScalingConfig): How s is found. (Default: FrobeniusScaling())
+        matmul_precision (MatmulPrecision): Precision of the products. (Default: "fp32")
+    """
+
+    degree: int = 60
+    relative_epsilon: float = 1e-10
+    num_nodes: int = 10_000
+    evaluation: ChebyshevEvaluation = "baby_step_giant_step"
+    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
+    matmul_precision: MatmulPrecision = "fp32"
+
+    def __post_init__(self) -> None:
+        check_positive_int(self, "degree")
+        is_epsilon = is_number(self.relative_epsilon) and 0.0 < self.relative_epsilon <= 1.0
+        check_field(self, "relative_epsilon", is_epsilon, "in (0, 1]")
+        is_count = is_int(self.num_nodes) and self.num_nodes > self.degree
+        check_field(self, "num_nodes", is_count, "an integer above degree")
+        check_choice(self, "evaluation", ChebyshevEvaluation)
+        check_scaling(self)
+        check_matmul_precision(self)
 
 
 def check(config: ChebyshevConfig, root: Fraction) -> None:
@@ -52,9 +105,7 @@ def _warn_of_poor_fit(root: float, degree: int, relative_epsilon: float, num_nod
         )
 
 
-def chebyshev(
-    A: Tensor, root: Fraction, config: ChebyshevConfig, epsilon: float
-) -> InverseRootResult:
+def chebyshev(A: Tensor, root: Fraction, config: ChebyshevConfig, epsilon: float) -> Solution:
     """A^(-1/p) ≈ s^(-1/p)·Σ c_k T_k(S) with S = 2(A + epsilon·I)/s - I, c fitted to x^(-1/p).
 
     The fit is at `num_nodes` Chebyshev nodes of x in [δ, 1 + δ], δ = `relative_epsilon`, with
@@ -70,8 +121,8 @@ def chebyshev(
         epsilon: Damping, at least 0.
 
     Returns:
-        Roots, exactly symmetric; iterations = 0; no residual. A block of zeros with epsilon = 0
-        gives about relative_epsilon^(-1/p)·I, as far as the polynomial reaches.
+        Roots times s^(1/p), symmetric up to rounding. A block of zeros with epsilon = 0 gives about
+        relative_epsilon^(-1/p)·I, as far as the polynomial reaches.
 
     Note:
         "clenshaw": degree - 1 matmuls. "baby_step_giant_step": 7 / 11 / 14 / 18 / 27 matmuls for
@@ -86,24 +137,21 @@ def chebyshev(
     Examples:
         >>> A = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))[None]
         >>> config = ChebyshevConfig(degree=60, relative_epsilon=1e-2)
-        >>> result = chebyshev(A, Fraction(2), config, 0.0)
-        >>> [round(x, 4) for x in result.value[0].diagonal().tolist()]
+        >>> solution = chebyshev(A, Fraction(2), config, 0.0)
+        >>> [round(x, 4) for x in (solution.X * solution.scale)[0].diagonal().tolist()]
         [0.9945, 1.3987]
     """
-    counter = MatmulCounter(num_blocks=A.shape[0])
-    matmul = Matmul(config.matmul_precision, counter)
-    A_ridge = damped(A, epsilon)
-    s_B = compute_scale(A_ridge, config.scaling, counter)
-    S = affine_identity_(A_ridge / per_block(s_B), 2.0, -1.0)
+    products = Products(config.matmul_precision)
+    s_B = compute_scale(A, config.scaling, epsilon)
+    S = scaled(A, 2.0 / s_B, 2.0 * epsilon / s_B - 1.0)
     coefficients = fit_inverse_root(
         float(root), config.degree, config.relative_epsilon, config.num_nodes
     )
     evaluate = clenshaw if config.evaluation == "clenshaw" else baby_step_giant_step
-    return make_result(
-        rescaled_symmetric(evaluate(S, coefficients, matmul), s_B, -1.0 / float(root)),
+    return Solution(
+        evaluate(S, coefficients, products),
         damping=epsilon + config.relative_epsilon * s_B,
-        num_matmuls=counter.total,
-        num_symmetric_matmuls=counter.symmetric,
+        scale=power(s_B, -1.0 / float(root)),
     )
 
 
@@ -144,6 +192,7 @@ def fit_inverse_root(
     return tuple(coefficients)
 
 
+@lru_cache(maxsize=64)
 def fit_error(root: float, degree: int, relative_epsilon: float, num_nodes: int) -> float:
     """Find the largest relative error of the fit, max |P(x)·x^(1/root) - 1| over [δ, 1 + δ].
 
@@ -168,13 +217,13 @@ def fit_error(root: float, degree: int, relative_epsilon: float, num_nodes: int)
     return float((P * x.pow(1.0 / root) - 1.0).abs().max())
 
 
-def clenshaw(S: Tensor, coefficients: tuple[float, ...], matmul: Matmul) -> Tensor:
+def clenshaw(S: Tensor, coefficients: tuple[float, ...], products: Products) -> Tensor:
     """Σ c_k T_k(S) by b_k = c_k I + 2S·b_(k+1) - b_(k+2), result c_0 I + S·b_1 - b_2.
 
     Args:
         S: (B, N, N) symmetric stack with eigenvalues in [-1, 1]. Not modified.
         coefficients: c_0 … c_degree, degree at least 1.
-        matmul: Products.
+        products: Products.
 
     Returns:
         (B, N, N) stack.
@@ -182,32 +231,25 @@ def clenshaw(S: Tensor, coefficients: tuple[float, ...], matmul: Matmul) -> Tens
     Note:
         degree - 1 matmuls: b_degree is a multiple of the identity.
     """
-    rounded = matmul.round(S)
-    # b_1 and b_2 at the end; b_d = c_d I enters the next one without a product.
-    if len(coefficients) == 2:
-        return affine_identity_(S.clone(), coefficients[1], coefficients[0])
+    rounded = products.round(S)
+    # b_d = c_d I enters the next one without a product, and the one after it through its diagonal alone.
     top = coefficients[-1]
+    if len(coefficients) == 2:
+        return affine_identity_(S.clone(), top, coefficients[0])
     b_next = affine_identity_(S.clone(), 2.0 * top, coefficients[-2])
     b_after: Tensor | None = None
-    for c in reversed(coefficients[1:-2]):
-        b = matmul(rounded, b_next).mul_(2.0)
-        diagonal(b).add_(c)
-        b_after_value: Tensor | float = top if b_after is None else b_after
-        b_next, b_after = _minus(b, b_after_value), b_next
-    result = matmul(rounded, b_next)
-    diagonal(result).add_(coefficients[0])
-    return _minus(result, top if b_after is None else b_after)
+    spare = torch.empty_like(S)
+    for k in range(len(coefficients) - 3, -1, -1):
+        b = products(rounded, b_next, out=spare, alpha=2.0 if k > 0 else 1.0)
+        diagonal(b).add_(coefficients[k] - (top if b_after is None else 0.0))
+        if b_after is not None:
+            b.sub_(b_after)
+        spare = torch.empty_like(S) if b_after is None else b_after
+        b_next, b_after = b, b_next
+    return b_next
 
 
-def _minus(b: Tensor, subtrahend: Tensor | float) -> Tensor:
-    """In place, b minus a stack, or minus a multiple of the identity."""
-    if isinstance(subtrahend, Tensor):
-        return b.sub_(subtrahend)
-    diagonal(b).sub_(subtrahend)
-    return b
-
-
-def baby_step_giant_step(S: Tensor, coefficients: tuple[float, ...], matmul: Matmul) -> Tensor:
+def baby_step_giant_step(S: Tensor, coefficients: tuple[float, ...], products: Products) -> Tensor:
     """Σ c_k T_k(S) = Σ_i B_i(S)·T_(i·m)(S), B_i of degree below m, by Clenshaw's rule in T_m.
 
     The baby steps T_2 … T_m come from T_(i+j) = 2·T_i·T_j - T_|i-j|; the giant steps are
@@ -216,54 +258,52 @@ def baby_step_giant_step(S: Tensor, coefficients: tuple[float, ...], matmul: Mat
     Args:
         S: (B, N, N) symmetric stack with eigenvalues in [-1, 1]. Not modified.
         coefficients: c_0 … c_degree, degree at least 1.
-        matmul: Products.
+        products: Products.
 
     Returns:
         (B, N, N) stack.
 
     Note:
         m - 1 + ⌊degree/m⌋ matmuls, one less where m divides the degree, for the m that needs the
-        fewest; about 2·√degree. The baby steps are kept: m stacks of workspace.
+        fewest; about 2·√degree. The baby steps are kept: m stacks of workspace, and three for the giant
+        steps. Two elementwise passes a giant step, whatever m is.
     """
     size, table = split_coefficients(coefficients)
-    T = _chebyshev_stacks(S, size, matmul)
-    T_m = matmul.round(T[size])
-    b_next, b_after = _combine(T, table[-1]), None
+    flat, T = stacks_like(S, size)
+    T[0].copy_(S)
+    for k in range(2, size + 1):
+        low, high = k // 2, k - k // 2
+        if low == high:
+            products.square(T[low - 1], out=T[k - 1], alpha=2.0, shift=-1.0)
+        else:
+            products(T[low - 1], T[high - 1], out=T[k - 1], alpha=2.0).sub_(S)
+    T_m = products.round(T[size - 1])
+    b_next, b_after = _combined(flat, T, table[-1]), None
     is_constant = all(c == 0.0 for c in table[-1][1:])  # the first giant step is then free
     for i in reversed(range(len(table) - 1)):
         factor = 1.0 if i == 0 else 2.0
-        if is_constant:
-            b, is_constant = T[size] * (factor * table[-1][0]), False
-        else:
-            b = matmul(T_m, b_next).mul_(factor)
-        _combine(T, table[i], out=b)
+        b = _combined(flat, T, table[i])
         if b_after is not None:
             b.sub_(b_after)
+        if is_constant:
+            b.add_(T[size - 1], alpha=factor * table[-1][0])
+            is_constant = False
+        else:
+            b = products.add_to_(b, T_m, b_next, alpha=factor)
         b_next, b_after = b, b_next
     return b_next
 
 
-def _chebyshev_stacks(S: Tensor, size: int, matmul: Matmul) -> list[Tensor]:
-    """T_0 (a stand-in that is never read), T_1 … T_size of S by size - 1 products."""
-    T = [S, S]
-    for k in range(2, size + 1):
-        low, high = k // 2, k - k // 2
-        product = matmul(T[low], T[high], is_symmetric=low == high)
-        if low == high:
-            T.append(affine_identity_(product, 2.0, -1.0))
-        else:
-            T.append(product.mul_(2.0).sub_(S))
-    return T
-
-
-def _combine(T: list[Tensor], coefficients: tuple[float, ...], out: Tensor | None = None) -> Tensor:
-    """Add Σ_j c_j T_j to `out`, in place, or to 0 where none is given."""
-    if out is None:
-        out = torch.zeros_like(T[1])
-    diagonal(out).add_(coefficients[0])
-    for T_j, c in zip(T[1:], coefficients[1:], strict=False):
-        out.add_(T_j, alpha=c)
-    return out
+def _combined(flat: Tensor, T: list[Tensor], coefficients: tuple[float, ...]) -> Tensor:
+    """c_0 I + Σ_j c_j T_j of the stacks T, (m, B·N·N) as one, in one pass."""
+    size = len(coefficients)
+    if size == 1:
+        result = torch.zeros_like(T[0])
+    else:
+        weights = torch.tensor(coefficients[1:], dtype=flat.dtype, device=flat.device)
+        result = torch.mv(flat[: size - 1].mT, weights).view(T[0].shape)
+    diagonal(result).add_(coefficients[0])
+    return result
 
 
 @lru_cache(maxsize=64)
@@ -299,3 +339,20 @@ def split_coefficients(
         groups.append(tuple(group))
     groups.append(tuple(rest[:size]))
     return size, tuple(reversed(groups))
+
+
+def _workspace(config: ChebyshevConfig, root: Fraction) -> int:
+    """The recurrence's stacks, beside the polynomial's value; operands that are rounded."""
+    if config.evaluation == "clenshaw":
+        num_stacks = 4
+    else:
+        size, _ = split_coefficients((1.0,) * (config.degree + 1))
+        num_stacks = size + 3
+    return num_stacks if config.matmul_precision == "fp32" else num_stacks + 4
+
+
+def _error(config: ChebyshevConfig, root: Fraction) -> float:
+    return fit_error(float(root), config.degree, config.relative_epsilon, config.num_nodes)
+
+
+SOLVER = Solver(solve=chebyshev, workspace=_workspace, check=check, error=_error)

@@ -10,19 +10,20 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from dash_shampoo.config import CoupledHigherOrderConfig, MatmulPrecision
+from dash_shampoo.base import CoupledHigherOrderConfig
 from dash_shampoo.inverse_root.blocks import (
     affine_identity_,
-    damped,
     diagonal,
     distance_to_identity,
     max_abs,
     per_block,
     power,
+    scaled,
 )
-from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter, is_tf32_allowed
-from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
+from dash_shampoo.inverse_root.result import InverseRootStatus, Solution
+from dash_shampoo.inverse_root.solver import Solver
 from dash_shampoo.inverse_root.working_set import WorkingSet
+from dash_shampoo.products import MatmulPrecision, Products, is_tf32_allowed
 
 # The base's constants: growth of max|M - I| that counts as divergence, the error below which an
 # unchanged one counts as stagnation, and the final error above which the result is refused.
@@ -55,7 +56,7 @@ def check(config: CoupledHigherOrderConfig, root: Fraction) -> None:
 
 def coupled_higher_order(
     A: Tensor, root: Fraction, config: CoupledHigherOrderConfig, epsilon: float
-) -> InverseRootResult:
+) -> Solution:
     """A^(-q/p) by X ← X·T(M), M ← T(M)ᵖ·M, T the truncated binomial series of M^(-1/p) at I.
 
         λ̂ = ‖A‖_∞,  ε = max(rel_epsilon·λ̂, abs_epsilon),  z = 1/tr(A + ε·I)
@@ -94,24 +95,23 @@ def coupled_higher_order(
     Examples:
         >>> config = CoupledHigherOrderConfig(rel_epsilon=0.0, abs_epsilon=0.0)
         >>> A = torch.diag(torch.tensor([8.0, 27.0], dtype=torch.float64))[None]
-        >>> result = coupled_higher_order(A, Fraction(3, 2), config, 0.0)
-        >>> [round(x, 6) for x in result.value[0].diagonal().tolist()]
+        >>> solution = coupled_higher_order(A, Fraction(3, 2), config, 0.0)
+        >>> [round(x, 6) for x in solution.X[0].diagonal().tolist()]
         [0.25, 0.111111]
     """
-    counter = MatmulCounter(num_blocks=A.shape[0])
-    matmul = Matmul(_precision(config, A), counter)
+    products = Products(_precision(config, A))
     p, q = root.numerator, root.denominator
 
     lambda_max_B = A.abs().sum(dim=-1).amax(dim=-1)
     epsilon_B = torch.clamp(lambda_max_B * config.rel_epsilon, min=config.abs_epsilon)
-    A_ridge = damped(A, epsilon_B)
+    A_ridge = scaled(A, torch.ones_like(epsilon_B), epsilon_B)
     z_B = torch.reciprocal(diagonal(A_ridge).sum(dim=-1))
-    value, iterations, is_capped = _iterate(A_ridge * per_block(z_B), p, config, matmul)
+    value, iterations, is_capped = _iterate(A_ridge * per_block(z_B), p, config, products)
     value.mul_(per_block(power(z_B, 1.0 / p)))
 
-    true_error = distance_to_identity(matmul(A_ridge, matmul.power(value, p)))
+    true_error = distance_to_identity(products(A_ridge, products.power(value, p)))
     if q > 1:
-        value = matmul.power(value, q)
+        value = products.power(value, q)
     status = is_capped.to(torch.uint8) * int(InverseRootStatus.MAX_ITERATIONS)
     # The base raises ArithmeticError for each of these, which counts as a failed computation.
     is_failed = (
@@ -120,14 +120,13 @@ def coupled_higher_order(
         | ~torch.isfinite(max_abs(value))
     )
     status.masked_fill_(is_failed, int(InverseRootStatus.FAILED))
-    return make_result(
+    return Solution(
         value,
+        damping=epsilon_B,
+        is_symmetric=True,
         status=status,
         iterations=iterations,
         residual=true_error,
-        damping=epsilon_B,
-        num_matmuls=counter.total,
-        num_symmetric_matmuls=counter.symmetric,
     )
 
 
@@ -149,7 +148,7 @@ def _series_coefficients(p: int, order: int) -> list[float]:
 
 
 def _iterate(
-    M: Tensor, p: int, config: CoupledHigherOrderConfig, matmul: Matmul
+    M: Tensor, p: int, config: CoupledHigherOrderConfig, products: Products
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Iterate from X = I, each block until its own end.
 
@@ -157,7 +156,7 @@ def _iterate(
         M: (B, N, N) scaled matrices; overwritten.
         p: The root's numerator.
         config: Cap, tolerance, order.
-        matmul: Products.
+        products: Products.
 
     Returns:
         X (B, N, N), the iterations (B,), and whether the cap ended them above the tolerance (B,).
@@ -171,7 +170,7 @@ def _iterate(
 
     # One step of plain Newton first; its X = I·C needs no product.
     X = affine_identity_(M * (-1.0 / p), 1.0, 1.0 + 1.0 / p)
-    M = matmul(matmul.power(X, p), M)
+    M = products(products.power(X, p), M)
     error_W = max_abs(_identity_minus(M))
     is_stopped = torch.zeros_like(error_W, dtype=torch.bool)
     iteration = 1
@@ -191,10 +190,10 @@ def _iterate(
         D = _identity_minus(M)
         T = affine_identity_(D * b[-1], 1.0, b[-2])
         for coefficient in reversed(b[:-2]):
-            T = matmul(T, D)
+            T = products(T, D)
             diagonal(T).add_(coefficient)
-        X = matmul(X, T)
-        M = matmul(matmul.power(T, p), M)
+        X = products(X, T)
+        M = products(products.power(T, p), M)
         iteration += 1
         new_error_W = max_abs(_identity_minus(M))
         is_stopped = (new_error_W > error_W * _DIVERGENCE_FACTOR) | (
@@ -209,3 +208,11 @@ def _identity_minus(M: Tensor) -> Tensor:
     D = -M
     diagonal(D).add_(1.0)
     return D
+
+
+def _workspace(config: CoupledHigherOrderConfig, root: Fraction) -> int:
+    """The ridge, X, M, I - M, T, powers and the next ones of them, beside the roots."""
+    return 8
+
+
+SOLVER = Solver(solve=coupled_higher_order, workspace=_workspace, check=check)

@@ -5,24 +5,56 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N; W of them are still iterat
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.config import CoupledNewtonConfig, ScaledCoupledNewtonConfig
-from dash_shampoo.inverse_root.blocks import (
-    affine_identity_,
-    damped,
-    distance_to_identity,
-    frobenius_norm,
-    per_block,
-    power,
+from dash_shampoo.base import CoupledNewtonConfig
+from dash_shampoo.inverse_root.blocks import diagonal, distance_to_identity, power, scaled
+from dash_shampoo.inverse_root.fields import (
+    check_field,
+    check_matmul_precision,
+    check_positive_int,
+    is_number,
 )
-from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
-from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
-from dash_shampoo.inverse_root.scaling import compute_scale
+from dash_shampoo.inverse_root.result import InverseRootStatus, Solution
+from dash_shampoo.inverse_root.scaling import (
+    FrobeniusScaling,
+    ScalingConfig,
+    check_scaling,
+    compute_scale,
+    damped_frobenius_norm,
+)
+from dash_shampoo.inverse_root.solver import Solver
 from dash_shampoo.inverse_root.working_set import WorkingSet
+from dash_shampoo.products import MatmulPrecision, Products
+
+
+@dataclass(kw_only=True)
+class ScaledCoupledNewtonConfig(CoupledNewtonConfig):
+    """Coupled inverse Newton iteration with a choice of scaling and matmul precision.
+
+    With `FrobeniusScaling` and "fp32" it is the base's `CoupledNewtonConfig`. Choose this when ten
+    steps are meant as a cheap damped root (``max_iterations=10``), or half-precision products are.
+
+    Attributes:
+        max_iterations (int): Cap on the steps. (Default: 100)
+        tolerance (float): A block is done once max|M - I| is at most this. (Default: 1e-6)
+        scaling (ScalingConfig): How s is found. (Default: FrobeniusScaling())
+        matmul_precision (MatmulPrecision): Precision of the products. (Default: "fp32")
+    """
+
+    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
+    matmul_precision: MatmulPrecision = "fp32"
+
+    def __post_init__(self) -> None:
+        check_positive_int(self, "max_iterations", at_least=0)
+        is_tolerance = is_number(self.tolerance) and self.tolerance >= 0.0
+        check_field(self, "tolerance", is_tolerance, "at least 0")
+        check_scaling(self)
+        check_matmul_precision(self)
 
 
 def check(config: CoupledNewtonConfig, root: Fraction) -> None:
@@ -44,7 +76,7 @@ def check(config: CoupledNewtonConfig, root: Fraction) -> None:
 
 def coupled_newton(
     A: Tensor, root: Fraction, config: CoupledNewtonConfig, epsilon: float
-) -> InverseRootResult:
+) -> Solution:
     """A^(-1/p) by coupled Newton: X ← X·C, M ← Cᵖ·M with C = (1 + 1/p)·I - M/p.
 
         z = (p + 1)/(2s),  X_0 = z^(1/p)·I,  M_0 = z·(A + epsilon·I),  s = ‖A + epsilon·I‖_F
@@ -65,9 +97,9 @@ def coupled_newton(
         epsilon: Damping, at least 0.
 
     Returns:
-        Roots, iterations and residual = max|M - I| per block. The status is MAX_ITERATIONS where
-        the tolerance was not reached. A block of zeros with epsilon = 0 gives NaN, as in the base
-        (a finite multiple of the identity with `ScaledCoupledNewtonConfig`).
+        Roots times z^(-1/p), iterations and residual = max|M - I| per block. The status is
+        MAX_ITERATIONS where the tolerance was not reached. A block of zeros with epsilon = 0 gives NaN, as
+        in the base (a finite multiple of the identity with `ScaledCoupledNewtonConfig`).
 
     Note:
         Per step 3 matmuls for p = 2 and 4 for p = 4 (floor(log2 p) of them symmetric), one less in
@@ -80,40 +112,37 @@ def coupled_newton(
 
     Examples:
         >>> A = torch.diag(torch.tensor([16.0, 81.0], dtype=torch.float64))[None]
-        >>> result = coupled_newton(A, Fraction(4), CoupledNewtonConfig(), 0.0)
-        >>> [round(x, 6) for x in result.value[0].diagonal().tolist()]
+        >>> solution = coupled_newton(A, Fraction(4), CoupledNewtonConfig(), 0.0)
+        >>> [round(x, 6) for x in (solution.X * solution.scale)[0].diagonal().tolist()]
         [0.5, 0.333333]
     """
-    counter = MatmulCounter(num_blocks=A.shape[0])
-    A_ridge = damped(A, epsilon)
     if isinstance(config, ScaledCoupledNewtonConfig):
-        matmul = Matmul(config.matmul_precision, counter)
-        s_B = compute_scale(A_ridge, config.scaling, counter)
+        products = Products(config.matmul_precision)
+        s_B = compute_scale(A, config.scaling, epsilon)
     else:
-        matmul = Matmul("fp32", counter)
-        s_B = frobenius_norm(A_ridge)
+        products = Products("fp32")
+        s_B = damped_frobenius_norm(A, epsilon).to(A.dtype)
+        s_B = s_B + (s_B - s_B)  # inf becomes NaN
     p = root.numerator
     z_B = (p + 1) / (2 * s_B)
-    value, error, iterations = _iterate(
-        A_ridge * per_block(z_B), p, config.max_iterations, config.tolerance, matmul
-    )
-    # X was started at the identity, so that half-precision operands stay in range.
-    value.mul_(per_block(power(z_B, 1.0 / p)))
+    M = scaled(A, z_B, epsilon * z_B)
+    X, error, iterations = _iterate(M, p, config.max_iterations, config.tolerance, products)
     has_converged = error <= config.tolerance
     status = torch.where(has_converged, InverseRootStatus.SUCCESS, InverseRootStatus.MAX_ITERATIONS)
-    return make_result(
-        value,
+    return Solution(
+        X,
+        damping=epsilon,
+        # X was started at the identity, so that half-precision operands stay in range.
+        scale=power(z_B, 1.0 / p),
+        is_symmetric=True,
         status=status.to(torch.uint8),
         iterations=iterations,
         residual=error,
-        damping=epsilon,
-        num_matmuls=counter.total,
-        num_symmetric_matmuls=counter.symmetric,
     )
 
 
 def _iterate(
-    M: Tensor, p: int, max_iterations: int, tolerance: float, matmul: Matmul
+    M: Tensor, p: int, max_iterations: int, tolerance: float, products: Products
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Iterate X ← X·C, M ← Cᵖ·M from X = I, each block until its own end.
 
@@ -122,13 +151,13 @@ def _iterate(
         p: The root.
         max_iterations: Cap on the steps.
         tolerance: A block is done once max|M - I| is at most this, or NaN.
-        matmul: Products.
+        products: Products.
 
     Returns:
         X (B, N, N), the final max|M - I| (B,) and the iterations (B,).
     """
     device, num_blocks = M.device, M.shape[0]
-    value = torch.empty_like(M)
+    value: Tensor | None = None
     error = M.new_empty(num_blocks)
     iterations = torch.zeros(num_blocks, dtype=torch.int32, device=device)
     working = WorkingSet(num_blocks)
@@ -138,8 +167,15 @@ def _iterate(
         # The one host sync of a step: the stopping rule needs the errors.
         wants_more = (error_W > tolerance).cpu() & (iteration < max_iterations)
         rows, finished = (index.to(device) for index in working.retire(wants_more))
+        if rows.numel() == num_blocks:  # all of them at once
+            return _or_identity(X, M), error_W, iterations.fill_(iteration)
         if rows.numel() > 0:
-            value[rows] = _identity_like(M) if X is None else X[finished]
+            value = (
+                torch.empty(num_blocks, *M.shape[1:], dtype=M.dtype, device=device)
+                if (value is None)
+                else value
+            )
+            value[rows] = _or_identity(X, M)[finished]
             error[rows] = error_W[finished]
             iterations[rows] = iteration
         if working.is_done:
@@ -148,12 +184,31 @@ def _iterate(
             (M,) = working.compact(M)
         else:
             X, M = working.compact(X, M)
-        C = matmul.round(affine_identity_(M * (-1.0 / p), 1.0, 1.0 + 1.0 / p))
-        X = C.to(M.dtype, copy=True) if X is None else matmul(X, C)
-        M = matmul(matmul.power(C, p), M)
+        X, M = _step(X, M, p, products)
         error_W = distance_to_identity(M)
+    assert value is not None
     return value, error, iterations
 
 
-def _identity_like(M: Tensor) -> Tensor:
-    return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+def _step(X: Tensor | None, M: Tensor, p: int, products: Products) -> tuple[Tensor, Tensor]:
+    """X·C and Cᵖ·M; X = None is the identity."""
+    C = torch.mul(M, -1.0 / p)
+    diagonal(C).add_(1.0 + 1.0 / p)
+    rounded_C = products.round(C)
+    X = rounded_C.to(M.dtype, copy=True) if X is None else products(X, rounded_C)
+    return X, products(products.power(rounded_C, p), M)
+
+
+def _or_identity(X: Tensor | None, M: Tensor) -> Tensor:
+    if X is not None:
+        return X
+    return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).repeat(M.shape[0], 1, 1)
+
+
+def _workspace(config: CoupledNewtonConfig, root: Fraction) -> int:
+    """X, M, C, its powers and the next M, beside the roots that are done; operands that are rounded."""
+    is_rounded = isinstance(config, ScaledCoupledNewtonConfig) and config.matmul_precision != "fp32"
+    return 12 if is_rounded else 6
+
+
+SOLVER = Solver(solve=coupled_newton, workspace=_workspace, check=check)

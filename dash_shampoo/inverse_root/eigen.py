@@ -7,23 +7,53 @@ eigenvectors in rows, A = Vᵀ·diag(L)·V.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.config import (
+from dash_shampoo.base import (
     EigenConfig,
     PerturbationConfig,
     PseudoInverseConfig,
-    SpectrumRepairConfig,
+    RankDeficientStabilityConfig,
 )
-from dash_shampoo.inverse_root.blocks import damped, power
-from dash_shampoo.inverse_root.cpu_pool import chunk_rows, map_chunks
-from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
-from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, make_result
+from dash_shampoo.inverse_root.blocks import damped, per_block, power
+from dash_shampoo.inverse_root.chunks import map_chunks, plan_chunks
+from dash_shampoo.inverse_root.fields import check_choice
+from dash_shampoo.inverse_root.result import InverseRootStatus, Solution
+from dash_shampoo.inverse_root.solver import Solver
+from dash_shampoo.products import Products
 
 logger = logging.getLogger(__name__)
+
+
+SpectrumRepair = Literal["shampoo", "abs", "abs_add", "relu"]
+
+
+@dataclass(kw_only=True)
+class SpectrumRepairConfig(RankDeficientStabilityConfig):
+    """The four repairs of the spectrum λ of A + εI that DASH offers with `eigen`.
+
+    - "shampoo": λ - min(λ_min, 0) + ε
+    - "abs": abs(λ - ε)
+    - "abs_add": abs(λ - ε) + ε
+    - "relu": λ - ε where that is positive and at least ε; the other directions are dropped
+      (their inverse root is 0), so the result has low rank.
+
+    Choose this to compare with DASH; `PerturbationConfig`, the base's default, serves otherwise.
+    Given as ``EigenConfig(rank_deficient_stability_config=SpectrumRepairConfig(method="abs"))``.
+
+    Attributes:
+        method (str): One of the four above. (Default: "shampoo")
+    """
+
+    method: SpectrumRepair = "shampoo"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "method", SpectrumRepair)
 
 
 def check(config: EigenConfig, root: Fraction) -> None:
@@ -44,7 +74,7 @@ def check(config: EigenConfig, root: Fraction) -> None:
         )
 
 
-def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> InverseRootResult:
+def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Solution:
     """A^(-1/p) = Q·diag(f(λ))·Qᵀ with A = Q·diag(λ)·Qᵀ and f(λ) = λ^(-1/p) after a repair of λ.
 
     The repair is that of `rank_deficient_stability_config`:
@@ -66,8 +96,7 @@ def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Inv
         epsilon: ε, at least 0; 0 with the pseudo-inverse.
 
     Returns:
-        Roots, symmetric up to rounding; no iterations and no residual. Status FAILED where the
-        eigendecomposition did not converge.
+        Roots, symmetric up to rounding. Status FAILED where the eigendecomposition did not converge.
 
     Raises:
         ValueError: If `epsilon` is not 0 with the pseudo-inverse.
@@ -82,8 +111,7 @@ def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Inv
 
     Examples:
         >>> A = torch.diag(torch.tensor([8.0, 27.0], dtype=torch.float64))[None]
-        >>> result = eigen(A, Fraction(3), EigenConfig(), 0.0)
-        >>> [round(x, 6) for x in result.value[0].diagonal().tolist()]
+        >>> [round(x, 6) for x in eigen(A, Fraction(3), EigenConfig(), 0.0).X[0].diagonal().tolist()]
         [0.5, 0.333333]
     """
     repair = config.rank_deficient_stability_config
@@ -92,21 +120,17 @@ def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Inv
     is_damped_before = isinstance(repair, SpectrumRepairConfig) or (
         isinstance(repair, PerturbationConfig) and repair.perturb_before_computation
     )
-    L_BN, V_BNN, failed = _eigendecomposition(damped(A, epsilon) if is_damped_before else A, config)
-    counter = MatmulCounter(num_blocks=A.shape[0])
+    # In the matrix rather than in its eigenvalues, which rounds differently: as the base does.
+    L_BN, V_BNN, failed = decompose(damped(A, epsilon) if is_damped_before else A, config)
     inv_power_BN = inverse_power(L_BN, float(root), epsilon, config)
-    scaled_BNN = V_BNN * inv_power_BN[:, :, None]
-    value = Matmul("fp32", counter)(scaled_BNN.mT, V_BNN, is_symmetric=True)
-    status = torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
+    # A repair may drop NaN like any eigenvalue that is not above a cutoff.
+    inv_power_BN = torch.where(L_BN.isfinite(), inv_power_BN, torch.nan)
+    X = Products("fp32")((V_BNN * inv_power_BN[:, :, None]).mT, V_BNN)
+    status = None
     if failed:
+        status = torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
         status[failed] = int(InverseRootStatus.FAILED)
-    return make_result(
-        value,
-        status=status,
-        damping=epsilon,
-        num_matmuls=counter.total,
-        num_symmetric_matmuls=counter.symmetric,
-    )
+    return Solution(X, damping=epsilon, is_symmetric=True, status=status)
 
 
 def inverse_power(L_BN: Tensor, root: float, epsilon: float, config: EigenConfig) -> Tensor:
@@ -153,7 +177,7 @@ def _repaired_inverse_power(
     return power(L_BN, exponent)
 
 
-def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, list[int]]:
+def decompose(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, list[int]]:
     """Decompose A = Vᵀ·diag(L)·V.
 
     Args:
@@ -167,8 +191,8 @@ def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Ten
     if there.device.type == "cpu" and A_BNN.device.type != "cpu":
         L_BN, Q_BNN, failed = _eigh_on_threads(there, config.retry_double_precision)
     else:  # a stack that is on the CPU was cut into chunks before it came here
-        L_BN, Q_BNN, failed = eigh_or_bisect(there, config.retry_double_precision)
-    # LAPACK and cuSOLVER leave the eigenvectors in columns of column-major memory.
+        L_BN, Q_BNN, failed = _eigh_of_finite(there, config.retry_double_precision)
+    # LAPACK and cuSOLVER leave the eigenvectors in columns of column-major memory: this is a view.
     V_BNN = Q_BNN.mT.contiguous()
     return L_BN.to(A_BNN.device), V_BNN.to(A_BNN.device), failed
 
@@ -176,12 +200,37 @@ def _eigendecomposition(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Ten
 def _eigh_on_threads(
     A_BNN: Tensor, retry_double_precision: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """`eigh_or_bisect` of chunks of a stack on the CPU, on several threads."""
+    """`_eigh_of_finite` of chunks of a stack on the CPU, on several threads."""
     num_blocks, size, _ = A_BNN.shape
-    chunks = chunk_rows(num_blocks, size, A_BNN.element_size(), torch.get_num_threads())
-    parts = map_chunks(lambda rows: eigh_or_bisect(A_BNN[rows], retry_double_precision), chunks)
-    failed = [rows.start + row for rows, part in zip(chunks, parts, strict=True) for row in part[2]]
+    chunks = plan_chunks(
+        num_blocks,
+        size,
+        itemsize=A_BNN.element_size(),
+        num_stacks=3,
+        device_type="cpu",
+        is_serial=True,
+        max_workspace_bytes=2**62,
+        num_threads=torch.get_num_threads(),
+    )
+    parts = map_chunks(lambda rows: _eigh_of_finite(A_BNN[rows], retry_double_precision), chunks)
+    failed = [
+        rows.start + row for rows, part in zip(chunks.rows, parts, strict=True) for row in part[2]
+    ]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), failed
+
+
+def _eigh_of_finite(
+    A_BNN: Tensor, retry_double_precision: bool
+) -> tuple[Tensor, Tensor, list[int]]:
+    """`eigh_or_bisect`; blocks that are not finite get NaN and don't stop the others."""
+    is_finite = torch.isfinite(A_BNN.sum(dim=(-2, -1)))
+    if bool(is_finite.all()):
+        return eigh_or_bisect(A_BNN, retry_double_precision)
+    is_finite = torch.isfinite(A_BNN).flatten(1).all(dim=1)
+    identity = torch.eye(A_BNN.shape[-1], dtype=A_BNN.dtype, device=A_BNN.device)
+    clean = torch.where(per_block(is_finite), A_BNN, identity)
+    L_BN, Q_BNN, failed = eigh_or_bisect(clean, retry_double_precision)
+    return L_BN.masked_fill(~is_finite[:, None], torch.nan), Q_BNN, failed
 
 
 def eigh_or_bisect(A_BNN: Tensor, retry_double_precision: bool) -> tuple[Tensor, Tensor, list[int]]:
@@ -214,3 +263,11 @@ def eigh_or_bisect(A_BNN: Tensor, retry_double_precision: bool) -> tuple[Tensor,
         size = A_BNN.shape[-1]
         identity = torch.eye(size, dtype=A_BNN.dtype, device=A_BNN.device)
         return torch.ones_like(A_BNN[:, 0]), identity.expand_as(A_BNN), [0]
+
+
+def _workspace(config: EigenConfig, root: Fraction) -> int:
+    """The damped matrix, the eigenvectors, plain and scaled, and the copy that LAPACK works on."""
+    return 3
+
+
+SOLVER = Solver(solve=eigen, workspace=_workspace, check=check, is_serial=True, has_residual=False)

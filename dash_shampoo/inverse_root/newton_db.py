@@ -5,23 +5,51 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.config import NewtonDBConfig
-from dash_shampoo.inverse_root.blocks import (
-    affine_identity_,
-    damped,
-    per_block,
-    rescaled_symmetric,
+from dash_shampoo.base import RootInvConfig
+from dash_shampoo.inverse_root.blocks import diagonal, power, scaled
+from dash_shampoo.inverse_root.fields import check_matmul_precision, check_positive_int
+from dash_shampoo.inverse_root.result import Solution
+from dash_shampoo.inverse_root.scaling import (
+    FrobeniusScaling,
+    ScalingConfig,
+    check_scaling,
+    compute_scale,
 )
-from dash_shampoo.inverse_root.matmul import Matmul, MatmulCounter
-from dash_shampoo.inverse_root.result import InverseRootResult, make_result
-from dash_shampoo.inverse_root.scaling import compute_scale
+from dash_shampoo.inverse_root.solver import Solver
+from dash_shampoo.products import MatmulPrecision, Products
 
 _PASSES = {2: 1, 4: 2, 8: 3}
+
+
+@dataclass(kw_only=True)
+class NewtonDBConfig(RootInvConfig):
+    """Newton-Denman-Beavers iteration for the roots 2, 4 and 8: a fixed number of steps, no sync.
+
+    Root 2 is one pass, root 4 two passes (the square root, then its inverse square root), root 8
+    three. Choose this to reproduce DASH. Ten steps converge up to a condition number of about
+    1e3; beyond it, one pass acts as a damping of about 2.5e-4·s, but two passes over-invert the
+    small eigenvalues. Half precision diverges on real factor matrices.
+
+    Attributes:
+        num_iterations (int): Steps of each pass, at least 1. (Default: 10)
+        scaling (ScalingConfig): How s is found. (Default: FrobeniusScaling())
+        matmul_precision (MatmulPrecision): Precision of the products. (Default: "fp32")
+    """
+
+    num_iterations: int = 10
+    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
+    matmul_precision: MatmulPrecision = "fp32"
+
+    def __post_init__(self) -> None:
+        check_positive_int(self, "num_iterations")
+        check_scaling(self)
+        check_matmul_precision(self)
 
 
 def check(config: NewtonDBConfig, root: Fraction) -> None:
@@ -41,9 +69,7 @@ def check(config: NewtonDBConfig, root: Fraction) -> None:
         )
 
 
-def newton_db(
-    A: Tensor, root: Fraction, config: NewtonDBConfig, epsilon: float
-) -> InverseRootResult:
+def newton_db(A: Tensor, root: Fraction, config: NewtonDBConfig, epsilon: float) -> Solution:
     """A^(-1/p), p = 2, 4, 8, by E = (3I - Z·Y)/2, Y ← Y·E, Z ← E·Z from Y_0 = A/s, Z_0 = I.
 
     One pass takes Y to (A/s)^(1/2) and Z to (A/s)^(-1/2). p = 4 takes the square root first and
@@ -59,11 +85,11 @@ def newton_db(
     Args:
         A: (B, N, N) stack, finite, float32 or float64. Not modified.
         root: 2, 4 or 8.
-        config: Steps, scale, precision of the products, fused or separate updates.
+        config: Steps, scale, precision of the products.
         epsilon: Damping, at least 0.
 
     Returns:
-        Roots, exactly symmetric; iterations = the steps of all passes; no residual. A block of
+        Roots times s^(1/p), symmetric up to rounding; iterations = the steps of all passes. A block of
         zeros with epsilon = 0 gives a finite multiple of the identity.
 
     Note:
@@ -77,61 +103,63 @@ def newton_db(
 
     Examples:
         >>> A = torch.diag(torch.tensor([4.0, 16.0], dtype=torch.float64))[None]
-        >>> result = newton_db(A, Fraction(2), NewtonDBConfig(), 0.0)
-        >>> [round(x, 6) for x in result.value[0].diagonal().tolist()]
+        >>> solution = newton_db(A, Fraction(2), NewtonDBConfig(), 0.0)
+        >>> [round(x, 6) for x in (solution.X * solution.scale)[0].diagonal().tolist()]
         [0.5, 0.25]
     """
-    counter = MatmulCounter(num_blocks=A.shape[0])
-    matmul = Matmul(config.matmul_precision, counter)
-    A_ridge = damped(A, epsilon)
-    s_B = compute_scale(A_ridge, config.scaling, counter)
+    products = Products(config.matmul_precision)
+    s_B = compute_scale(A, config.scaling, epsilon)
     num_passes = _PASSES[root.numerator]
-    Y = A_ridge / per_block(s_B)
+    Y = scaled(A, 1.0 / s_B, epsilon / s_B)
     for _ in range(num_passes - 1):
-        Y = _run_pass(Y, config, matmul, is_root_wanted=True)
-    Z = _run_pass(Y, config, matmul, is_root_wanted=False)
-    return make_result(
-        rescaled_symmetric(Z, s_B, -1.0 / root.numerator),
-        iterations=num_passes * config.num_iterations,
+        Y = _run_pass(Y, config.num_iterations, products, is_root_wanted=True)
+    Z = _run_pass(Y, config.num_iterations, products, is_root_wanted=False)
+    return Solution(
+        Z,
         damping=epsilon,
-        num_matmuls=counter.total,
-        num_symmetric_matmuls=counter.symmetric,
+        scale=power(s_B, -1.0 / root.numerator),
+        iterations=num_passes * config.num_iterations,
     )
 
 
-def _run_pass(Y: Tensor, config: NewtonDBConfig, matmul: Matmul, *, is_root_wanted: bool) -> Tensor:
+def _run_pass(
+    Y: Tensor, num_iterations: int, products: Products, *, is_root_wanted: bool
+) -> Tensor:
     """Y^(1/2) or Y^(-1/2) by `num_iterations` coupled steps.
 
     Args:
-        Y: (B, N, N) stack with eigenvalues in (0, 3). Not modified.
-        config: Steps, fused or separate updates.
-        matmul: Products.
+        Y: (B, N, N) stack with eigenvalues in (0, 3); its memory is used.
+        num_iterations: Steps.
+        products: Products.
         is_root_wanted: Whether Y^(1/2) is wanted, else Y^(-1/2).
 
     Returns:
         (B, N, N) stack.
     """
-    E = affine_identity_(Y.clone(), -0.5, 1.5)  # Z_0 = I
-    if config.num_iterations == 1:
-        return matmul(Y, E) if is_root_wanted else E
-    update = _fused_update if config.use_fused_matmul else _update
-    Y, Z = matmul(Y, E), E
-    for _ in range(config.num_iterations - 2):
-        E = affine_identity_(matmul(Z, Y), -0.5, 1.5)
-        Y, Z = update(Y, E, Z, matmul)
-    E = affine_identity_(matmul(Z, Y), -0.5, 1.5)
-    return matmul(Y, E) if is_root_wanted else matmul(E, Z)
+    E = torch.mul(Y, -0.5)  # Z_0 = I
+    diagonal(E).add_(1.5)
+    if num_iterations == 1:
+        return products(Y, E) if is_root_wanted else E
+    Y, Z, spare, E = products(Y, E), E, Y, torch.empty_like(Y)
+    for _ in range(num_iterations - 2):
+        _correction(Z, Y, E, products)
+        rounded_E = products.round(E)
+        products(Y, rounded_E, out=spare)
+        products(rounded_E, Z, out=Y)
+        Y, Z, spare = spare, Y, Z
+    _correction(Z, Y, E, products)
+    return products(Y, E, out=spare) if is_root_wanted else products(E, Z, out=spare)
 
 
-def _update(Y: Tensor, E: Tensor, Z: Tensor, matmul: Matmul) -> tuple[Tensor, Tensor]:
-    """Y·E and E·Z, with E rounded once."""
-    E = matmul.round(E)
-    return matmul(Y, E), matmul(E, Z)
+def _correction(Z: Tensor, Y: Tensor, E: Tensor, products: Products) -> None:
+    """E ← (3I - Z·Y)/2."""
+    products(Z, Y, out=E, alpha=-0.5)
+    diagonal(E).add_(1.5)
 
 
-def _fused_update(Y: Tensor, E: Tensor, Z: Tensor, matmul: Matmul) -> tuple[Tensor, Tensor]:
-    """Y·E and E·Z as one product of 2B matrices: [Y, E] by [E, Z], both views of one copy."""
-    num_blocks = Y.shape[0]
-    stacked = matmul.round(torch.cat((Y, E, Z)))
-    products = matmul(stacked[: 2 * num_blocks], stacked[num_blocks:])
-    return products[:num_blocks], products[num_blocks:]
+def _workspace(config: NewtonDBConfig, root: Fraction) -> int:
+    """Y, Z, E and the product that becomes the next of them, beside the root; operands that are rounded."""
+    return 4 if config.matmul_precision == "fp32" else 8
+
+
+SOLVER = Solver(solve=newton_db, workspace=_workspace, check=check)

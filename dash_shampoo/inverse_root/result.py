@@ -6,10 +6,8 @@ A numerical failure is a value, not an exception: one bad block must not stop th
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -76,10 +74,6 @@ class InverseRootResult:
         residual (Tensor): (B,) of the compute dtype: the sketched residual where one was asked for,
             else the solver's own where it has one (coupled Newton: max|M - I|), else NaN.
         damping (Tensor): (B,) of the compute dtype: the value aims at (A + damping·I)^(-1/root).
-        num_matmuls (float): Batched matmuls of the whole stack that were performed. A product
-            over a part of the stack, or by a few columns, counts by its share.
-        num_symmetric_matmuls (float): Those of `num_matmuls` whose product is symmetric by
-            structure, which a triangle kernel does at half the cost.
     """
 
     value: Tensor
@@ -87,83 +81,37 @@ class InverseRootResult:
     iterations: Tensor
     residual: Tensor
     damping: Tensor
-    num_matmuls: float = 0.0
-    num_symmetric_matmuls: float = 0.0
 
     @property
     def is_usable(self) -> Tensor:
         """(B,) bool: the blocks whose value is finite and meant to be used."""
-        return self.status <= int(InverseRootStatus.MAX_ITERATIONS)
+        return is_usable(self.status)
 
 
-def make_result(
-    value: Tensor,
-    *,
-    status: Tensor | None = None,
-    iterations: Tensor | int = 0,
-    residual: Tensor | None = None,
-    damping: Tensor | float = 0.0,
-    num_matmuls: float = 0.0,
-    num_symmetric_matmuls: float = 0.0,
-) -> InverseRootResult:
-    """Build a solver's result, with the fields that it has nothing to say about filled in.
+def is_usable(status: Tensor) -> Tensor:
+    """(B,) bool: which statuses say that the value is finite and meant to be used."""
+    return status <= int(InverseRootStatus.MAX_ITERATIONS)
 
-    Args:
-        value: (B, N, N) inverse roots.
-        status: (B,) uint8. Default: all SUCCESS.
-        iterations: (B,) int32, or one number for every block. Default: 0.
-        residual: (B,). Default: all NaN.
-        damping: (B,), or one number for every block: what the solver added to the diagonal.
-            Default: 0.
-        num_matmuls: Batched matmuls performed.
-        num_symmetric_matmuls: Those of them whose product is symmetric by structure.
 
-    Returns:
-        The result, on the device of `value`.
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What a solver hands over; scaling, symmetrising, checks and statuses are the same for all.
+
+    Attributes:
+        X (Tensor): (B, N, N) new stack. It must not be finite where A is not.
+        damping (Tensor | float): (B,), or one number: X aims at (A + damping·I)^(-1/root).
+        scale (Tensor | None): (B,) by which X is to be multiplied. None is 1.
+        is_symmetric (bool): Whether X is symmetric up to the rounding of one product; else the mean of X
+            and Xᵀ is taken.
+        status (Tensor | None): (B,) uint8. None is SUCCESS.
+        iterations (Tensor | int): (B,) int32, or one number.
+        residual (Tensor | None): (B,) a residual of the solver's own.
     """
-    num_blocks, device = value.shape[0], value.device
-    if status is None:
-        status = torch.zeros(num_blocks, dtype=torch.uint8, device=device)
-    if isinstance(iterations, int):
-        iterations = torch.full((num_blocks,), iterations, dtype=torch.int32, device=device)
-    if residual is None:
-        residual = torch.full((num_blocks,), torch.nan, dtype=value.dtype, device=device)
-    if not isinstance(damping, Tensor):
-        damping = torch.full((num_blocks,), damping, dtype=value.dtype, device=device)
-    return InverseRootResult(
-        value=value,
-        status=status,
-        iterations=iterations,
-        residual=residual,
-        damping=damping,
-        num_matmuls=num_matmuls,
-        num_symmetric_matmuls=num_symmetric_matmuls,
-    )
 
-
-def concatenate_results(results: Sequence[InverseRootResult]) -> InverseRootResult:
-    """Join the results of consecutive parts of a stack.
-
-    Args:
-        results: At least one, in the order of the rows, each with a (B, N, N) value.
-
-    Returns:
-        The result of the whole stack; matmuls count by the parts' shares of it.
-    """
-    if len(results) == 1:
-        return results[0]
-    rows = [len(result.status) for result in results]
-
-    def weighted(counts: Sequence[float]) -> float:
-        products = sum(count * num for count, num in zip(counts, rows, strict=True))
-        return products / max(sum(rows), 1)
-
-    return InverseRootResult(
-        value=torch.cat([result.value for result in results]),
-        status=torch.cat([result.status for result in results]),
-        iterations=torch.cat([result.iterations for result in results]),
-        residual=torch.cat([result.residual for result in results]),
-        damping=torch.cat([result.damping for result in results]),
-        num_matmuls=weighted([result.num_matmuls for result in results]),
-        num_symmetric_matmuls=weighted([result.num_symmetric_matmuls for result in results]),
-    )
+    X: Tensor
+    damping: Tensor | float
+    scale: Tensor | None = None
+    is_symmetric: bool = False
+    status: Tensor | None = None
+    iterations: Tensor | int = 0
+    residual: Tensor | None = None

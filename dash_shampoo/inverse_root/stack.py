@@ -1,23 +1,26 @@
-"""Inverse roots of a stack that the caller loads and stores piece by piece, under a cap on memory."""
+"""Inverse roots of a stack under a cap on memory: the entry to all solvers, and what they share."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.config import EigenConfig, RootInvConfig
-from dash_shampoo.inverse_root.dispatch import inverse_root
-from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus
+from dash_shampoo.base import EigenConfig, RootInvConfig
+from dash_shampoo.inverse_root.chunks import map_chunks, plan_chunks
+from dash_shampoo.inverse_root.result import InverseRootResult
+from dash_shampoo.inverse_root.task import Task, solve_chunk
+from dash_shampoo.products import exact_products
 
 Load = Callable[[slice], Tensor]
 Store = Callable[[slice, Tensor, Tensor], None]
 
-# Stacks that a solver holds at its peak, input and output included.
-_STACKS = 20
+_DEFAULT_CONFIG = EigenConfig()
+_NO_CAP = 2**62
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +30,19 @@ class StackOutcome:
     Attributes:
         status (Tensor): (B,) uint8, one `InverseRootStatus` per matrix.
         damping (Tensor): (B,) what was added to the diagonals: the roots are those of A + damping·I.
+        iterations (Tensor): (B,) int32, as of `InverseRootResult`.
+        residual (Tensor): (B,) as of `InverseRootResult`.
     """
 
     status: Tensor
     damping: Tensor
+    iterations: Tensor
+    residual: Tensor
+
+    @classmethod
+    def of(cls, result: InverseRootResult) -> StackOutcome:
+        """The result without its roots, so that they can be freed."""
+        return cls(result.status, result.damping, result.iterations, result.residual)
 
 
 def solve_stack(
@@ -53,8 +65,9 @@ def solve_stack(
     Args:
         load: load(rows) gives the (K, N, N) matrices of consecutive rows, in `dtype`; it may be a view,
             which is not modified. Called from several threads, for rows that don't overlap.
-        store: store(rows, value, usable) takes their roots (K, N, N), symmetric, and which of them can be
-            used (K,) bool; the others must not be written. Called like `load`, once for every row.
+        store: store(rows, value, usable) takes their roots (K, N, N), symmetric up to rounding, and which
+            of them can be used (K,) bool; the others must not be written. Called like `load`, once for
+            every row.
         num_matrices: B.
         size: N.
         root: p of A^(-1/p), positive.
@@ -68,49 +81,135 @@ def solve_stack(
         value_dtype: What `store` is given; roots that overflow in it are not usable. Default: `dtype`.
 
     Returns:
-        Status and damping of every matrix.
+        What became of every matrix.
 
     Raises:
         ValueError: As of `inverse_root`.
     """
-    value_dtype = value_dtype or dtype
-    if num_matrices == 0 or size == 0:
-        zeros = torch.zeros(num_matrices, device=device)
-        return StackOutcome(zeros.to(torch.uint8), zeros.to(dtype))
-    per_row = size**2 * dtype.itemsize * _STACKS
-    num_rows = max(1, max_workspace_bytes // per_row)
-    statuses, dampings = [], []
-    for start in range(0, num_matrices, num_rows):
-        rows = slice(start, min(start + num_rows, num_matrices))
-        result = inverse_root(load(rows), root, config, epsilon, residual_threshold)
-        value, status = result.value.to(value_dtype), result.status
-        if torch.finfo(value_dtype).max < torch.finfo(dtype).max:
-            overflows = result.is_usable & ~value.isfinite().flatten(1).all(1)
-            status = status.masked_fill(overflows, int(InverseRootStatus.NON_FINITE_RESULT))
-        store(rows, value, status <= int(InverseRootStatus.MAX_ITERATIONS))
-        statuses.append(status)
-        dampings.append(result.damping)
-    return StackOutcome(torch.cat(statuses), torch.cat(dampings))
+    task = Task.of(config, root, epsilon, residual_threshold)
+    value_dtype = dtype if value_dtype is None else value_dtype
+
+    def solve(rows: slice) -> StackOutcome:
+        result = solve_chunk(task, load(rows).contiguous(), value_dtype=value_dtype)
+        store(rows, result.value, result.is_usable)
+        return StackOutcome.of(result)
+
+    return _over_chunks(solve, task, num_matrices, size, dtype, device, max_workspace_bytes)
 
 
-def repair(
-    A: Tensor, root: int | float | Fraction, config: RootInvConfig, epsilon: float, damping: Tensor
+def inverse_root(
+    A: Tensor,
+    root: int | float | Fraction,
+    config: RootInvConfig = _DEFAULT_CONFIG,
+    epsilon: float = 0.0,
+    residual_threshold: float | None = None,
 ) -> InverseRootResult:
-    """Roots of matrices on which the solver failed: by more damping, else by clamped eigenvalues.
+    """A^(-1/root) for each block of a stack, by the solver of the config.
+
+    Every block is solved on its own: a block that holds NaN, or on which the solver fails, leaves
+    the others bit-identical, and is reported in `status` instead of by an exception.
 
     Args:
-        A: (B, N, N) the matrices; few.
-        root: p of A^(-1/p).
-        config: The solver that failed.
-        epsilon: The damping that it was given.
-        damping: (B,) the damping that it aimed at.
+        A: (B, N, N) stack, (..., N, N), or one (N, N) matrix: symmetric positive semi-definite up
+            to rounding. float32 or float64; bf16 and fp16 are computed and returned in float32.
+            Not modified.
+        root: p of A^(-1/p), positive: 2 gives the inverse square root. A float may be a fraction
+            such as 1/0.3, with solvers that accept it.
+        config: The solver and its options. Default: `EigenConfig()`.
+        epsilon: Damping: epsilon·I is added to A, as the solver's own formula says. Default: 0.
+        residual_threshold: Test every root by its `sketched_residual`, and give those above this, or
+            above what the solver's own stated error explains, the status INACCURATE; 0.3 is a good
+            value. `eigen` is not tested. Default: no test.
 
     Returns:
-        Roots of (A + damping·I) with the negative eigenvalues of A taken as 0, their largest eigenvalue at
-        most damping^(-1/p). FAILED or NON_FINITE_INPUT where nothing helps.
+        The roots in the shape of `A`, symmetric up to rounding, and per block the status, iterations
+        and residual.
+
+    Raises:
+        ValueError: If the shape, dtype, root or epsilon is not one of the above, if no solver
+            takes the config, or the solver can't do the root.
+
+    Note:
+        Solvers with a fixed number of steps don't synchronise with the host; those with a
+        stopping rule do once per step, `eigen` inside the eigendecomposition. Nothing depends on
+        autocast, the default device and dtype, or torch's precision settings.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([4.0, 16.0])).expand(3, 2, 2)
+        >>> result = inverse_root(A, root=2)
+        >>> result.value[0].diagonal().tolist(), result.status.tolist()
+        ([0.5, 0.25], [0, 0, 0])
     """
-    del config
-    shifted = A.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_((damping - epsilon)[:, None])
-    result = inverse_root(shifted, root, EigenConfig(), epsilon)
-    return replace(result, damping=damping)
+    task = Task.of(config, root, epsilon, residual_threshold)
+    stack = _as_stack(A)
+    value = torch.empty_like(stack)
+
+    def solve(rows: slice) -> StackOutcome:
+        return StackOutcome.of(solve_chunk(task, stack[rows], out=value[rows]))
+
+    num_matrices, size, _ = stack.shape
+    outcome = _over_chunks(solve, task, num_matrices, size, stack.dtype, stack.device, _NO_CAP)
+    return InverseRootResult(
+        value=value.reshape(A.shape),
+        status=outcome.status,
+        iterations=outcome.iterations,
+        residual=outcome.residual,
+        damping=outcome.damping,
+    )
+
+
+def _over_chunks(
+    solve: Callable[[slice], StackOutcome],
+    task: Task,
+    num_matrices: int,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_workspace_bytes: int,
+) -> StackOutcome:
+    """Solve the chunks of a stack, and join what became of them."""
+    if num_matrices == 0 or size == 0:
+        zeros = torch.zeros(num_matrices, dtype=dtype, device=device)
+        return StackOutcome(
+            zeros.to(torch.uint8), zeros, zeros.int(), torch.full_like(zeros, torch.nan)
+        )
+    chunks = plan_chunks(
+        num_matrices,
+        size,
+        itemsize=dtype.itemsize,
+        num_stacks=task.num_stacks,
+        device_type=device.type,
+        is_serial=task.solver.is_serial,
+        max_workspace_bytes=max_workspace_bytes,
+        num_threads=torch.get_num_threads(),
+    )
+    # Autocast would take the products of a step inside it down to half precision, unasked.
+    can_autocast = torch.amp.is_autocast_available(device.type)
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False) if can_autocast else contextlib.nullcontext(),
+        exact_products(),
+    ):
+        outcomes = map_chunks(solve, chunks)
+    if len(outcomes) == 1:
+        return outcomes[0]
+    return StackOutcome(
+        torch.cat([outcome.status for outcome in outcomes]),
+        torch.cat([outcome.damping for outcome in outcomes]),
+        torch.cat([outcome.iterations for outcome in outcomes]),
+        torch.cat([outcome.residual for outcome in outcomes]),
+    )
+
+
+def _as_stack(A: Tensor) -> Tensor:
+    """Check the input and see it as a contiguous (B, N, N) stack in the compute dtype."""
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"A must be a stack of square matrices (..., N, N), not {tuple(A.shape)}.")
+    if not A.dtype.is_floating_point:
+        raise ValueError(f"A must be of a floating-point dtype, not {A.dtype}.")
+    A = A.detach()
+    if A.dtype not in (torch.float32, torch.float64):
+        A = A.float()
+    size = A.shape[-1]
+    num_blocks = A.shape[:-2].numel()
+    return A.reshape(num_blocks, size, size).contiguous()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import OrthogonalizationConfig, RootInvConfig
-from dash_shampoo.config import MinimaxConfig
-from dash_shampoo.inverse_root import check_supported, inverse_root
+from dash_shampoo.inverse_root import MinimaxConfig, check_supported, inverse_root
 from dash_shampoo.orthogonalization.scales import match_rms_adamw
 
 

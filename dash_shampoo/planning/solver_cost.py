@@ -5,23 +5,17 @@ N: size of a factor matrix; K: number of columns of a tall operand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root import inverse_root
+from dash_shampoo.inverse_root import num_products
 
 REFERENCE_CONDITION_NUMBER = 1e6
 """Solvers with a stopping rule are counted on eigenvalues spread evenly, in their logarithm, over
 this range: about what the factor matrices of a training have with a relative damping of 1e-6."""
 
-# No solver has tall operands of this width, so that a product of N×N matrices is told from the others.
-_SIZE = 48
 _WELL_CONDITIONED = 10.0
 # Golub and Van Loan, Matrix Computations, 4th edition, section 8.3.3: the symmetric QR algorithm with
 # accumulated eigenvectors.
@@ -33,8 +27,8 @@ class SolverCost:
     """The cost of one inverse root of an N×N factor matrix, for any N.
 
     Attributes:
-        num_matmuls: N×N by N×N products, as counted by the solver.
-        num_symmetric_matmuls: Those whose product is symmetric by structure.
+        num_matmuls: N×N by N×N products.
+        num_symmetric_matmuls: Those of a matrix by itself.
         num_columns: Sum of K over products of N×N by N×K.
         num_eigendecompositions: Calls of `torch.linalg.eigh` per matrix.
         depends_on_data: Whether a stopping rule decides, so that the numbers hold for
@@ -65,7 +59,7 @@ class SolverCost:
 def measure_solver(
     config: RootInvConfig, root: float, epsilon: float, dtype: torch.dtype
 ) -> SolverCost:
-    """Counts a solver's operations by running it on a 48×48 matrix of known spectrum on the CPU.
+    """Counts a solver's operations by running it on a small matrix of known spectrum on the CPU.
 
     Args:
         config: The solver.
@@ -80,7 +74,7 @@ def measure_solver(
         ValueError: If there is no solver for the config or it cannot do the root.
 
     Examples:
-        >>> from dash_shampoo.config import NewtonDBConfig
+        >>> from dash_shampoo import NewtonDBConfig
         >>> cost = measure_solver(NewtonDBConfig(), 4, 0.0, torch.float32)
         >>> cost.matmul_flops(1024) == 2 * 1024**3 * cost.num_matmuls, cost.depends_on_data
         (True, False)
@@ -96,46 +90,12 @@ def measure_solver(
 def _count(
     config: RootInvConfig, root: float, epsilon: float, dtype: torch.dtype, condition_number: float
 ) -> tuple[float, float, float, float]:
-    eigenvalues = condition_number ** -torch.linspace(0.0, 1.0, _SIZE, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(_SIZE, _SIZE, generator=generator, dtype=torch.float64)
-    Q = torch.linalg.qr(noise).Q
-    A = ((Q * eigenvalues) @ Q.T).to(dtype)[None]
-    with _Recorder() as recorder:
-        result = inverse_root((A + A.mT) / 2, root, config, epsilon)
-    square = round(result.num_matmuls - recorder.num_columns / _SIZE, 6)
-    return (
-        square,
-        result.num_symmetric_matmuls,
-        recorder.num_columns,
-        recorder.num_eigendecompositions,
+    count = num_products(
+        config, root, epsilon=epsilon, dtype=dtype, condition_number=condition_number
     )
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees what no solver counts: tall products apart from square ones, and eigendecompositions."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.num_columns = 0.0
-        self.num_eigendecompositions = 0.0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        name = func.overloadpacket.__name__  # type: ignore[attr-defined]
-        if name == "bmm":
-            left, right = args[:2]
-            if left.shape[-2] == left.shape[-1] == _SIZE != right.shape[-1]:
-                self.num_columns += _batch(left) * right.shape[-1]
-        elif name == "_linalg_eigh":
-            self.num_eigendecompositions += _batch(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-def _batch(A: Tensor) -> int:
-    return A.shape[:-2].numel()
+    return (
+        count.num_products,
+        count.num_symmetric,
+        count.num_columns,
+        count.num_eigendecompositions,
+    )

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import dash_shampoo as ds
-import dash_shampoo.config
 from benchmarks import step_time
 from benchmarks.cases import CASES, Case, llama, make_gradients, make_parameters
 from benchmarks.memory import memory_of
 from benchmarks.peers import PEERS
 from benchmarks.step_time import CONFIGS, main, make_variants, measure_memory
+from dash_shampoo.inverse_root.registry import SOLVERS
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +54,8 @@ def test_the_tables(tmp_path, capsys):
 
 
 def test_every_solver_of_ours_has_a_row():
-    ours = {
-        value
-        for name in dash_shampoo.config.__all__
-        if isinstance(value := getattr(dash_shampoo.config, name), type)
-        and issubclass(value, ds.RootInvConfig)
-        and value.__module__ == "dash_shampoo.config"
-    }
-    assert len(ours) >= 3
+    ours = {cls for cls in SOLVERS if cls.__module__.startswith("dash_shampoo.inverse_root")}
+    assert len(ours) >= 4
     # With its defaults this one is the base's coupled Newton, which has a row.
     ours.discard(ds.ScaledCoupledNewtonConfig)
     solvers = {type(config.make().amortized_computation_config) for config in CONFIGS.values()}

@@ -41,7 +41,7 @@ def public_configs() -> dict[str, type]:
         name.split(".")[-1]: value
         for name, value in public_objects().items()
         if inspect.isclass(value)
-        and (value.__module__ == "dash_shampoo.config" or name.endswith("Config"))
+        and (value.__module__ == "dash_shampoo.config" or name.endswith(("Config", "Scaling")))
     }
 
 

@@ -18,17 +18,19 @@ from dash_shampoo.base import (
     RankDeficientStabilityConfig,
     RootInvConfig,
 )
-from dash_shampoo.config import (
+from dash_shampoo.inverse_root import (
     ChebyshevConfig,
     FrobeniusScaling,
+    InverseRootStatus,
     NewtonDBConfig,
     PowerIterationScaling,
     ScaledCoupledNewtonConfig,
     ScalingConfig,
     SpectrumRepairConfig,
+    check_supported,
+    inverse_root,
 )
-from dash_shampoo.inverse_root import InverseRootStatus, check_supported, inverse_root
-from dash_shampoo.inverse_root.dispatch import as_root
+from dash_shampoo.inverse_root.registry import as_root
 from tests.inverse_root.solver_table import SOLVERS
 from tests.reference.inverse_root import random_spd
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dash_shampoo.base import EigenConfig, PerturbationConfig, PseudoInverseConfig
-from dash_shampoo.config import SpectrumRepairConfig
-from dash_shampoo.inverse_root import InverseRootStatus, inverse_root
+from dash_shampoo.inverse_root import InverseRootStatus, SpectrumRepairConfig, inverse_root
 from dash_shampoo.inverse_root.eigen import _eigh_on_threads
 from tests.reference.inverse_root import random_orthogonal, random_spd, relative_error
 

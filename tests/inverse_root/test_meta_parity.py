@@ -18,8 +18,7 @@ from dash_shampoo.base import (
     PerturbationConfig,
     PseudoInverseConfig,
 )
-from dash_shampoo.config import ScaledCoupledNewtonConfig
-from dash_shampoo.inverse_root import InverseRootStatus, inverse_root
+from dash_shampoo.inverse_root import InverseRootStatus, ScaledCoupledNewtonConfig, inverse_root
 from tests.reference.inverse_root import random_spd, relative_error
 
 FLOAT64 = 1e-10

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dash_shampoo.config import FrobeniusScaling, PowerIterationScaling
-from dash_shampoo.inverse_root.matmul import MatmulCounter
+from dash_shampoo.inverse_root import FrobeniusScaling, PowerIterationScaling
 from dash_shampoo.inverse_root.scaling import compute_scale
 from tests.reference.inverse_root import random_spd
 
@@ -23,7 +22,7 @@ each_scaling = pytest.mark.parametrize("config", SCALINGS, ids=str)
 
 
 def _scale(A: torch.Tensor, config) -> torch.Tensor:
-    return compute_scale(A, config, MatmulCounter(A.shape[0]))
+    return compute_scale(A, config)
 
 
 @each_scaling
@@ -86,3 +85,22 @@ def test_the_global_generator_is_left_alone_and_the_scale_does_not_depend_on_it(
     torch.manual_seed(2)
     assert torch.equal(_scale(A, config), first)
     assert torch.equal(_scale(A[1:2], config), first[1:2]), "a block's scale is its own"
+
+
+@each_scaling
+@pytest.mark.parametrize("epsilon", [1e-6, 0.5, 100.0])
+def test_damping_is_part_of_the_scale(config, epsilon: float) -> None:
+    A = random_spd(3, 12, 10.0, torch.Generator().manual_seed(0))
+    if isinstance(config, FrobeniusScaling):
+        expected = torch.linalg.matrix_norm(A + epsilon * torch.eye(12, dtype=A.dtype))
+        torch.testing.assert_close(compute_scale(A, config, epsilon), expected)
+    else:  # λ_max is 1; ten power iterations end a few percent below it
+        expected = torch.full((3,), config.safety_factor * (1.0 + epsilon), dtype=A.dtype)
+        torch.testing.assert_close(compute_scale(A, config, epsilon), expected, rtol=5e-2, atol=0.0)
+
+
+@each_scaling
+def test_a_matrix_that_is_not_finite_has_no_scale(config) -> None:
+    A = torch.eye(4).repeat(3, 1, 1)
+    A[0, 1, 2], A[1, 0, 0] = torch.inf, torch.nan
+    assert compute_scale(A, config).isnan().tolist() == [True, True, False]

@@ -173,7 +173,6 @@ def test_results_are_deterministic(row: Row) -> None:
     A = _stack(row, 3, 5, 12, torch.float32)
     first, second = (inverse_root(A, row.roots[0], row.config) for _ in range(2))
     assert torch.equal(first.value, second.value)
-    assert first.num_matmuls == second.num_matmuls
 
 
 @each_row
@@ -242,7 +241,6 @@ def test_solvers_of_fixed_steps_never_look_at_values(row: Row) -> None:
     for root in row.roots:
         result = inverse_root(A, root, row.config, epsilon=1e-3)
         assert result.value.shape == A.shape
-        assert result.num_matmuls > 0
 
 
 def test_some_solvers_are_free_of_syncs_and_some_are_not() -> None:

@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dash_shampoo import base
+from dash_shampoo import MinimaxConfig, NewtonDBConfig, base
 from dash_shampoo.base import (
     NewtonSchulzOrthogonalizationConfig,
     OrthogonalizationConfig,
     SVDOrthogonalizationConfig,
 )
-from dash_shampoo.config import MinimaxConfig, NewtonDBConfig
 from dash_shampoo.orthogonalization import (
     GramOrthogonalizationConfig,
     MinimaxPolarConfig,

@@ -8,21 +8,18 @@ import pytest
 import torch
 
 from dash_shampoo.base import CoupledHigherOrderConfig, CoupledNewtonConfig, EigenConfig
-from dash_shampoo.config import (
+from dash_shampoo.inverse_root import (
     ChebyshevConfig,
+    MinimaxConfig,
     NewtonDBConfig,
+    NewtonSchulzRootInvConfig,
     PowerIterationScaling,
     ScaledCoupledNewtonConfig,
+    inverse_root,
 )
-from dash_shampoo.inverse_root import inverse_root
-from dash_shampoo.inverse_root import matmul as matmul_module
-from dash_shampoo.inverse_root.matmul import (
-    Matmul,
-    MatmulCounter,
-    _tf32_switch,
-    is_tf32_allowed,
-    round_to_tf32,
-)
+from dash_shampoo.products import Products, count_products, is_tf32_allowed, precision
+from dash_shampoo.products.precision import round_to_tf32, tf32_switch
+from dash_shampoo.products.triangle import can_use_triangle, triangular_square_
 from tests.reference.inverse_root import random_spd
 
 SIZE = 16
@@ -44,7 +41,7 @@ def _higher_order(order: int, max_iterations: int) -> CoupledHigherOrderConfig:
 
 # config, root, matmuls, those symmetric by structure, why
 COUNTS = [
-    (EigenConfig(), 4, 1, 1, "Vᵀ(fV)"),
+    (EigenConfig(), 4, 1, 0, "Vᵀ(fV)"),
     (_newton(10), 2, 29, 10, "3 a step, the first X free; C² symmetric"),
     (_newton(10), 4, 39, 20, "4 a step, the first X free; C² and C⁴ symmetric"),
     (_newton(10), 8, 49, 30, "5 a step, the first X free"),
@@ -53,7 +50,10 @@ COUNTS = [
     (NewtonDBConfig(), 2, 27, 0, "1 + 8·3 + 2: the last step needs only Z"),
     (NewtonDBConfig(), 4, 54, 0, "two passes"),
     (NewtonDBConfig(), 8, 81, 0, "three passes"),
-    (NewtonDBConfig(use_fused_matmul=True), 4, 54, 0, "a product of 2B counts as two"),
+    (NewtonSchulzRootInvConfig(), 2, 37, 10, "2 + 8·4 + 3; W² symmetric"),
+    (NewtonSchulzRootInvConfig(), 4, 74, 20, "two passes"),
+    (MinimaxConfig(relative_epsilon=1e-4), 2, 9, 9, "squares alone"),
+    (MinimaxConfig(num_squarings=4), 2, 4, 4, "as asked for"),
     (NewtonDBConfig(num_iterations=1), 2, 0, 0, "E alone"),
     (NewtonDBConfig(num_iterations=2), 2, 3, 0, "1 + 2"),
     (ChebyshevConfig(degree=20), 4, 7, 2, "4 baby steps: T_2, T_4 are squares"),
@@ -89,43 +89,50 @@ COUNTS = [
     ("config", "root", "total", "symmetric", "why"), COUNTS, ids=lambda x: str(x)[:60]
 )
 def test_matmul_counts(config, root: int, total: float, symmetric: float, why: str) -> None:
-    result = inverse_root(_spd(), root, config)
-    assert math.isclose(result.num_matmuls, total), why
-    assert result.num_symmetric_matmuls == symmetric, why
+    A = _spd()
+    with count_products(num_blocks=len(A), size=SIZE) as count:
+        inverse_root(A, root, config)
+    assert math.isclose(count.num_products + count.num_columns / SIZE, total), why
+    assert count.num_symmetric == symmetric, why
 
 
 def test_blocks_that_are_done_stop_costing_matmuls() -> None:
     A = torch.cat((torch.eye(SIZE).expand(9, SIZE, SIZE), _spd(1, condition=1e3)))
-    result = inverse_root(A, 2, CoupledNewtonConfig())
-    alone = inverse_root(A[-1:], 2, CoupledNewtonConfig())
+    with count_products(num_blocks=10, size=SIZE) as together:
+        result = inverse_root(A, 2, CoupledNewtonConfig())
+    with count_products(num_blocks=1, size=SIZE) as alone:
+        single = inverse_root(A[-1:], 2, CoupledNewtonConfig())
     assert result.iterations[-1] > result.iterations[0]
-    assert result.num_matmuls < alone.num_matmuls
-    assert torch.equal(result.value[-1:], alone.value)
+    assert together.num_products < alone.num_products
+    assert torch.equal(result.value[-1:], single.value)
 
 
 def test_counting() -> None:
-    counter = MatmulCounter(num_blocks=4)
-    matmul = Matmul("fp32", counter)
-    A = torch.randn(4, 6, 6)
-    matmul(A, A)
-    assert (counter.total, counter.symmetric) == (1.0, 0.0)
-    matmul(A[:2], A[:2], is_symmetric=True)
-    assert (counter.total, counter.symmetric) == (1.5, 0.5)
-    matmul(A, A[:, :, :3])
-    assert (counter.total, counter.symmetric) == (2.0, 0.5)
-    matmul.power(A, 5)
-    assert (counter.total, counter.symmetric) == (5.0, 3.5)
+    A, B = torch.randn(4, 16, 16), torch.randn(4, 16, 16)
+    with count_products(num_blocks=4, size=16) as count:
+        A @ B
+        assert (count.num_products, count.num_symmetric) == (1.0, 0.0)
+        A[:2] @ A[:2]
+        assert (count.num_products, count.num_symmetric) == (1.5, 0.5)
+        A @ B[:, :, :3]
+        B[:, :3] @ A
+        assert (count.num_products, count.num_columns) == (1.5, 6.0)
+        torch.ones(4, 3, 5) @ torch.ones(4, 5, 3)
+        torch.linalg.eigh(A[0])
+        assert (count.num_products, count.num_eigendecompositions) == (1.5, 0.25)
+    A @ B
+    assert count.num_products == 1.5, "only inside"
 
 
 @pytest.mark.parametrize("exponent", [1, 2, 3, 4, 5, 7, 8, 10])
 def test_power(exponent: int) -> None:
     A = _spd().double()
-    counter = MatmulCounter(num_blocks=3)
-    power = Matmul("fp32", counter).power(A, exponent)
+    with count_products(num_blocks=3, size=SIZE) as count:
+        power = Products("fp32").power(A, exponent)
     torch.testing.assert_close(power, torch.linalg.matrix_power(A, exponent))
-    assert counter.total == math.floor(math.log2(exponent)) + exponent.bit_count() - 1
+    assert count.num_products == math.floor(math.log2(exponent)) + exponent.bit_count() - 1
     with pytest.raises(ValueError, match="exponent=0"):
-        Matmul("fp32", counter).power(A, 0)
+        Products("fp32").power(A, 0)
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("tf32", 11), ("fp16", 11), ("bf16", 8)])
@@ -133,7 +140,7 @@ def test_operands_are_rounded_and_sums_are_not(precision, bits: int) -> None:
     """Unit round-off u = 2^-bits of each operand; the sums of N such products stay in float32."""
     generator = torch.Generator().manual_seed(0)
     A, B = (torch.rand(2, 64, 64, generator=generator) + 1.0 for _ in range(2))
-    product = Matmul(precision, MatmulCounter(2))(A, B)
+    product = Products(precision)(A, B)
     assert product.dtype == torch.float32
     exact = A.double() @ B.double()
     error = ((product.double() - exact) / exact).abs().max()
@@ -148,7 +155,7 @@ def test_operands_are_rounded_and_sums_are_not(precision, bits: int) -> None:
 
 def test_fp32_means_the_dtype_of_the_operands() -> None:
     A = _spd().double()
-    assert torch.equal(Matmul("fp32", MatmulCounter(3))(A, A), torch.bmm(A, A))
+    assert torch.equal(Products("fp32")(A, A), torch.bmm(A, A))
 
 
 def test_rounding_to_tf32() -> None:
@@ -166,12 +173,65 @@ def test_rounding_to_tf32() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_writing_to_out_and_rounding_before_change_nothing(precision) -> None:
     A, B = _spd(), _spd(3, 5.0)
-    matmul = Matmul(precision, MatmulCounter(3))
-    expected = matmul(A, B)
+    products = Products(precision)
+    expected = products(A, B)
     out = torch.empty_like(A)
-    assert matmul(A, B, out=out) is out
+    assert products(A, B, out=out) is out
     assert torch.equal(out, expected)
-    assert torch.equal(matmul(matmul.round(A), matmul.round(B)), expected)
+    assert torch.equal(products(products.round(A), products.round(B)), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16x3", "tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_square_with_all_it_can_do(precision, dtype: torch.dtype) -> None:
+    A, M = _spd().to(dtype), _spd(3, 5.0).to(dtype)
+    tolerance = {"fp32": 1e-6, "fp16x3": 1e-5, "tf32": 3e-3, "fp16": 3e-3, "bf16": 3e-2}[precision]
+    expected = -1.5 * A @ A + 0.25 * M + 3.0 * torch.eye(SIZE, dtype=dtype)
+    products = Products(precision)
+    out = torch.full_like(A, torch.nan)
+    found = products.square(A, alpha=-1.5, addend=M, beta=0.25, shift=3.0, out=out)
+    assert found is out
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance)
+    in_place = M.clone()
+    products.square(A, alpha=-1.5, addend=in_place, beta=0.25, shift=3.0, out=in_place)
+    assert torch.equal(in_place, found)
+    torch.testing.assert_close(products.square(A), A @ A, rtol=0.0, atol=tolerance)
+    scaled_sum = products.add_to_(M.clone(), A, A, alpha=2.0)
+    torch.testing.assert_close(scaled_sum, M + 2.0 * A @ A, rtol=0.0, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("size", [257, 512, 600, 1000])
+@pytest.mark.parametrize("with_addend", [False, True])
+def test_a_square_by_one_triangle_is_the_square(size: int, with_addend: bool) -> None:
+    S = random_spd(2, size, 10.0, torch.Generator().manual_seed(0)).float()
+    M = S.mT.contiguous() * 0.5 if with_addend else None
+    out = torch.full_like(S, torch.nan)
+    triangular_square_(out, S, 2.0, M, -0.5)
+    expected = 2.0 * S.double() @ S.double() - (0.5 * M.double() if M is not None else 0.0)
+    torch.testing.assert_close(out.double(), expected, rtol=0.0, atol=1e-5)
+    if M is not None:
+        triangular_square_(M, S, 2.0, M, -0.5)
+        assert torch.equal(M, out)
+    assert can_use_triangle(S) == (size >= 512)
+
+
+@pytest.mark.parametrize("setting", ["medium", "high"])
+def test_the_program_s_precision_of_products_has_no_say(setting: str) -> None:
+    """oneDNN takes fp32 products on the CPU down to bf16 or TF32 where there are units for it."""
+    A = random_spd(2, 256, 1e3, torch.Generator().manual_seed(0)).float()
+    configs = [MinimaxConfig(), CoupledNewtonConfig(), NewtonDBConfig(), EigenConfig()]
+    expected = [inverse_root(A, 4, c, 1e-6, residual_threshold=0.3) for c in configs]
+    try:
+        torch.set_float32_matmul_precision(setting)
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        found = [inverse_root(A, 4, c, 1e-6, residual_threshold=0.3) for c in configs]
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.value, other.value)
+        assert torch.equal(one.residual.nan_to_num(7.0), other.residual.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("is_allowed", [False, True])
@@ -192,7 +252,7 @@ def test_the_tf32_switch_is_put_back(program: str, is_allowed: bool) -> None:
             matmul.fp32_precision = program.removeprefix("new_")
         before = matmul.fp32_precision
         precision = None if program == "new_tf32" else torch.get_float32_matmul_precision()
-        with _tf32_switch(is_allowed):
+        with tf32_switch(is_allowed):
             assert is_tf32_allowed() == is_allowed
         assert matmul.fp32_precision == before
         if precision is not None:
@@ -206,7 +266,7 @@ def test_the_tf32_switch_is_put_back(program: str, is_allowed: bool) -> None:
     "config",
     [
         NewtonDBConfig(matmul_precision="fp16"),
-        NewtonDBConfig(matmul_precision="bf16", use_fused_matmul=True),
+        NewtonDBConfig(matmul_precision="bf16"),
         ScaledCoupledNewtonConfig(matmul_precision="fp16", max_iterations=10),
         ChebyshevConfig(degree=20, matmul_precision="bf16"),
         ChebyshevConfig(degree=20, matmul_precision="fp16", evaluation="clenshaw"),
@@ -228,7 +288,7 @@ def test_half_operands_as_on_cuda_give_what_the_emulation_gives(monkeypatch, con
         return product if out is None else out.copy_(product)
 
     monkeypatch.setattr(torch, "bmm", cuda_bmm)
-    monkeypatch.setattr(matmul_module, "_can_use_half_operands", lambda A: A.dtype == torch.float32)
+    monkeypatch.setattr(precision, "can_use_half_operands", lambda A: A.dtype == torch.float32)
     result = inverse_root(A, 4, config)
     assert torch.equal(result.value, expected.value)
     assert operand_dtypes & {torch.float16, torch.bfloat16}

@@ -1,0 +1,56 @@
+"""What an inverse root costs, seen from outside while its solver runs on a small matrix."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+
+from dash_shampoo.base import RootInvConfig
+from dash_shampoo.inverse_root.stack import inverse_root
+from dash_shampoo.products import ProductCount, count_products
+
+# No solver has tall operands of this width, so that a product of N×N matrices is told from the others.
+_SIZE = 48
+
+
+def num_products(
+    config: RootInvConfig,
+    root: int | float | Fraction,
+    *,
+    epsilon: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    condition_number: float = 1e6,
+) -> ProductCount:
+    """Count what a solver multiplies for one N×N matrix; the same for every N.
+
+    Args:
+        config: The solver.
+        root: p of A^(-1/p).
+        epsilon: Damping.
+        dtype: Dtype of the matrix.
+        condition_number: Of the matrix, whose eigenvalues are spread evenly in their logarithm; solvers with
+            a stopping rule depend on it.
+
+    Returns:
+        The count.
+
+    Raises:
+        ValueError: As of `inverse_root`.
+
+    Examples:
+        >>> from dash_shampoo import NewtonDBConfig
+        >>> num_products(NewtonDBConfig(), 4).num_products
+        54.0
+    """
+    eigenvalues = condition_number ** -torch.linspace(
+        0.0, 1.0, _SIZE, dtype=torch.float64, device="cpu"
+    )
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(_SIZE, _SIZE, generator=generator, dtype=torch.float64, device="cpu")
+    Q = torch.linalg.qr(noise).Q
+    A = ((Q * eigenvalues) @ Q.T).to(dtype)[None]
+    A = (A + A.mT) / 2
+    with count_products(num_blocks=1, size=_SIZE) as count:
+        inverse_root(A, root, config, epsilon)
+    return count

@@ -1,0 +1,1 @@
+"""A^(-1/p) by one minimax polynomial: the ladder that evaluates it, its tables, and the solver."""

@@ -1,0 +1,200 @@
+"""Newton-Schulz iteration for roots that are powers of two: polynomials of degree five, a fixed list of them.
+
+Shape suffixes: A_BNN is a stack of B blocks of N×N; s_B holds one number per block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base import RootInvConfig
+from dash_shampoo.inverse_root.blocks import diagonal, frobenius_norm, power, scaled
+from dash_shampoo.inverse_root.fields import check_field, is_number
+from dash_shampoo.inverse_root.result import Solution
+from dash_shampoo.inverse_root.solver import Solver
+from dash_shampoo.products import MatmulPrecision, Products, is_tf32_allowed
+
+_MAX_PASSES = 6
+
+DEFAULT_COEFFICIENTS: tuple[tuple[float, float, float], ...] = (
+    (4.13128391, -11.55333042, 8.08213853),
+    (4.12541632, -11.50684624, 8.04353601),
+    (4.10115961, -11.3160133, 7.88520944),
+    (4.00113706, -10.55155713, 7.25350491),
+    (3.60866153, -7.8859981, 5.08966931),
+    (2.60316664, -3.17091014, 1.53861587),
+    (1.90616448, -1.31144684, 0.40517076),
+    (1.875, -1.25, 0.375),
+    (1.875, -1.25, 0.375),
+    (1.875, -1.25, 0.375),
+)
+"""Each the minimax polynomial for 1 on what the ones before leave of [5e-4, 1], up to 1.03 so that rounding
+can't carry an eigenvalue out of it, divided by its largest value. The last three are the Taylor
+polynomial at 1, which corrects those divisions and rounding."""
+
+
+@dataclass(kw_only=True)
+class NewtonSchulzRootInvConfig(RootInvConfig):
+    """Coupled Newton-Schulz iteration x ← a·x + b·x³ + c·x⁵ for roots 2, 4, 8, …; no sync.
+
+    Choose this to have a result of a fixed number of products for ill-conditioned factor matrices
+    without the tables of `MinimaxConfig`. Its coefficients are one polynomial for each step, the best
+    for what the steps before have left of the interval [10^-3, 1] of the square roots of the eigenvalues;
+    so it reaches a condition number of 1e6, the inverse of `relative_epsilon`.
+
+    Attributes:
+        coefficients (tuple[tuple[float, float, float], ...]): (a, b, c) of each step, at least one.
+            (Default: DEFAULT_COEFFICIENTS)
+        relative_epsilon (float): The damping is max(epsilon, relative_epsilon·‖A‖_F). In [0, 1].
+            (Default: 1e-6)
+        disable_tf32 (bool): Whether products are fp32 although the program allows TF32. (Default: True)
+    """
+
+    coefficients: tuple[tuple[float, float, float], ...] = field(
+        default_factory=lambda: DEFAULT_COEFFICIENTS
+    )
+    relative_epsilon: float = 1e-6
+    disable_tf32: bool = True
+
+    def __post_init__(self) -> None:
+        is_list = isinstance(self.coefficients, (tuple, list)) and len(self.coefficients) > 0
+        check_field(
+            self,
+            "coefficients",
+            is_list
+            and all(len(step) == 3 and all(map(is_number, step)) for step in self.coefficients),
+            "a sequence of triples of numbers (a, b, c), at least one",
+        )
+        is_epsilon = is_number(self.relative_epsilon) and 0.0 <= self.relative_epsilon <= 1.0
+        check_field(self, "relative_epsilon", is_epsilon, "in [0, 1]")
+        check_field(self, "disable_tf32", isinstance(self.disable_tf32, bool), "True or False")
+
+
+def check(config: NewtonSchulzRootInvConfig, root: Fraction) -> None:
+    """Refuse a root that repeated square roots don't reach.
+
+    Args:
+        config: Unused; part of the signature of every check.
+        root: p of A^(-1/p).
+
+    Raises:
+        ValueError: If the root is not 2, 4, 8, … up to 64.
+    """
+    if root not in [2**k for k in range(1, _MAX_PASSES + 1)]:
+        raise ValueError(
+            f"root={root} is not one of 2, 4, 8, … 64, the roots of NewtonSchulzRootInvConfig; EigenConfig "
+            "and ChebyshevConfig take any root."
+        )
+
+
+def newton_schulz(
+    A: Tensor, root: Fraction, config: NewtonSchulzRootInvConfig, epsilon: float
+) -> Solution:
+    """A^(-1/p), p = 2^k, by W = Z·Y, P = aI + bW + cW², Y ← Y·P, Z ← P·Z from Y_0 = A/s, Z_0 = I.
+
+    The square root x of an eigenvalue of W goes to a·x + b·x³ + c·x⁵ in every step, and to 1 in the end;
+    then Y = (A/s)^(1/2) and Z = (A/s)^(-1/2). p = 4 takes the square root first and then its inverse
+    square root, and so on. s = ‖A + δI‖_F is a bound of λ_max, so x starts in (0, 1].
+
+    Args:
+        A: (B, N, N) stack, float32 or float64. Not modified.
+        root: 2, 4, 8, … 64.
+        config: Coefficients and relative damping.
+        epsilon: Absolute damping, at least 0; δ = max(epsilon, relative_epsilon·‖A‖_F).
+
+    Returns:
+        Roots times s^(1/p), symmetric up to rounding. A block of zeros with epsilon = 0 gives a finite
+        multiple of the identity.
+
+    Note:
+        4 matmuls a step, 2 less in the first, where Z = I, and one less in the last, where only Y or
+        only Z is still needed: 37 for ten steps and p = 2, 74 for p = 4. No host sync.
+
+    References:
+        Higham, Functions of Matrices, section 6.7 and theorem 5.2 (from sign iterations to coupled square
+        roots); the choice of coefficients: Polar Express, arXiv 2505.16932. The interface is that of
+        Distributed Shampoo's config of this name.
+
+    Examples:
+        >>> A = torch.diag(torch.tensor([4.0, 16.0], dtype=torch.float64))[None]
+        >>> solution = newton_schulz(A, Fraction(2), NewtonSchulzRootInvConfig(relative_epsilon=0.0), 0.0)
+        >>> [round(x, 6) for x in (solution.X * solution.scale)[0].diagonal().tolist()]
+        [0.5, 0.25]
+    """
+    products = Products(_precision(config, A))
+    tiny = torch.finfo(A.dtype).tiny
+    norm_B = frobenius_norm(A)
+    damping_B = (config.relative_epsilon * norm_B).clamp_min(epsilon)
+    trace_B = diagonal(A).sum(-1, dtype=torch.float64)
+    s_B = (norm_B.square() + damping_B * (2.0 * trace_B + A.shape[-1] * damping_B)).sqrt()
+    s_B = torch.where(s_B <= tiny, 1.0, s_B)
+    s_B = s_B + (s_B - s_B)  # inf becomes NaN
+    Y = scaled(A, s_B.reciprocal().to(A.dtype), (damping_B / s_B).to(A.dtype))
+    num_passes = root.numerator.bit_length() - 1
+    for _ in range(num_passes - 1):
+        Y = _run_pass(Y, config.coefficients, products, is_root_wanted=True)
+    Z = _run_pass(Y, config.coefficients, products, is_root_wanted=False)
+    return Solution(
+        Z,
+        damping=damping_B.to(A.dtype),
+        scale=power(s_B, -1.0 / root.numerator).to(A.dtype),
+        iterations=num_passes * len(config.coefficients),
+    )
+
+
+def _run_pass(
+    Y: Tensor,
+    coefficients: tuple[tuple[float, float, float], ...],
+    products: Products,
+    *,
+    is_root_wanted: bool,
+) -> Tensor:
+    """Y^(1/2) or Y^(-1/2).
+
+    Args:
+        Y: (B, N, N) stack with eigenvalues in (0, 1]; its memory is used.
+        coefficients: (a, b, c) of each step.
+        products: Products.
+        is_root_wanted: Whether Y^(1/2) is wanted, else Y^(-1/2).
+
+    Returns:
+        (B, N, N) stack.
+    """
+    W, P, spare = torch.empty_like(Y), torch.empty_like(Y), torch.empty_like(Y)
+    Z: Tensor | None = None  # the identity
+    for number, (a, b, c) in enumerate(coefficients):
+        is_last = number == len(coefficients) - 1
+        W_now = Y if Z is None else products(Z, Y, out=W)
+        torch.mul(W_now, b, out=P)
+        diagonal(P).add_(a)
+        products.add_to_(P, W_now, W_now, alpha=c)
+        if is_last and is_root_wanted:
+            return products(Y, P, out=spare)
+        if is_last:
+            return P if Z is None else products(P, Z, out=spare)
+        products(Y, P, out=spare)
+        if Z is None:
+            Y, Z, P, spare = spare, P, Y, torch.empty_like(Y)
+        else:
+            products(P, Z, out=Y)
+            Y, Z, spare = spare, Y, Z
+    raise AssertionError("There is at least one step.")
+
+
+def _precision(config: NewtonSchulzRootInvConfig, A: Tensor) -> MatmulPrecision:
+    """TF32 only where the config does not disable it and the program allows it."""
+    if config.disable_tf32 or not A.is_cuda or A.dtype != torch.float32:
+        return "fp32"
+    return "tf32" if is_tf32_allowed() else "fp32"
+
+
+def _workspace(config: NewtonSchulzRootInvConfig, root: Fraction) -> int:
+    """Y, Z, W, P, and the product that becomes the next of them, less the root itself."""
+    return 5
+
+
+SOLVER = Solver(solve=newton_schulz, workspace=_workspace, check=check)

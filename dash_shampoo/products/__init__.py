@@ -1,0 +1,14 @@
+"""Batched matrix products at a stated precision, and what counts them from outside."""
+
+from dash_shampoo.products.counting import ProductCount, count_products
+from dash_shampoo.products.precision import MatmulPrecision, exact_products, is_tf32_allowed
+from dash_shampoo.products.product import Products
+
+__all__ = [
+    "MatmulPrecision",
+    "ProductCount",
+    "Products",
+    "count_products",
+    "exact_products",
+    "is_tf32_allowed",
+]

@@ -1,0 +1,223 @@
+"""Batched products at one precision.
+
+Shape suffixes: A_BNN is a stack of B blocks of N×N; K is a number of columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.products.precision import (
+    SPLIT_SCALE,
+    MatmulPrecision,
+    rounded,
+    split,
+    tf32_switch,
+)
+from dash_shampoo.products.triangle import can_use_triangle, triangular_square_
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class Products:
+    """Batched products at one precision: rounded operands, fp32 accumulation, fp32 result.
+
+    - "fp32": the operands' own dtype (float64 stays float64), never TF32.
+    - "tf32": CUDA: TF32 tensor cores. CPU: the operands are rounded to TF32.
+    - "bf16", "fp16": CUDA: half-precision operands, accumulated and returned in fp32.
+      CPU, and float64 operands: the operands are rounded, then multiplied as they are.
+    - "fp16x3": an operand A is split as hi + lo/2048, both fp16, which keeps 22 bits of entries
+      above 6e-5 (so operands should be of size 1). Three products, hi·hi + (hi·lo + lo·hi)/2048; for
+      a square two, since lo·hi = (hi·lo)ᵀ.
+
+    Args:
+        precision: The precision of the operands.
+
+    Note:
+        No host sync. torch has only a process-wide switch for TF32 on CUDA: where it stands otherwise
+        than asked for here, it is set for the launch of this one product and put back. On the CPU a
+        solve runs under `exact_products`.
+
+    Examples:
+        >>> A = torch.eye(3).expand(2, 3, 3)
+        >>> torch.equal(Products("fp32")(A, A), A)
+        True
+    """
+
+    def __init__(self, precision: MatmulPrecision) -> None:
+        self.precision = precision
+
+    def round(self, A: Tensor) -> Tensor:
+        """Round an operand to the precision; worth calling for one that is used several times.
+
+        Args:
+            A: (..., N, K) operand; one that was rounded before comes back as it is.
+
+        Returns:
+            The rounded operand, on CUDA in the half dtype itself.
+        """
+        return rounded(A, self.precision)
+
+    def __call__(
+        self, A: Tensor, B: Tensor, *, out: Tensor | None = None, alpha: float = 1.0
+    ) -> Tensor:
+        """alpha·A @ B for each block.
+
+        Args:
+            A: (B, N, N) left operands, possibly rounded before.
+            B: (B, N, K) right operands, possibly rounded before.
+            out: (B, N, K) tensor to write to; must not overlap the operands.
+            alpha: Factor of the product.
+
+        Returns:
+            (B, N, K) products in the compute dtype.
+        """
+        if self.precision == "fp32" and alpha != 1.0:
+            with self._switched(A):
+                out = A.new_empty(*A.shape[:2], B.shape[2]) if out is None else out
+                return torch.baddbmm(out, A, B, beta=0.0, alpha=alpha, out=out)
+        product = self._product(self.round(A), self.round(B), out)
+        return product if alpha == 1.0 else product.mul_(alpha)
+
+    def add_to_(self, C: Tensor, A: Tensor, B: Tensor, *, alpha: float = 1.0) -> Tensor:
+        """C ← C + alpha·A @ B for each block, in place.
+
+        Args:
+            C: (B, N, K) in the compute dtype.
+            A: (B, N, N) left operands, possibly rounded before.
+            B: (B, N, K) right operands, possibly rounded before.
+            alpha: Factor of the product.
+
+        Returns:
+            `C`.
+        """
+        if self.precision == "fp32":
+            with self._switched(A):
+                return C.baddbmm_(A, B, alpha=alpha)
+        return C.add_(self(A, B), alpha=alpha)
+
+    def square(
+        self,
+        S: Tensor,
+        *,
+        out: Tensor | None = None,
+        alpha: float = 1.0,
+        addend: Tensor | None = None,
+        beta: float = 1.0,
+        shift: float = 0.0,
+    ) -> Tensor:
+        """alpha·S² + beta·addend + shift·I of symmetric blocks.
+
+        In fp32 it is one pass; a large square on the CPU is computed as one triangle. In "tf32", "fp16"
+        and "bf16" the mean μ of the diagonal is taken out before rounding, S = μI + D, and
+        S² = D² + 2μS - μ²I is put together in fp32: near a multiple of the identity, rounding then
+        loses a part of D instead of a part of μ.
+
+        Args:
+            S: (B, N, N) symmetric stack; in "fp16" its entries should be of size 1.
+            out: (B, N, N) tensor to write to; must not overlap `S`, may be `addend`. Default: a new one.
+            alpha: Factor of the square.
+            addend: (B, N, N) symmetric stack. Default: none.
+            beta: Factor of the addend.
+            shift: Added to the diagonals.
+
+        Returns:
+            `out`, as symmetric as the device's product of a matrix by itself.
+        """
+        out = torch.empty_like(S) if out is None else out
+        if self.precision == "fp32" and can_use_triangle(S):
+            triangular_square_(out, S, alpha, addend, beta)
+        elif self.precision == "fp32":
+            with self._switched(S):
+                if addend is None:
+                    torch.baddbmm(out, S, S, beta=0.0, alpha=alpha, out=out)
+                else:
+                    torch.baddbmm(addend, S, S, beta=beta, alpha=alpha, out=out)
+        else:
+            square = self._rounded_square(S).mul_(alpha)
+            if addend is not None:
+                square.add_(addend, alpha=beta)
+            out.copy_(square)
+        if shift != 0.0:
+            out.diagonal(dim1=-2, dim2=-1).add_(shift)
+        return out
+
+    def power(self, A: Tensor, exponent: int) -> Tensor:
+        """A^exponent of symmetric blocks by repeated squaring.
+
+        Args:
+            A: (B, N, N) symmetric blocks.
+            exponent: A positive integer.
+
+        Returns:
+            (B, N, N) powers; `A` itself for exponent 1.
+
+        Raises:
+            ValueError: If the exponent is below 1.
+
+        Note:
+            floor(log2(exponent)) squarings, and one product less than the binary ones of the
+            exponent.
+        """
+        if exponent < 1:
+            raise ValueError(f"{exponent=} must be a positive integer.")
+        square, result = A, None
+        while True:
+            if exponent & 1:
+                result = square if result is None else self(result, square)
+            exponent >>= 1
+            if exponent == 0:
+                assert result is not None
+                return result
+            square = self.square(square) if self.precision == "fp32" else self(square, square)
+
+    def _rounded_square(self, S: Tensor) -> Tensor:
+        """S² below fp32."""
+        if self.precision == "fp16x3":
+            return self._product(S, S, None)
+        mean = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        D = S.clone()
+        D.diagonal(dim1=-2, dim2=-1).sub_(mean[:, :, 0])
+        D = self.round(D)
+        square = self._product(D, D, None).addcmul_(S, 2.0 * mean)
+        square.diagonal(dim1=-2, dim2=-1).sub_(mean[:, :, 0].square())
+        return square
+
+    def _product(self, A: Tensor, B: Tensor, out: Tensor | None) -> Tensor:
+        """A @ B of operands that are rounded already."""
+        if self.precision == "fp16x3" and A.dtype in (torch.float32, torch.float64):
+            product = _split_product(A, B)
+            return product if out is None else out.copy_(product)
+        if A.dtype in _HALVES:
+            if out is None:
+                return torch.bmm(A, B, out_dtype=torch.float32)
+            return torch.bmm(A, B, out_dtype=torch.float32, out=out)
+        with self._switched(A):
+            return torch.bmm(A, B, out=out) if out is not None else torch.bmm(A, B)
+
+    def _switched(self, A: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Context in which torch uses TF32 as this precision wants it."""
+        if A.is_cuda and A.dtype == torch.float32:
+            return tf32_switch(self.precision == "tf32")
+        return contextlib.nullcontext()
+
+
+def _split_product(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B by fp16 halves; a square needs two products of them instead of three."""
+
+    def multiply(left: Tensor, right: Tensor) -> Tensor:
+        if left.dtype in _HALVES:
+            return torch.bmm(left, right, out_dtype=torch.float32)
+        return torch.bmm(left, right)
+
+    A_high, A_low = split(A)
+    if A is B:
+        cross = multiply(A_high, A_low)
+        cross = cross + cross.mT
+        return multiply(A_high, A_high).add_(cross, alpha=1.0 / SPLIT_SCALE)
+    B_high, B_low = split(B)
+    cross = multiply(A_high, B_low).add_(multiply(A_low, B_high))
+    return multiply(A_high, B_high).add_(cross, alpha=1.0 / SPLIT_SCALE)
