@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ class ReconstructibleShampoo(DistributedShampoo):
 
     def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
         self._arguments = _bind(args, kwargs)
-        with _words_of_base({}, self._arguments):
+        with _words_of_base([{}], self._arguments):
             check_arguments(self._arguments)
         defaults = {name: self._arguments[name] for name in OPTIONS if name in self._arguments}
         defaults["peak_lr"] = float(self._arguments["lr"])
@@ -262,7 +262,7 @@ class ReconstructibleShampoo(DistributedShampoo):
 
     def _check_group(self, group: dict[str, Any], index: int) -> None:
         where = f" of parameter group {index}"
-        with _words_of_base({} if self._is_ready else options_of(group), self._arguments):
+        with _words_of_base(map(options_of, self.param_groups), self._arguments):
             check_options(group, where)
         group["betas"] = tuple(group["betas"])  # such as a list from a YAML file
         for name, meant in misspelled(options_of(group), self.defaults):
@@ -281,7 +281,9 @@ def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _words_of_base(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[None]:
+def _words_of_base(
+    options: Iterable[Mapping[str, Any]], arguments: Mapping[str, Any]
+) -> Iterator[None]:
     """Adds to a refusal what Meta's package says to the same options: programs may look for that."""
     try:
         yield
@@ -289,8 +291,8 @@ def _words_of_base(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> 
         if base_name != "meta":
             raise
         try:
-            param = torch.nn.Parameter(torch.zeros(1))
-            DistributedShampoo([{**options, PARAMS: [param]}], **arguments)
+            groups = [{**group, PARAMS: [torch.nn.Parameter(torch.zeros(1))]} for group in options]
+            DistributedShampoo(groups, **arguments)
         except Exception as error_of_base:
             raise type(error)(f"{error} ({error_of_base})") from error
         raise
