@@ -11,12 +11,13 @@ META ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 META_READY := $(VENV)/.ready-meta
+CLIENTS_READY := $(VENV)/.ready-clients
 PIP := $(BIN)/python -m pip
 # One thread per worker: two workers with two threads each are slower than one on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench wheel test-wheel install-meta test-meta test-meta-suite clean
+.PHONY: help demo test lint format bench wheel test-wheel install-meta test-meta test-meta-suite test-clients clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +58,9 @@ test-meta-suite: $(READY)  ## Meta's own tests with DashShampoo in place of Dist
 	@test -n "$(META)" || { echo "make test-meta-suite META=/path/of/a/checkout/of/facebookresearch/optimizers"; exit 1; }
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/meta/suite.py "$(META)" $(ARGS)
 
+test-clients: $(CLIENTS_READY)  ## transformers, accelerate, lightning, peft: installed from PyPI and trained with
+	HF_HUB_OFFLINE=1 $(PYTEST) tests/clients $(ARGS)
+
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -75,4 +79,9 @@ $(READY): pyproject.toml constraints.txt | $(BIN)/python
 $(META_READY): pyproject.toml | $(READY)
 	$(PIP) install --quiet 'pip>=25.1'
 	$(PIP) install --quiet -c constraints.txt --group meta
+	touch $@
+
+$(CLIENTS_READY): pyproject.toml | $(READY)
+	$(PIP) install --quiet 'pip>=25.1'
+	$(PIP) install --quiet -c constraints.txt --group clients
 	touch $@

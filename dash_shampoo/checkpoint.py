@@ -39,6 +39,8 @@ _HOMES = (
 def safe_globals() -> list[type | tuple[type, str]]:
     """The config classes in a checkpoint, for ``torch.load(..., weights_only=True)``.
 
+    They are registered already where `dash_shampoo` has been imported.
+
     Checkpoints of Meta's package and of either base can be read with them: every config becomes the
     class of the same name of the base in use, so that the other package need not be installed. A
     checkpoint read this way can be loaded into `DashShampoo` and `DistributedShampoo`, and saved again
@@ -61,9 +63,7 @@ def safe_globals() -> list[type | tuple[type, str]]:
         >>> file = io.BytesIO()
         >>> torch.save(optimizer.state_dict(), file)
         >>> _ = file.seek(0)
-        >>> with torch.serialization.safe_globals(ds.safe_globals()):
-        ...     checkpoint = torch.load(file, weights_only=True)
-        >>> optimizer.load_state_dict(checkpoint)
+        >>> optimizer.load_state_dict(torch.load(file, weights_only=True))
     """
     named = _config_classes(base).items()
     aliases = [(cls, f"{home}.{name}") for home in _HOMES for name, cls in named]

@@ -133,7 +133,9 @@ def test_fabric(config, tmp_path):
     def run(steps, start=0, load=None, save=None):
         fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
         model = network()
-        optimizer = construct(model.parameters(), config, iterate_averaging_config=ds.ScheduleFreeConfig())
+        optimizer = construct(
+            model.parameters(), config, iterate_averaging_config=ds.ScheduleFreeConfig()
+        )
         model, optimizer = fabric.setup(model, optimizer)
         state = {"model": model, "optimizer": optimizer}
         if load:

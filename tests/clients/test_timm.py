@@ -32,7 +32,9 @@ def test_the_factory(config, layer_decay):
         )
     )
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=32, num_heads=2)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=32, num_heads=2
+    )
     optimizer = create_optimizer_v2(
         model, opt="dashshampoo", lr=1e-3, weight_decay=0.05, layer_decay=layer_decay
     )

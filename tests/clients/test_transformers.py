@@ -1,4 +1,4 @@
-"""Hugging Face Transformers: the Trainer resumes bit-exactly; PEFT's adapters train, the rest has no state."""
+"""Hugging Face Transformers: the Trainer resumes exactly; of PEFT's model only the adapters have state."""
 
 from __future__ import annotations
 
