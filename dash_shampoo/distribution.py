@@ -48,7 +48,46 @@ class DashDDPDistributedConfig(DDPDistributedConfig):
 
 
 class ManyProcesses(DistributedShampoo):
-    """The base's class, with our own distributors on both bases: a part of DashShampoo."""
+    """The base's class, with our own distributors on both bases: a part of DashShampoo.
+
+    In torch's `Join([ddp_model, optimizer])` the first rank without a batch ends the step on all ranks
+    with an error: the blocks that it owns need gradients, which DDP does not leave there.
+    """
+
+    def join_hook(self, **kwargs: Any) -> Any:
+        """For torch's Join context."""
+        from torch.distributed.algorithms.join import JoinHook
+
+        class EndsForAll(JoinHook):
+            def main_hook(self) -> None:
+                optimizer._end_for_all()
+
+        optimizer = self
+        return EndsForAll()
+
+    @property
+    def join_device(self) -> torch.device:
+        """The device of the parameters, for torch's Join context."""
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The replicas, for torch's Join context."""
+        return getattr(self._first_distributor(), "replicas", None)
+
+    def _end_for_all(self) -> None:
+        rank = torch.distributed.get_rank()
+        distributor = self._first_distributor()
+        error = RuntimeError(
+            f"Rank {rank} has no more batches while others still step, and the blocks that it owns need "
+            "its gradients: give all ranks equally many batches (DistributedSampler does), or stop all "
+            "with Join(..., throw_on_early_termination=True)."
+        )
+        distributor.update_params(distributor.substitute(error))
+
+    def _first_distributor(self) -> Any:
+        return self._per_group_state_lists[0][DISTRIBUTOR]
 
     def _select_distributor_class(self, distributed_config: DistributedConfig) -> Any:
         if type(distributed_config) is DashDDPDistributedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 from collections import defaultdict
@@ -108,7 +109,8 @@ class ReconstructibleShampoo(DistributedShampoo):
             if cohort.group["betas"][0] == 0.0 and beta1 != 0.0:
                 cohort.group["betas"] = (beta1, cohort.group["betas"][1])
         try:
-            self._construct_base()
+            with _collector_paused():
+                self._construct_base()
         except BaseException:
             vars(self).clear()
             vars(self).update(before)
@@ -269,6 +271,18 @@ class ReconstructibleShampoo(DistributedShampoo):
             logger.warning("Unknown option %s%s: was %s meant?", name, where, meant)
         for param, name in zip(group[PARAMS], names_of(group, index), strict=True):
             check_parameter(param, name, group)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection: it would go through all objects again and again that are made here."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -168,3 +168,30 @@ def averaging(rank, config, mode):
 def two_dimensions(rank):
     config = ds.DashDDPDistributedConfig(replicas=init_device_mesh("cpu", (2, 2)))
     return message(build, ds.DashShampoo, 0, config)
+
+
+def joining(rank):
+    """Rank 1 has fewer batches than rank 0."""
+    from torch.distributed.algorithms.join import Join
+
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(9, 5))
+    optimizer = ds.DashShampoo(
+        model.parameters(),
+        lr=0.1,
+        epsilon=1e-6,
+        max_preconditioner_dim=4,
+        distributed_config=ds.DDPDistributedConfig(),
+    )
+    steps = 0
+
+    def train():
+        nonlocal steps
+        with Join([model, optimizer]):
+            for _ in range(3 if rank == 1 else 5):
+                optimizer.zero_grad()
+                model(torch.ones(2, 9)).square().sum().backward()
+                optimizer.step()
+                steps += 1
+
+    return message(train), steps

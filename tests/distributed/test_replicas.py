@@ -72,6 +72,14 @@ def test_an_error_of_one_rank_reaches_all(where, communicate_params, tmp_path):
         assert all(p.isfinite().all() for p in result["after"])
 
 
+def test_uneven_inputs_end_with_an_error_on_all_ranks(tmp_path):
+    (first, first_steps), (second, second_steps) = run(2, replica_workers.joining, tmp_path)
+    assert (first_steps, second_steps) == (3, 3)
+    assert first[0] == second[0] == "RuntimeError"
+    assert "step failed on rank 1" in first[1]
+    assert "Rank 1 has no more batches while others still step" in second[1]
+
+
 def test_an_error_that_is_noticed_late_reaches_all(tmp_path):
     said = run(3, replica_workers.failing_late, tmp_path)
     assert said[1] == ("ZeroDivisionError", "noticed late")

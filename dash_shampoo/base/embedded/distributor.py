@@ -182,7 +182,12 @@ class Distributor:
             if grad is None or not has_grad or not any(cut.local_selector):
                 continue
             self._check_gradient(grad, cut)
-            pieces = multi_dim_split(grad.reshape(cut.merged_shape), self._max_dim)
+            if grad.shape != cut.merged_shape:
+                grad = grad.reshape(cut.merged_shape)
+            if cut.num_blocks == 1:
+                blocks.append(grad)
+                continue
+            pieces = multi_dim_split(grad, self._max_dim)
             blocks.extend(compress(pieces, cut.local_selector))
         if tuple(active) != self._active_params:
             self._select_active(tuple(active))

@@ -92,7 +92,7 @@ class DDPDistributor(Distributor):
         if self._is_to_be_compared:
             self._is_to_be_compared = False
             params = [cut.param for cut in self._cuts.values()]
-            if (rank := first_that_differs(params, self._replicas)) is not None:
+            if (rank := first_that_differs(params, self.replicas)) is not None:
                 logger.warning(
                     "The parameters of rank %d differ from those of the first of its replicas. Are "
                     "they stages of a pipeline, or experts? Then give DashDDPDistributedConfig("
@@ -189,19 +189,19 @@ class DDPDistributor(Distributor):
         return DTensorBlockInfo(mesh=self._owners_mesh, **fields)
 
     def _assign_blocks(self) -> tuple[bool, ...]:
-        self._replicas = self._find_replicas()
+        self.replicas = self._find_replicas()
         cuts = self._cuts.values()
         self._is_to_be_compared = check_same_parameters(
-            [cut.param for cut in cuts], list(map(self._name_of, cuts)), self._replicas
+            [cut.param for cut in cuts], list(map(self._name_of, cuts)), self.replicas
         )
 
-        ranks = dist.get_process_group_ranks(self._replicas)
+        ranks = dist.get_process_group_ranks(self.replicas)
         size = self._group_size(len(ranks))
         row, column = divmod(ranks.index(dist.get_rank()), size)
-        self._communication_group = group_of(ranks[row * size :][:size], self._replicas)
+        self._communication_group = group_of(ranks[row * size :][:size], self.replicas)
         # Those that own the same blocks, as state tensors are replicated over them.
         device_type = self._param_group[keys.PARAMS][0].device.type
-        owners_of_same = group_of(ranks[column::size], self._replicas)
+        owners_of_same = group_of(ranks[column::size], self.replicas)
         self._owners_mesh = DeviceMesh.from_group(
             owners_of_same, device_type, mesh_dim_names=("replicate",)
         )
@@ -291,7 +291,7 @@ class DDPDistributor(Distributor):
         if not self.is_late():
             return
         flag = torch.tensor(float(error is not None), device=self._flags.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._replicas)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.replicas)
         if error is None and flag.item() > 0.0:
             raise RuntimeError(
                 "The optimizer's step failed on another rank, so it ends here too; see the errors of "
