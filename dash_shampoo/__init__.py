@@ -107,6 +107,7 @@ from dash_shampoo.orthogonalization import (
     match_rms_adamw,
     muon_original,
 )
+from dash_shampoo.preconditioners import DashSOAPPreconditionerConfig, DefaultDashSOAPConfig
 
 try:
     __version__ = _version("dash-shampoo")
@@ -128,10 +129,12 @@ __all__ = [
     "CoupledNewtonConfig",
     "DDPDistributedConfig",
     "DashDDPDistributedConfig",
+    "DashSOAPPreconditionerConfig",
     "DashShampoo",
     "DashShampooPreconditionerConfig",
     "DefaultConcurrencyConfig",
     "DefaultDashConfig",
+    "DefaultDashSOAPConfig",
     "DefaultEigenConfig",
     "DefaultEigendecompositionConfig",
     "DefaultEigenvalueCorrectedShampooConfig",

@@ -21,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_shampoo import base, config, distribution, eigenbasis, inverse_root, orthogonalization
+from dash_shampoo import (
+    base,
+    config,
+    distribution,
+    eigenbasis,
+    inverse_root,
+    orthogonalization,
+    preconditioners,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +77,14 @@ def safe_globals() -> list[type | tuple[type, str]]:
     aliases = [(cls, f"{home}.{name}") for home in _HOMES for name, cls in named]
     ours = [
         cls
-        for room in (config, distribution, eigenbasis, inverse_root, orthogonalization)
+        for room in (
+            config,
+            distribution,
+            eigenbasis,
+            inverse_root,
+            orthogonalization,
+            preconditioners,
+        )
         for name, cls in _config_classes(room).items()
         if room is config or name.endswith(("Config", "Scaling"))
     ]

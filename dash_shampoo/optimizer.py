@@ -45,6 +45,7 @@ from dash_shampoo.planning import (
     plan_optimizer,
 )
 from dash_shampoo.preconditioners import (
+    DashSOAPPreconditionerConfig,
     StackedEigendecomposedKLShampooPreconditionerList,
     StackedEigendecomposedShampooPreconditionerList,
     StackedEigenvalueCorrectedShampooPreconditionerList,
@@ -78,6 +79,7 @@ _STACKED_LISTS: dict[type, type[StackedPreconditionerList]] = {
 # Ours, each with the config of the base that it adds options to.
 _OURS: dict[type, type[PreconditionerConfig]] = {
     DashShampooPreconditionerConfig: RootInvShampooPreconditionerConfig,
+    DashSOAPPreconditionerConfig: EigenvalueCorrectedShampooPreconditionerConfig,
 }
 # The base's methods that are overridden, each with the parameters that are read.
 _STEP_SEAMS = {
@@ -262,6 +264,8 @@ class DashShampoo(ConsolidatingShampoo):
         base_list = super()._preconditioner_config_to_list_cls(state_lists, group, for_base)
         if seam := missing_seam(base_list, stacked_list.block_seams, stacked_list.list_seams):
             return _fall_back(base_list, seam, method)
+        if _is_known_to_explode(preconditioner_config, group):
+            logger.warning(_EXPLODES, group["epsilon"])
         distributor = state_lists[DISTRIBUTOR]
         return stacked_list.adopt(
             base_list,
@@ -354,6 +358,22 @@ def _explanation(seam: str) -> str:
     return (
         f"This version of Distributed Shampoo (base {base_name!r}) lacks {seam}, which DashShampoo was "
         f"tested with at commit {_TESTED_COMMIT} of facebookresearch/optimizers."
+    )
+
+
+_EXPLODES = (
+    "EigenvalueCorrectedShampooPreconditionerConfig with QREigendecompositionConfig is known to explode "
+    "without grafting and with an epsilon as small as %g: it sorts its columns anew in every refresh. Use "
+    "DashSOAPPreconditionerConfig, eigh, a grafting_config, or an epsilon of 1e-4."
+)
+
+
+def _is_known_to_explode(config: PreconditionerConfig | None, group: Mapping[str, Any]) -> bool:
+    return (
+        type(config) is EigenvalueCorrectedShampooPreconditionerConfig
+        and isinstance(config.amortized_computation_config, QREigendecompositionConfig)
+        and group["grafting_config"] is None
+        and group["epsilon"] < 1e-5
     )
 
 

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "eigenbasis",
         "inverse_root",
         "orthogonalization",
+        "preconditioners",
     },
     "guards": {"base", "buckets", "checkpoint"},
     "distribution": {"base"},
@@ -71,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inverse_root",
         "orthogonalization",
         "planning",
+        "preconditioners",
     },
     "experiments": {"dash_shampoo", "inverse_root", "planning"},
 }

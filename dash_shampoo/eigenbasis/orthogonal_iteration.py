@@ -99,8 +99,8 @@ def orthogonal_iteration(
     norm of at most 0.7, measured by ‖K²‖_F^½; a block that drifts further in a refresh than that
     follows over several.
 
-    "cholesky_qr" and "householder" do it exactly, in the descending order, and put the columns back
-    into their places.
+    "cholesky_qr" and "householder" do it exactly, for A + 1e-5·λ_max·I and in the descending order, and
+    put the columns back into their places.
 
     Args:
         A: (B, N, N) stack, symmetric positive semi-definite up to rounding, finite.
@@ -187,6 +187,8 @@ def _power_step(
     """A·Q, orthonormalised in descending order of its eigenvalues, and these eigenvalues."""
     Y_BNN = torch.bmm(A_BNN, Q_BNN)
     L_BN = (Q_BNN * Y_BNN).sum(-2)
+    # A + floor·λ_max·I: what A maps to noise keeps its direction, instead of a new one every time.
+    Y_BNN.addcmul_(Q_BNN, (_FLOOR * L_BN.amax(-1).clamp_min(0.0))[:, None, None])
     order_BN = L_BN.argsort(dim=-1, descending=True, stable=True)
     Y_BNN = gather_columns(Y_BNN, order_BN)
     is_householder = config.orthogonalization == "householder"

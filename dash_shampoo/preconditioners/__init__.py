@@ -13,6 +13,10 @@ from dash_shampoo.preconditioners.root_inverse import (
     StackedRootInvShampooPreconditionerList,
 )
 from dash_shampoo.preconditioners.sign_descent import StackedSignDescentPreconditionerList
+from dash_shampoo.preconditioners.soap_config import (
+    DashSOAPPreconditionerConfig,
+    DefaultDashSOAPConfig,
+)
 from dash_shampoo.preconditioners.spectral_descent import StackedSpectralDescentPreconditionerList
 from dash_shampoo.preconditioners.stacked import (
     BucketView,
@@ -22,6 +26,8 @@ from dash_shampoo.preconditioners.stacked import (
 
 __all__ = [
     "BucketView",
+    "DashSOAPPreconditionerConfig",
+    "DefaultDashSOAPConfig",
     "StackedEigendecomposedKLShampooPreconditionerList",
     "StackedEigendecomposedShampooPreconditionerList",
     "StackedEigenvalueCorrectedShampooPreconditionerList",

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from dash_shampoo.base import PreconditionerList
 from dash_shampoo.buckets import Piece, stack_
+from dash_shampoo.eigenbasis import follows_a_basis, is_identity
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
+from dash_shampoo.preconditioners.stacked import contract
+from dash_shampoo.safety import is_asynchronous
 
 
 class StackedEigenvalueCorrectedShampooPreconditionerList(
@@ -22,6 +25,10 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         Q ← eigenvectors of F / bias_correction2       per stack, when the amortized computation is due
         V ← beta2·V + w·(G ×₁ Q₁ᵀ ×₂ Q₂ᵀ …)²            per bucket
         U ← (G ×₁ Q₁ᵀ …) / ((V / bias_correction2)^a + ε) ×₁ Q₁ ×₂ Q₂ …     a = 1/2 unless overridden
+
+    `DashSOAPPreconditionerConfig` leaves the first step to the factor matrices, and carries V over where
+    a basis changes all at once: V ← V ×₁ (P₁∘P₁)ᵀ …, P = Q_oldᵀ·Q_new, the second moments in the new basis
+    of entries that were uncorrelated in the old one.
 
     References:
         Vyas et al. (SOAP), arXiv 2409.11321; Eschenhagen et al., arXiv 2506.03595.
@@ -44,6 +51,11 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
             stack_([blocks[index].corrected_eigenvalues for index in bucket.blocks])
             for bucket in self._layout.buckets
         )
+        self._skips_first = bool(getattr(self._options, "skip_first_step", False))
+        self._aligns = bool(getattr(self._options, "align_second_moment", False))
+        # Whether this step has no direction, and 1 - beta2^steps of the second moment.
+        self._is_idle = False
+        self._moment_correction = 1.0
         self._exponents = [1 / blocks[bucket.blocks[0]].roots[0] for bucket in self._layout.buckets]
 
     @torch.no_grad()
@@ -65,6 +77,13 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
             ValueError: If the eigenvectors of a block failed more often in a row than is tolerated.
         """
         super().update_buckets(masked_grad_list, step, perform_amortized_computation)
+        self._is_idle = self._skips_first and int(step) == 1
+        if self._is_idle:
+            return
+        # CPU scalars, so that reading them is no device synchronisation.
+        self._moment_correction = float(self._bias_correction2)
+        if self._skips_first and self._moment_correction != 1.0:
+            self._moment_correction = 1.0 - self._beta2 ** (int(step) - 1)
         for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
             second_moment = self._second_moments[piece.bucket.number][piece.slots]
             for part in self._parts(grads):
@@ -86,6 +105,8 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         Returns:
             Tensors of the same shapes and dtypes.
         """
+        if self._is_idle:
+            return tuple(map(torch.zeros_like, masked_grad_list))
         directions = []
         for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
             directions.append(self._by_parts(grads, partial(self._direction, piece)))
@@ -95,7 +116,41 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         """Adam's direction in the eigenbasis, of some rows of a piece."""
         bases = self._bases(piece, part)
         second_moment = self._second_moments[piece.bucket.number][piece.slots][part]
-        # A CPU scalar, so that reading it is no device synchronisation.
-        denominator = second_moment.div(float(self._bias_correction2))
+        denominator = second_moment.div(self._moment_correction)
         denominator.pow_(self._exponents[piece.bucket.number]).add_(self._epsilon)
         return self._from_basis(self._to_basis(grads, bases).div_(denominator), bases)
+
+    # -------------------------------------------------------------------------- the refresh
+
+    def _refresh(self) -> None:
+        """Refreshes the bases, and carries the second moments over where that is wanted."""
+        follows = follows_a_basis(self._options.amortized_computation_config)
+        changing = [
+            active.stack
+            for active in self._active.stacks
+            if self._aligns and (not follows or self._may_lack_basis[active.stack])
+        ]
+        previous = {number: self._eigenvectors[number].data.clone() for number in changing}
+        super()._refresh()
+        changes = {number: self._change(number, Q, follows) for number, Q in previous.items()}
+        for piece in self._active.pieces:
+            matrices = {
+                factor.dimension: changes[factor.stack][piece.factor_rows(factor)]
+                for factor in piece.bucket.factors
+                if factor.stack in changes
+            }
+            if matrices:
+                second_moment = self._second_moments[piece.bucket.number][piece.slots]
+                second_moment.copy_(contract(second_moment, matrices, self._basis_dtype))
+
+    def _change(self, number: int, previous: Tensor, follows: bool) -> Tensor:
+        """P∘P, P = Q_oldᵀ·Q_new, of every row of a stack; I where a column continues its own."""
+        Q = self._eigenvectors[number].data
+        squares = torch.bmm(previous.mT, Q).square_()
+        if not follows:
+            return squares
+        is_new = is_identity(previous)
+        if not is_asynchronous(Q.device):
+            self._may_lack_basis[number] = bool(is_identity(Q).any())
+        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        return torch.where(is_new[:, None, None], squares, identity)

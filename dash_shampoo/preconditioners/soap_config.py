@@ -1,0 +1,59 @@
+"""The config of an eigenvalue-corrected Shampoo (SOAP) that works out of the box."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dash_shampoo.base import (
+    EigendecompositionConfig,
+    EigenvalueCorrectedShampooPreconditionerConfig,
+)
+from dash_shampoo.config import DashShampooPreconditionerConfig, SafetyConfig
+from dash_shampoo.eigenbasis import OrthogonalIterationConfig
+
+
+@dataclass(kw_only=True)
+class DashSOAPPreconditionerConfig(EigenvalueCorrectedShampooPreconditionerConfig):
+    """`EigenvalueCorrectedShampooPreconditionerConfig` with a start and a basis that do no harm.
+
+    The base's, with its QR iterations, without grafting and with a small epsilon, is known to explode: in
+    the first step a block's own gradient is all but diagonal in its eigenbasis, so that rounding is
+    divided by rounding; and the columns of the basis are sorted anew in every refresh, so that a second
+    moment belongs to another column than it was gathered for. Here the first step only gathers factor
+    matrices and a first basis, every column continues its own, and where a basis changes all at once, the
+    second moment is carried over. The state is the base's.
+
+    Choose this for SOAP. Use it without grafting, at Adam's learning rate.
+
+    Attributes:
+        amortized_computation_config (EigendecompositionConfig): How eigenvectors are computed.
+            (Default: OrthogonalIterationConfig())
+        skip_first_step (bool): Whether the first step gathers factor matrices alone: the parameters get
+            no direction, and the second moment begins with the second gradient. (Default: True)
+        align_second_moment (bool): Whether the second moment is carried over, by the squares of the
+            change of basis, where the basis changes other than by following: in a first refresh, and in
+            every one of a method that sorts its columns. (Default: True)
+        max_workspace_bytes (int): As of `DashShampooPreconditionerConfig`. (Default: 2**30)
+        safety (SafetyConfig | None): As there. (Default: None)
+    """
+
+    amortized_computation_config: EigendecompositionConfig = field(
+        default_factory=OrthogonalIterationConfig
+    )
+    skip_first_step: bool = True
+    align_second_moment: bool = True
+    max_workspace_bytes: int = 2**30
+    safety: SafetyConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The checks of the shared options are that config's.
+        DashShampooPreconditionerConfig(
+            max_workspace_bytes=self.max_workspace_bytes, safety=self.safety
+        )
+
+
+DefaultDashSOAPConfig = DashSOAPPreconditionerConfig(
+    use_symmetric_packing=False, safety=SafetyConfig()
+)
+"""SOAP to start from: state kept unpacked, for speed; bad blocks handled one by one."""

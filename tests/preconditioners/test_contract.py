@@ -1,0 +1,142 @@
+"""What every list promises, ours included, on whichever base: one table drives all."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+
+import dash_shampoo as ds
+from tests.preconditioners.list_table import (
+    _SOAP,
+    LISTS,
+    Row,
+    _config,
+    build,
+    flat,
+    gradients,
+    parameters,
+    run,
+)
+
+_dash_soap = functools.partial(_config, "DashSOAPPreconditionerConfig")
+ROWS = (
+    *LISTS,
+    Row("dash_soap", _dash_soap(), _SOAP),
+    Row(
+        "dash_soap_sorted",
+        _dash_soap(amortized_computation_config=ds.EighEigendecompositionConfig()),
+        _SOAP,
+    ),
+)
+each_row = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+def take_step(params, optimizer, grads) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    optimizer.step()
+
+
+@each_row
+def test_the_state_of_a_block_has_the_keys_of_the_base(row: Row) -> None:
+    params, optimizer = run(row, torch.float32, 2)
+    for param in params:
+        blocks = [v for k, v in optimizer.state[param].items() if str(k).startswith("block")]
+        assert blocks
+        for block in blocks:
+            if not row.keys:
+                assert "shampoo" not in block
+                continue
+            record = block["shampoo"]
+            names = record.keys() if isinstance(record, dict) else vars(record).keys()
+            has_factors = isinstance(record, dict) and "factor_matrices" in names
+            assert set(row.keys) <= set(names) or not has_factors
+
+
+@each_row
+def test_a_resume_is_exact(row: Row) -> None:
+    all_gradients = list(gradients(row.shapes, torch.float32, 8))
+    params = parameters(row.shapes, torch.float32)
+    optimizer = build(row, params, torch.float32)
+    for grads in all_gradients[:4]:
+        take_step(params, optimizer, grads)
+    resumed_params = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    resumed = build(row, resumed_params, torch.float32)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for grads in all_gradients[4:]:
+        take_step(params, optimizer, grads)
+        take_step(resumed_params, resumed, grads)
+    for param, other in zip(params, resumed_params, strict=True):
+        assert torch.equal(param, other)
+    state, other_state = (flat(o.state_dict()["state"]) for o in (optimizer, resumed))
+    assert all(torch.equal(state[path], other_state[path]) for path in state)
+
+
+@each_row
+@pytest.mark.parametrize("missing", ["never", "alternating"])
+def test_block_by_block_gives_the_same_as_bucket_by_bucket(
+    row: Row, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, _ = run(row, torch.float64, 30, missing, start_preconditioning_step=20)
+    monkeypatch.setattr("dash_shampoo.optimizer._missing_step_seam", lambda: "the seam")
+    others, _ = run(row, torch.float64, 30, missing, start_preconditioning_step=20)
+    for param, other in zip(params, others, strict=True):
+        assert torch.allclose(param, other, rtol=1e-8, atol=1e-10)
+
+
+@each_row
+def test_a_gradient_that_is_not_finite_raises_and_enters_no_state(row: Row) -> None:
+    params, optimizer = run(row, torch.float32, 3)
+    before = {
+        path: tensor.clone() for path, tensor in flat(optimizer.state_dict()["state"]).items()
+    }
+    grads = next(gradients(row.shapes, torch.float32, 1))
+    grads[-1].view(-1)[0] = torch.nan
+    with pytest.raises(ds.PreconditionerValueError, match="gradient"):
+        take_step(params, optimizer, grads)
+    for path, tensor in flat(optimizer.state_dict()["state"]).items():
+        assert path.endswith("step") or torch.equal(tensor, before[path]), path
+
+
+@each_row
+def test_parameters_in_bf16_keep_a_state_in_float32(row: Row) -> None:
+    params = parameters(row.shapes, torch.bfloat16)
+    optimizer = build(row, params, torch.float32)
+    for grads in gradients(row.shapes, torch.bfloat16, 6):
+        take_step(params, optimizer, grads)
+    assert all(torch.isfinite(param).all() and param.dtype == torch.bfloat16 for param in params)
+    for path, tensor in flat(optimizer.state_dict()["state"]).items():
+        if "/shampoo/" in path:
+            assert tensor.dtype == torch.float32, path
+
+
+@each_row
+def test_zero_gradients_are_harmless(row: Row) -> None:
+    params = parameters(row.shapes, torch.float32)
+    optimizer = build(row, params, torch.float32)
+    for _ in range(3):
+        take_step(params, optimizer, [torch.zeros_like(param) for param in params])
+    assert all(torch.isfinite(param).all() for param in params)
+
+
+@each_row
+def test_groups_have_their_own(row: Row) -> None:
+    params = parameters(row.shapes, torch.float32)
+    half = len(params) // 2
+    config = row.config(torch.float32)
+    optimizer = build(
+        row,
+        [
+            {"params": params[:half], "lr": 0.0},
+            {"params": params[half:], "preconditioner_config": config},
+        ],
+        torch.float32,
+    )
+    before = [param.detach().clone() for param in params]
+    for grads in gradients(row.shapes, torch.float32, 3):
+        take_step(params, optimizer, grads)
+    assert all(torch.equal(p, b) for p, b in zip(params[:half], before[:half], strict=True))
+    assert not any(torch.equal(p, b) for p, b in zip(params[half:], before[half:], strict=True))
