@@ -26,8 +26,8 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         V ← beta2·V + w·(G ×₁ Q₁ᵀ ×₂ Q₂ᵀ …)²            per bucket
         U ← (G ×₁ Q₁ᵀ …) / ((V / bias_correction2)^a + ε) ×₁ Q₁ ×₂ Q₂ …     a = 1/2 unless overridden
 
-    `DashSOAPPreconditionerConfig` leaves the first step to the factor matrices, and carries V over where
-    a basis changes all at once: V ← V ×₁ (P₁∘P₁)ᵀ …, P = Q_oldᵀ·Q_new, the second moments in the new basis
+    `DashSOAPPreconditionerConfig` gives the first step no direction, and carries V over where a basis
+    changes all at once: V ← V ×₁ (P₁∘P₁)ᵀ …, P = Q_oldᵀ·Q_new, the second moments in the new basis
     of entries that were uncorrelated in the old one.
 
     References:
@@ -53,9 +53,7 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         )
         self._skips_first = bool(getattr(self._options, "skip_first_step", False))
         self._aligns = bool(getattr(self._options, "align_second_moment", False))
-        # Whether this step has no direction, and 1 - beta2^steps of the second moment.
-        self._is_idle = False
-        self._moment_correction = 1.0
+        self._is_idle = False  # whether this step has no direction
         self._exponents = [1 / blocks[bucket.blocks[0]].roots[0] for bucket in self._layout.buckets]
 
     @torch.no_grad()
@@ -76,14 +74,14 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
             PreconditionerValueError: If a factor matrix is not finite.
             ValueError: If the eigenvectors of a block failed more often in a row than is tolerated.
         """
-        super().update_buckets(masked_grad_list, step, perform_amortized_computation)
         self._is_idle = self._skips_first and int(step) == 1
-        if self._is_idle:
-            return
-        # CPU scalars, so that reading them is no device synchronisation.
-        self._moment_correction = float(self._bias_correction2)
-        if self._skips_first and self._moment_correction != 1.0:
-            self._moment_correction = 1.0 - self._beta2 ** (int(step) - 1)
+        if self._is_idle:  # in the basis of the parameters, from which it is carried over
+            self._accumulate_all_(masked_grad_list)
+        super().update_buckets(masked_grad_list, step, perform_amortized_computation)
+        if not self._is_idle:
+            self._accumulate_all_(masked_grad_list)
+
+    def _accumulate_all_(self, masked_grad_list: Sequence[Tensor]) -> None:
         for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
             second_moment = self._second_moments[piece.bucket.number][piece.slots]
             for part in self._parts(grads):
@@ -116,7 +114,8 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         """Adam's direction in the eigenbasis, of some rows of a piece."""
         bases = self._bases(piece, part)
         second_moment = self._second_moments[piece.bucket.number][piece.slots][part]
-        denominator = second_moment.div(self._moment_correction)
+        # A CPU scalar, so that reading it is no device synchronisation.
+        denominator = second_moment.div(float(self._bias_correction2))
         denominator.pow_(self._exponents[piece.bucket.number]).add_(self._epsilon)
         return self._from_basis(self._to_basis(grads, bases).div_(denominator), bases)
 

@@ -19,17 +19,17 @@ class DashSOAPPreconditionerConfig(EigenvalueCorrectedShampooPreconditionerConfi
     The base's, with its QR iterations, without grafting and with a small epsilon, is known to explode: in
     the first step a block's own gradient is all but diagonal in its eigenbasis, so that rounding is
     divided by rounding; and the columns of the basis are sorted anew in every refresh, so that a second
-    moment belongs to another column than it was gathered for. Here the first step only gathers factor
-    matrices and a first basis, every column continues its own, and where a basis changes all at once, the
-    second moment is carried over. The state is the base's.
+    moment belongs to another column than it was gathered for. Here the first step only gathers
+    statistics, every column continues its own, and where a basis changes all at once, the second moment
+    is carried over. The state is the base's.
 
     Choose this for SOAP. Use it without grafting, at Adam's learning rate.
 
     Attributes:
         amortized_computation_config (EigendecompositionConfig): How eigenvectors are computed.
             (Default: OrthogonalIterationConfig())
-        skip_first_step (bool): Whether the first step gathers factor matrices alone: the parameters get
-            no direction, and the second moment begins with the second gradient. (Default: True)
+        skip_first_step (bool): Whether the first step only gathers: the parameters get no direction, and
+            the first gradient enters the second moment in the basis of the parameters. (Default: True)
         align_second_moment (bool): Whether the second moment is carried over, by the squares of the
             change of basis, where the basis changes other than by following: in a first refresh, and in
             every one of a method that sorts its columns. (Default: True)

@@ -56,17 +56,20 @@ def test_the_first_step_gathers_a_basis_alone() -> None:
     for Q, F in zip(bases(optimizer), (G @ G.T, G.T @ G), strict=True):
         E = Q.T @ F @ Q
         assert torch.allclose(E, E.diag().diag(), atol=1e-10)
-    assert float(lists(optimizer)._second_moments[0].abs().max()) == 0.0  # type: ignore[attr-defined]
+    Q0, Q1 = bases(optimizer)
+    expected = 0.1 * Q0.square().T @ G.square() @ Q1.square()
+    assert torch.allclose(lists(optimizer)._second_moments[0][0], expected)  # type: ignore[attr-defined]
 
 
-def test_the_second_moment_begins_with_the_second_gradient() -> None:
+def test_the_second_step_is_adam_s_in_the_basis() -> None:
     param, optimizer = build(config())
     step(param, optimizer, 0)
+    before = lists(optimizer)._second_moments[0][0].clone()  # type: ignore[attr-defined]
     direction = step(param, optimizer, 1)
     Q0, Q1 = bases(optimizer)
     R = Q0.T @ gradient(1) @ Q1
-    # V = (1 - beta2)·R² over 1 - beta2: the signs of R, whatever its size.
-    assert torch.allclose(direction, Q0 @ (R / (R.abs() + 1e-8)) @ Q1.T, atol=1e-9)
+    V = (0.9 * before + 0.1 * R.square()) / (1 - torch.tensor(0.9) ** 2)
+    assert torch.allclose(direction, Q0 @ (R / (V.sqrt() + 1e-8)) @ Q1.T, rtol=1e-5)
 
 
 def test_without_skipping_and_aligning_it_is_the_base_s_method() -> None:
@@ -94,6 +97,8 @@ def test_second_moments_are_carried_over_by_the_squares_of_the_change_of_basis(
     for seed in range(7):
         step(param, optimizer, seed)
         new = bases(optimizer)
+        if seed == 0:
+            V = 0.1 * gradient(seed).square()
         V = (Q[0].T @ new[0]).square().T @ V @ (Q[1].T @ new[1]).square()
         Q = new
         if seed > 0:
@@ -139,7 +144,9 @@ def test_a_config_that_is_known_to_explode_is_warned_of_once(
         param, optimizer = build(base)
         for seed in range(3):
             step(param, optimizer, seed)
-    assert [r.message.split(" is known")[0] for r in caplog.records] == [
+    # Meta's package has warnings of its own.
+    ours = [r.message for r in caplog.records if r.name.startswith("dash_shampoo")]
+    assert [message.split(" is known")[0] for message in ours] == [
         "EigenvalueCorrectedShampooPreconditionerConfig with QREigendecompositionConfig"
     ]
     caplog.clear()
@@ -148,7 +155,7 @@ def test_a_config_that_is_known_to_explode_is_warned_of_once(
         build(base, grafting_config=ds.AdamPreconditionerConfig())
         build(config(amortized_computation_config=qr))
         build(config(ds.EigenvalueCorrectedShampooPreconditionerConfig))
-    assert caplog.records == []
+    assert not any("explode" in record.message for record in caplog.records)
 
 
 def test_on_a_small_problem_it_descends_where_the_base_s_start_does_not() -> None:
