@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "safety",
         "step",
     },
-    "planning": {"base", "buckets", "config", "inverse_root"},
+    "planning": {"base", "buckets", "config", "eigenbasis", "inverse_root", "preconditioners"},
     "drop_in": {"optimizer"},
     "grouping": {"base", "planning"},
     "dash_shampoo": {

@@ -336,7 +336,7 @@ def test_empty_shards_and_scalars():
 
 
 BAD = {
-    "config": ({"preconditioner_config": ds.DefaultSOAPConfig}, "can't be planned"),
+    "config": ({"preconditioner_config": ds.ClassicMomentumConfig()}, "can't be planned"),
     "root": (
         {"preconditioner_config": config(ds.NewtonDBConfig(), inverse_exponent_override={2: 0.3})},
         "root=",

@@ -18,27 +18,47 @@ from dash_shampoo.base import (
     SHAMPOO_PRECONDITIONER_LIST,
     AdaGradPreconditionerConfig,
     AdamPreconditionerConfig,
+    BaseShampooPreconditionerConfig,
     DistributedShampoo,
     EigenConfig,
+    EigendecomposedKLShampooPreconditionerConfig,
+    EigendecomposedShampooPreconditionerConfig,
+    EigenvalueCorrectedShampooPreconditionerConfig,
     PreconditionerConfig,
+    PreconditionerList,
     PseudoInverseConfig,
     RMSpropPreconditionerConfig,
+    RootInvKLShampooPreconditionerConfig,
     RootInvShampooPreconditionerConfig,
     SGDPreconditionerConfig,
+    SignDescentPreconditionerConfig,
     SingleDeviceDistributedConfig,
+    SpectralDescentPreconditionerConfig,
 )
 from dash_shampoo.buckets import BlockSpec
 from dash_shampoo.config import DashShampooPreconditionerConfig
 from dash_shampoo.inverse_root import check_supported
+from dash_shampoo.preconditioners import DashSOAPPreconditionerConfig
 
 _PARAMS = ("params", "param_names")
-_SHAMPOO = (RootInvShampooPreconditionerConfig, DashShampooPreconditionerConfig)
-# By elements alone: no factor matrices.
-_ELEMENTWISE = (
+# Each with the config of the base that has its state.
+_SHAMPOO: dict[type, type[BaseShampooPreconditionerConfig]] = {
+    RootInvShampooPreconditionerConfig: RootInvShampooPreconditionerConfig,
+    RootInvKLShampooPreconditionerConfig: RootInvKLShampooPreconditionerConfig,
+    DashShampooPreconditionerConfig: RootInvShampooPreconditionerConfig,
+    EigendecomposedShampooPreconditionerConfig: EigendecomposedShampooPreconditionerConfig,
+    EigendecomposedKLShampooPreconditionerConfig: EigendecomposedKLShampooPreconditionerConfig,
+    EigenvalueCorrectedShampooPreconditionerConfig: EigenvalueCorrectedShampooPreconditionerConfig,
+    DashSOAPPreconditionerConfig: EigenvalueCorrectedShampooPreconditionerConfig,
+}
+# No factor matrices.
+_OTHERS = (
     AdaGradPreconditionerConfig,
     AdamPreconditionerConfig,
     RMSpropPreconditionerConfig,
     SGDPreconditionerConfig,
+    SignDescentPreconditionerConfig,
+    SpectralDescentPreconditionerConfig,
 )
 META = torch.device("meta")
 
@@ -76,13 +96,13 @@ class GroupProfile:
     Attributes:
         options: The group's options as the base completed them.
         shampoo: Its preconditioner config as it was given, with the solver; None where a group is
-            preconditioned by elements, as by Adam.
+            has no factor matrices, as with Adam.
         shared_bytes: Bytes of state that all parameters of the group share (the step count, …).
         blocks: The blocks of each parameter, in order.
     """
 
     options: Mapping[str, Any]
-    shampoo: RootInvShampooPreconditionerConfig | None
+    shampoo: BaseShampooPreconditionerConfig | None
     shared_bytes: int
     blocks: Mapping[ParameterSpec, tuple[BlockCost, ...]]
 
@@ -149,7 +169,7 @@ def profile_groups(
         for specs, own, config in zip(distinct, group_options, configs, strict=True)
     ]
     replaced = ("preconditioner_config", "distributed_config")
-    optimizer = DistributedShampoo(
+    optimizer = _Allocating(
         groups, **{key: value for key, value in options.items() if key not in replaced}
     )
     return [
@@ -160,8 +180,8 @@ def profile_groups(
 
 def _preconditioner_config(options: Mapping[str, Any]) -> PreconditionerConfig:
     config = options.get("preconditioner_config", RootInvShampooPreconditionerConfig())
-    if type(config) not in _SHAMPOO + _ELEMENTWISE:
-        known = ", ".join(cls.__name__ for cls in _SHAMPOO + _ELEMENTWISE)
+    if type(config) not in (*_SHAMPOO, *_OTHERS):
+        known = ", ".join(cls.__name__ for cls in (*_SHAMPOO, *_OTHERS))
         raise ValueError(
             f"preconditioner_config={type(config).__name__} can't be planned: it must be one of "
             f"{known}."
@@ -172,18 +192,33 @@ def _preconditioner_config(options: Mapping[str, Any]) -> PreconditionerConfig:
 
 def _on_the_base(config: PreconditionerConfig) -> PreconditionerConfig:
     """The same state with a solver that every base has; the solver leaves no trace in the state."""
-    if not isinstance(config, RootInvShampooPreconditionerConfig):
+    cls = _SHAMPOO.get(type(config))
+    if cls is None:
         return config
-    solver = config.amortized_computation_config
-    repair = getattr(solver, "rank_deficient_stability_config", None)
-    eigen = EigenConfig()
-    if isinstance(repair, PseudoInverseConfig):  # demands another epsilon
-        eigen = replace(eigen, rank_deficient_stability_config=repair)
-    plain = {
-        field.name: getattr(config, field.name)
-        for field in fields(RootInvShampooPreconditionerConfig)
-    }
-    return RootInvShampooPreconditionerConfig(**{**plain, "amortized_computation_config": eigen})
+    plain = {field.name: getattr(config, field.name) for field in fields(cls)}
+    if isinstance(config, RootInvShampooPreconditionerConfig):
+        solver = config.amortized_computation_config
+        repair = getattr(solver, "rank_deficient_stability_config", None)
+        eigen = EigenConfig()
+        if isinstance(repair, PseudoInverseConfig):  # demands another epsilon
+            eigen = replace(eigen, rank_deficient_stability_config=repair)
+        plain["amortized_computation_config"] = eigen
+    return cls(**plain)
+
+
+class _Allocating(DistributedShampoo):
+    """The base's optimizer, which allocates what it may be unable to compute itself."""
+
+    def _preconditioner_config_to_list_cls(
+        self, state_lists: Any, group: dict[str, Any], preconditioner_config: Any
+    ) -> Any:
+        lists = super()._preconditioner_config_to_list_cls(
+            state_lists, group, preconditioner_config
+        )
+        if isinstance(lists, PreconditionerList):
+            # The embedded base checks its own lists, by their exact type, for what they can compute.
+            lists.__class__ = type(type(lists).__name__, (type(lists),), {})
+        return lists
 
 
 def _single_device(options: Mapping[str, Any]) -> SingleDeviceDistributedConfig:
@@ -212,8 +247,8 @@ def _read_profile(
             if isinstance(value, Mapping)
         )
         shared.update((id(v), v) for v in optimizer.state[param].values() if isinstance(v, Tensor))
-    shampoo = config if isinstance(config, RootInvShampooPreconditionerConfig) else None
-    if shampoo is not None:
+    shampoo = config if isinstance(config, BaseShampooPreconditionerConfig) else None
+    if isinstance(shampoo, RootInvShampooPreconditionerConfig):
         for root in {r for costs in blocks.values() for block in costs for r in block.spec.roots}:
             check_supported(shampoo.amortized_computation_config, root)
     return GroupProfile(
@@ -235,6 +270,8 @@ def _block_specs(state_lists: Mapping[str, Any]) -> Iterator[BlockSpec]:
         if factors is not None:
             selector = preconditioners._local_preconditioned_dims_selector_list[index]
             roots = factors[index].roots
+            if hasattr(factors[index], "corrected_eigenvalues"):  # the one root is not of a factor
+                roots = (1.0,) * sum(selector)
         yield BlockSpec(tuple(block.shape), tuple(selector), tuple(roots), block.dtype, META)
 
 

@@ -11,15 +11,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import compress
+from typing import Any
 
 import torch
 
-from dash_shampoo.base import RootInvShampooPreconditionerConfig
+from dash_shampoo.base import (
+    BaseShampooPreconditionerConfig,
+    EigendecomposedShampooPreconditionerConfig,
+    EigenvalueCorrectedShampooPreconditionerConfig,
+    RootInvConfig,
+    RootInvShampooPreconditionerConfig,
+)
 from dash_shampoo.planning.blocks import BlockCost, GroupProfile
 from dash_shampoo.planning.devices import Device, precision_of
-from dash_shampoo.planning.solver_cost import SolverCost, measure_solver
+from dash_shampoo.planning.solver_cost import SolverCost, eigenbasis_cost, measure_solver
 
-FACTOR_KINDS = ("factor_matrices", "inv_factor_matrices")
+FACTOR_KINDS = ("factor_matrices", "inv_factor_matrices", "factor_matrices_eigenvectors")
 
 
 @dataclass(frozen=True)
@@ -81,15 +88,19 @@ class GroupCost:
         self.precondition_frequency: int = profile.options["precondition_frequency"]
         # Without factor matrices the defaults are never used.
         config = profile.shampoo or RootInvShampooPreconditionerConfig()
-        solver = config.amortized_computation_config
+        solver: Any = config.amortized_computation_config
         is_wide = config.factor_matrix_dtype == torch.float64
         compute_dtype = torch.float64 if is_wide else torch.float32
-        self._inverse_dtype = config.inv_factor_matrix_dtype
+        self._inverse_dtype, self._num_passes = _application(config)
         self._compute_itemsize = compute_dtype.itemsize
         precision = str(getattr(solver, "matmul_precision", "fp32"))
         self._solver_precision = precision_of(compute_dtype) if precision == "fp32" else precision
         self.solver_cost: Callable[[float], SolverCost] = cache(
-            lambda root: measure_solver(solver, root, profile.options["epsilon"], compute_dtype)
+            lambda root: (
+                measure_solver(solver, root, profile.options["epsilon"], compute_dtype)
+                if isinstance(solver, RootInvConfig)
+                else eigenbasis_cost(solver)
+            )
         )
         self.of_block: Callable[[BlockCost], StepCost] = cache(self._of_block)
 
@@ -101,10 +112,12 @@ class GroupCost:
         frequency = self.precondition_frequency
         sizes = list(compress(spec.shape, spec.selector))
         solves = [(self.solver_cost(root), n) for n, root in zip(sizes, spec.roots, strict=True)]
-        factor_bytes, inverse_bytes = (state.get(kind, 0) for kind in FACTOR_KINDS)
+        factor_bytes = state.get("factor_matrices", 0)
+        inverse_bytes = sum(state.get(kind, 0) for kind in FACTOR_KINDS[1:])
 
         # G₍ₖ₎G₍ₖ₎ᵀ of an N×M unfolding is 2N²M, and so is each mode product; N·M is the block.
-        outer = mode = sum(2.0 * size * numel for size in sizes)
+        outer = sum(2.0 * size * numel for size in sizes)
+        mode = self._num_passes * outer
         root_flops = sum(cost.matmul_flops(n) for cost, n in solves) / frequency
         eigh_flops = sum(cost.eigendecomposition_flops(n) for cost, n in solves) / frequency
         moved = self._compute_itemsize * sum(cost.elements_moved(n) for cost, n in solves)
@@ -136,3 +149,14 @@ class GroupCost:
             # The state is read and written; the gradient and the direction are read.
             elementwise_seconds=(2 * others + 2 * grad_bytes) / bandwidth,
         )
+
+
+def _application(config: BaseShampooPreconditionerConfig) -> tuple[torch.dtype, int]:
+    """The dtype in which a gradient is preconditioned, and by how many matrices in each dimension."""
+    if isinstance(config, EigenvalueCorrectedShampooPreconditionerConfig):
+        # The gradient and its average into the basis, the direction out of it.
+        return config.factor_matrix_eigenvectors_dtype, 3
+    if isinstance(config, EigendecomposedShampooPreconditionerConfig):
+        return config.factor_matrix_eigenvectors_dtype, 2
+    assert isinstance(config, RootInvShampooPreconditionerConfig)
+    return config.inv_factor_matrix_dtype, 1

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dash_shampoo.base import RootInvConfig
+from dash_shampoo.base import EigendecompositionConfig, QREigendecompositionConfig, RootInvConfig
+from dash_shampoo.eigenbasis import OrthogonalIterationConfig
 from dash_shampoo.inverse_root import num_products
 
 REFERENCE_CONDITION_NUMBER = 1e6
@@ -85,6 +86,37 @@ def measure_solver(
     )
     depends_on_data = cost != reference
     return SolverCost(*cost, depends_on_data=depends_on_data)
+
+
+def eigenbasis_cost(config: EigendecompositionConfig) -> SolverCost:
+    """What the methods' docstrings say that new eigenvectors cost; a QR decomposition is 4/3 products.
+
+    Args:
+        config: How eigenvectors are computed.
+
+    Returns:
+        The cost of one matrix.
+
+    Examples:
+        >>> eigenbasis_cost(OrthogonalIterationConfig()).num_matmuls
+        4.0
+    """
+    match config:
+        case OrthogonalIterationConfig():
+            of_one = {
+                "rotation": (4.0, 1.0),
+                "cholesky_qr": (5.0, 2.0),
+                "householder": (7 / 3, 0.0),
+            }
+            products, symmetric = (
+                config.num_iterations * n for n in of_one[config.orthogonalization]
+            )
+            return SolverCost(products, symmetric, 0.0, 0.0, config.tolerance > 0.0)
+        case QREigendecompositionConfig():
+            steps = config.max_iterations
+            products = 2.0 + steps * (1.0 + 4 / 3) + max(steps - 1, 0)
+            return SolverCost(products, 0.0, 0.0, 0.0, config.tolerance > 0.0)
+    return SolverCost(0.0, 0.0, 0.0, 1.0, config.tolerance > 0.0)
 
 
 def _count(
