@@ -10,6 +10,7 @@ from dash_shampoo.base import LR_CPU_PINNED, PREVIOUS_GRAD_SELECTOR, Distributed
 from dash_shampoo.base import name as base_name
 from dash_shampoo.guards import settings
 from dash_shampoo.guards.cohorts import PARAMS, options_of
+from dash_shampoo.guards.missing import explain_missing_gradients
 from dash_shampoo.guards.reconstruction import ReconstructibleShampoo
 from dash_shampoo.guards.settings import GroupSettings
 
@@ -25,6 +26,8 @@ class FollowingShampoo(ReconstructibleShampoo):
 
     Accepts the arguments of the base's class; see there.
     """
+
+    _has_warned = False
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Updates the parameters.
@@ -48,7 +51,19 @@ class FollowingShampoo(ReconstructibleShampoo):
             if self._cohorts:
                 with self._inside():
                     _BASE_STEP(self)
+                self._look_for_gradients()
         return loss
+
+    def _look_for_gradients(self) -> None:
+        if self._has_warned or any(
+            any(lists[PREVIOUS_GRAD_SELECTOR] or ()) for lists in self._per_group_state_lists
+        ):
+            return
+        params = [param for cohort in self._cohorts for param in cohort.params]
+        # A process may own no block of a parameter that has a gradient.
+        if params and all(param.grad is None for param in params):
+            explain_missing_gradients(params, self._name_of(params[0]))
+            self._has_warned = True
 
     def train(self) -> None:
         """Puts the parameters to the training sequence Y; without averaging does nothing."""

@@ -231,7 +231,7 @@ def test_a_sparse_gradient(config):
         optimizer.step()
 
 
-def test_steps_without_gradients(config):
+def test_steps_without_gradients(config, caplog):
     model = network()
     optimizer = construct(model.parameters(), config, weight_decay=0.1)
     before = values(model)
@@ -239,6 +239,9 @@ def test_steps_without_gradients(config):
     optimizer.zero_grad()
     optimizer.step()
     assert torch.equal(before, values(model))
+    assert (
+        caplog.text.count("No parameter has a gradient (the first is 0 of parameter group 0)") == 1
+    )
 
 
 # --------------------------------------------------------------------------------- checkpoints
