@@ -262,9 +262,13 @@ def _conforms(value: object, allowed: tuple[type, ...]) -> bool:
         return bool in allowed
     if float in allowed and isinstance(value, Real):
         return True
-    if int in allowed and isinstance(value, Integral):
+    if int in allowed and (isinstance(value, Integral) or _is_whole(value)):
         return True
     return isinstance(value, allowed)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, float) and value.is_integer()
 
 
 def _shown(value: object) -> str:

@@ -110,10 +110,8 @@ class FollowingShampoo(ReconstructibleShampoo):
         present = [param for group in groups for param in group[PARAMS]]
         steps = self._steps()
         kept = {param: steps[param] for param in present if param in steps}
-        new = [{PARAMS: [param for param in present if param not in kept]}]
-        self._reconstruct(
-            {**kept, **self._trainable(new)}, "Parameters in the groups were replaced"
-        )
+        # The others begin with their first gradient.
+        self._reconstruct(kept, "Parameters in the groups were replaced")
 
     def _check_shapes(self) -> None:
         param = self._seen.reshaped()

@@ -133,8 +133,7 @@ def steps_to_load(
                     f"{_REFUSED} it has no entry for a parameter of shape {tuple(param.shape)}, which "
                     "is trained. Was it saved with other parameters or groups?"
                 )
-            else:  # frozen when the state was saved
-                result[param] = 0
+            # Else it was frozen when the state was saved, and begins with its first gradient.
     return result
 
 

@@ -48,5 +48,6 @@ def _sharded_modules() -> list[torch.nn.Module]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not hasattr(fsdp, "FSDPModule"):
         return []
-    roots = [obj for obj in gc.get_objects() if isinstance(obj, fsdp.FSDPModule)]
+    # By type: to ask an object for its class makes some modules of torch warn.
+    roots = [obj for obj in gc.get_objects() if issubclass(type(obj), fsdp.FSDPModule)]
     return [module for root in roots for module in root.modules()]

@@ -63,6 +63,9 @@ class GuardedShampoo(FollowingShampoo):
 
     def _exported_state(self) -> dict[Tensor, dict[str, Any]]:
         """Nested dicts of the state's tensors, by parameter."""
+        if self._seen.have_other_groups(self.param_groups):
+            with self._neutral():
+                self._take_over_groups()
         self._bound.heal_()
         if not self._cohorts:
             return {}
@@ -111,7 +114,10 @@ class GuardedShampoo(FollowingShampoo):
         self._follow()
         steps = loading.steps_to_load(self.param_groups, self._steps(), saved)
         wanted = partition(self.param_groups, steps)
-        if [c.params for c in wanted] != [c.params for c in self._cohorts]:
+        members, wanted_members = (
+            [[*map(id, cohort.params)] for cohort in cohorts] for cohorts in (self._cohorts, wanted)
+        )
+        if wanted_members != members:
             self._reconstruct(steps, "The saved state has other step counts")
         self._bound.heal_()
         if not self._cohorts:

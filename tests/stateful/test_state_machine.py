@@ -1,0 +1,252 @@
+"""Random lives of an optimizer against the float64 reference: whatever happens between steps, the parameters
+are those of an optimizer to which nothing happened.
+
+200 sequences; STATE_MACHINE_SEQUENCES in the environment asks for more.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import dash_shampoo as ds
+from tests.reference.shampoo import Options, ReferenceShampoo
+
+NUM_SEQUENCES = int(os.environ.get("STATE_MACHINE_SEQUENCES", "200"))
+# So few that no first gradient comes late enough for a step count of its own, which the reference lacks.
+NUM_ACTIONS = 10
+SHAPES = st.sampled_from([(), (1,), (5,), (3, 4), (4, 3), (8, 8), (9, 2), (2, 3, 4), (1, 6)])
+# Both sides compute in float64; what is left is the order of sums, and roots of damped factors.
+TOLERANCE = {"rtol": 1e-7, "atol": 1e-9}
+
+
+class Life(RuleBasedStateMachine):
+    """One optimizer, and a reference for every set of parameters that began together."""
+
+    @initialize(
+        shapes=st.lists(st.lists(SHAPES, min_size=1, max_size=3), min_size=1, max_size=2),
+        beta1=st.sampled_from([0.0, 0.9]),
+        beta2=st.sampled_from([0.9, 1.0]),
+        decay_type=st.sampled_from(["L2", "DECOUPLED", "CORRECTED", "INDEPENDENT"]),
+        grafting=st.sampled_from([None, "SGD", "Adam"]),
+        frequency=st.sampled_from([1, 3]),
+        is_averaged=st.booleans(),
+        num_frozen=st.integers(0, 2),
+        is_packed=st.booleans(),
+    )
+    def construct(
+        self,
+        shapes,
+        beta1,
+        beta2,
+        decay_type,
+        grafting,
+        frequency,
+        is_averaged,
+        num_frozen,
+        is_packed,
+    ):
+        self.seed, self.references, self.waiting = 0, [], {}
+        self.options = Options(
+            lr=0.05,
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=1e-2,
+            weight_decay=0.1,
+            weight_decay_type=decay_type,
+            peak_lr=0.05,
+            max_preconditioner_dim=8,
+            precondition_frequency=frequency,
+            start_preconditioning_step=frequency,
+            grafting=grafting,
+            schedule_free=(0.9, 2.0) if is_averaged else None,
+        )
+        config = ds.RootInvShampooPreconditionerConfig(
+            factor_matrix_dtype=torch.float64,
+            inv_factor_matrix_dtype=torch.float64,
+            use_symmetric_packing=is_packed,
+        )
+        graftings = {
+            None: None,
+            "SGD": ds.SGDPreconditionerConfig(),
+            "Adam": ds.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8),
+        }
+        averaging = ds.ScheduleFreeConfig(train_interp_coeff=0.9, eval_coeff_lr_power=2.0)
+        self.settings = {
+            "lr": 0.05,
+            "betas": (beta1, beta2),
+            "epsilon": 1e-2,
+            "weight_decay": 0.1,
+            "weight_decay_type": ds.WeightDecayType[decay_type],
+            "max_preconditioner_dim": 8,
+            "precondition_frequency": frequency,
+            "grafting_config": graftings[grafting],
+            "preconditioner_config": config,
+            "iterate_averaging_config": averaging if is_averaged else None,
+        }
+        groups = [[self.parameter(shape) for shape in group] for group in shapes]
+        for p in [p for group in groups for p in group][1 : 1 + num_frozen]:
+            p.requires_grad_(False)
+        self.optimizer = self.optimizer_of(groups)
+        for number, group in enumerate(groups):
+            self.begin(number, group)
+
+    def parameter(self, shape):
+        return torch.nn.Parameter(self.random(shape))
+
+    def random(self, shape):
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def optimizer_of(self, groups):
+        return ds.DashShampoo([{"params": list(group)} for group in groups], **self.settings)
+
+    def begin(self, number, params):
+        """Parameters of group `number` start together; frozen ones wait for their first gradient."""
+        positions = [i for i, p in enumerate(params) if p.requires_grad]
+        if positions:
+            start = [params[i].detach().clone() for i in positions]
+            self.references.append((number, positions, ReferenceShampoo(start, self.options)))
+        for i, p in enumerate(params):
+            if not p.requires_grad:
+                self.waiting[number, i] = True
+
+    # ------------------------------------------------------------------------------- actions
+
+    @rule(data=st.data())
+    def step(self, data):
+        grads = {}
+        for number, group in enumerate(self.optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                has_gradient = p.requires_grad and data.draw(st.integers(0, 4)) > 0
+                p.grad = self.random(p.shape) if has_gradient else None
+                grads[number, i] = None if p.grad is None else p.grad.clone()
+        for key in [key for key in self.waiting if grads[key] is not None]:
+            # Those that begin in one step of one group begin together.
+            del self.waiting[key]
+            number, i = key
+            reference = ReferenceShampoo([self.param(number, i).detach().clone()], self.options)
+            self.references.append((number, [i], reference))
+        self.optimizer.step()
+        for number, positions, reference in self.references:
+            reference.step([grads[number, i] for i in positions])
+
+    def param(self, number, i):
+        return self.optimizer.param_groups[number]["params"][i]
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def thaw(self, data):
+        self.param(*data.draw(st.sampled_from(sorted(self.waiting)))).requires_grad_(True)
+
+    @rule()
+    def swap_memory(self):
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.data = p.data.clone()
+
+    @rule()
+    def change_layout(self):
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.dim() == 2:
+                    p.data = p.data.T.contiguous().T
+
+    @rule(how=st.sampled_from([copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))]))
+    def copy(self, how):
+        self.optimizer = how(self.optimizer)
+
+    @rule(is_in_memory=st.booleans())
+    def save_and_resume(self, is_in_memory):
+        state = copy.deepcopy(self.optimizer.state_dict())
+        if not is_in_memory:
+            file = io.BytesIO()
+            torch.save(self.optimizer.state_dict(), file)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
+        groups = [
+            [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in group["params"]]
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer = self.optimizer_of(groups)
+        self.optimizer.load_state_dict(state)
+
+    @rule()
+    def replace_parameters(self):
+        for group in self.optimizer.param_groups:
+            new = [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in group["params"]]
+            for p, q in zip(group["params"], new, strict=True):
+                if p in self.optimizer.state:
+                    self.optimizer.state[q] = self.optimizer.state.pop(p)
+            group["params"] = new
+
+    @rule()
+    def move_state_to_shared_memory(self):
+        def share(tree):
+            for value in tree.values():
+                share(value) if isinstance(value, dict) else value.share_memory_()
+
+        share(self.optimizer.state_dict()["state"])
+
+    @precondition(lambda self: len(self.optimizer.param_groups) < 4)
+    @rule(shape=SHAPES)
+    def add_group(self, shape):
+        params = [self.parameter(shape)]
+        # Options are the others' of now, which a constructor's would not be after an edit.
+        present = self.optimizer.param_groups[0]
+        options = {k: v for k, v in present.items() if k not in ("params", "param_names")}
+        self.optimizer.add_param_group({"params": params, **options})
+        self.begin(len(self.optimizer.param_groups) - 1, params)
+
+    @rule(lr=st.sampled_from([0.01, 0.05]), decay=st.sampled_from([0.0, 0.2]))
+    def edit_lr_and_decay(self, lr, decay):
+        self.edit(lr=lr, weight_decay=decay)
+        self.options.lr, self.options.weight_decay = lr, decay
+
+    @rule(beta1=st.sampled_from([0.5, 0.8]), beta2=st.sampled_from([0.7, 0.99]))
+    def edit_betas(self, beta1, beta2):
+        # An EMA can't begin in mid-training, and a sum can't become one.
+        beta1 = beta1 if self.options.beta1 else 0.0
+        beta2 = beta2 if self.options.beta2 < 1.0 else 1.0
+        self.edit(betas=(beta1, beta2))
+        self.options.beta1, self.options.beta2 = beta1, beta2
+
+    @rule(epsilon=st.sampled_from([1e-2, 1e-1]))
+    def edit_epsilon(self, epsilon):
+        self.edit(epsilon=epsilon)
+        self.options.epsilon = epsilon
+
+    def edit(self, **options):
+        for group in self.optimizer.param_groups:
+            group.update(options)
+
+    # ------------------------------------------------------------------------------ promises
+
+    @invariant()
+    def parameters_are_the_references(self):
+        for number, positions, reference in getattr(self, "references", ()):
+            for i, expected in zip(positions, reference.params(), strict=True):
+                torch.testing.assert_close(self.param(number, i).detach(), expected, **TOLERANCE)
+
+    @invariant()
+    def frozen_parameters_have_no_state(self):
+        for number, i in getattr(self, "waiting", {}):
+            assert self.param(number, i) not in self.optimizer.state
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(
+    max_examples=NUM_SEQUENCES,
+    stateful_step_count=NUM_ACTIONS,
+    deadline=None,
+    derandomize=NUM_SEQUENCES == 200,
+    suppress_health_check=list(HealthCheck),
+)
