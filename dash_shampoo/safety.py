@@ -23,9 +23,9 @@ Slot = tuple[int, int]
 
 _MEANING = {
     InverseRootStatus.NON_FINITE_INPUT: "the factor matrix has nan or inf entries",
-    InverseRootStatus.NON_FINITE_RESULT: "the inverse root has nan or inf entries",
+    InverseRootStatus.NON_FINITE_RESULT: "the result has nan or inf entries",
     InverseRootStatus.FAILED: "the solver failed",
-    InverseRootStatus.INACCURATE: "the inverse root is inaccurate",
+    InverseRootStatus.INACCURATE: "the result is inaccurate",
 }
 _ADVICE = (
     "Check the inputs and gradients for nan or inf, lower the learning rate, or raise the epsilon of "
@@ -184,6 +184,7 @@ class FailureLedger:
         num_tolerated_failures: How many failures in a row of one block are tolerated where no safety
             config is given.
         safety: How failures are handled; None for the base's rules.
+        subject: What is computed of a factor matrix, for messages.
     """
 
     def __init__(
@@ -192,10 +193,12 @@ class FailureLedger:
         block_names: Sequence[str],
         num_tolerated_failures: int,
         safety: SafetyConfig | None,
+        subject: str = "inverse root",
     ) -> None:
         self._blocks = blocks
         self._block_names = block_names
         self._num_tolerated_failures = num_tolerated_failures
+        self._subject = subject
         self._safety = safety
         self.pending: list[_Outcome] = []
         self._counts: Counter[int] = Counter()
@@ -312,7 +315,7 @@ class FailureLedger:
     def _message(self, block: int, number: int, status: InverseRootStatus) -> str:
         index = self._blocks[block].factor_matrix_indices[number]
         return (
-            f"Inverse root of factor matrix {index} of {self._block_names[block]}: "
+            f"{self._subject.capitalize()} of factor matrix {index} of {self._block_names[block]}: "
             f"{_MEANING[status]}. {_ADVICE}"
         )
 
@@ -320,9 +323,10 @@ class FailureLedger:
         if block not in self._warned:
             self._warned.add(block)
             logger.warning(
-                "%s The previous root stays in use unless it is computed again; further failures of "
-                "this block are only counted.",
+                "%s The previous %s in use unless computed again; further failures of this block are "
+                "only counted.",
                 self._message(block, number, status),
+                "root stays" if self._subject == "inverse root" else f"{self._subject} stay",
             )
 
 

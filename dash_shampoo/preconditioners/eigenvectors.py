@@ -31,6 +31,7 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
     """A list that keeps the eigenvectors Q of every factor matrix, refreshed stack by stack."""
 
     block_seams: tuple[str, ...] = (*BLOCK_SEAMS, "factor_matrices_eigenvectors")
+    subject: str = "eigenvectors"
     _eigenvectors: tuple[MatrixStack, ...]
 
     @staticmethod

@@ -105,10 +105,12 @@ class StackedPreconditionerList(_ShampooList):
     Attributes:
         list_seams: What the list needs of the base's list.
         block_seams: What it needs of the base's record of a block.
+        subject: What it computes of factor matrices, for messages.
     """
 
     list_seams: tuple[str, ...] = LIST_SEAMS
     block_seams: tuple[str, ...] = BLOCK_SEAMS
+    subject: str = "inverse root"
     _layout: Layout
     _factors: tuple[MatrixStack, ...]
     _options: StackedOptions
@@ -167,6 +169,7 @@ class StackedPreconditionerList(_ShampooList):
             block_names,
             options.num_tolerated_failed_amortized_computations,
             options.safety,
+            self.subject,
         )
         self._is_asynchronous = any(is_asynchronous(stack.device) for stack in self._layout.stacks)
         self._adopt_state()

@@ -140,3 +140,29 @@ def test_groups_have_their_own(row: Row) -> None:
         take_step(params, optimizer, grads)
     assert all(torch.equal(p, b) for p, b in zip(params[:half], before[:half], strict=True))
     assert not any(torch.equal(p, b) for p, b in zip(params[half:], before[half:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if "factor_matrices_eigenvectors" in row.keys], ids=str
+)
+@pytest.mark.parametrize("safety", [None, ds.SafetyConfig()], ids=["plain", "safe"])
+def test_as_on_an_accelerator_it_gives_the_same(
+    row: Row, safety: ds.SafetyConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands in for a device whose values the host has to wait for."""
+    config = row.config(torch.float64)
+    if safety is not None and not hasattr(config, "safety"):
+        pytest.skip("the base's config has no safety")
+    if safety is not None:
+        config.safety = safety
+    options = {"preconditioner_config": config, "start_preconditioning_step": 20}
+    params, _ = run(row, torch.float64, 26, **options)
+    for module in ("safety", "preconditioners.stacked", "preconditioners.eigenvectors"):
+        monkeypatch.setattr(f"dash_shampoo.{module}.is_asynchronous", lambda device: True)
+    monkeypatch.setattr(
+        "dash_shampoo.preconditioners.eigenvalue_corrected.is_asynchronous", lambda device: True
+    )
+    monkeypatch.setattr("dash_shampoo.eigenbasis.result._READABLE_DEVICES", set())
+    others, _ = run(row, torch.float64, 26, **options)
+    for param, other in zip(params, others, strict=True):
+        assert torch.allclose(param, other, rtol=1e-7, atol=1e-9)

@@ -195,3 +195,30 @@ def test_on_a_small_problem_it_descends_where_the_base_s_start_does_not() -> Non
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ds.DashSOAPPreconditionerConfig(**options)  # type: ignore[arg-type]
+
+
+def test_a_failed_eigendecomposition_is_named_and_the_previous_basis_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    eigh = config(
+        ds.EigenvalueCorrectedShampooPreconditionerConfig,
+        num_tolerated_failed_amortized_computations=1,
+    )
+    param, optimizer = build(eigh)
+    step(param, optimizer, 0)
+    before = bases(optimizer)
+
+    def failing(A: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    with caplog.at_level(logging.WARNING, logger="dash_shampoo"):
+        step(param, optimizer, 1)
+    assert (
+        "Eigenvectors of factor matrix 0.block_0.0 of parameter 0: the solver failed" in caplog.text
+    )
+    assert "The previous eigenvectors stay in use" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(before, bases(optimizer), strict=True))
+    assert optimizer.failure_counts() == {"parameter 0": 2}
+    with pytest.raises(ValueError, match="2 times in a row"):
+        step(param, optimizer, 2)
