@@ -29,7 +29,7 @@ Orthogonalization = Literal["rotation", "cholesky_qr", "householder"]
 # they say of directions is not followed.
 _FLOOR = 1e-5
 # Bound of ‖K‖₂ up to which I + K + b·K² is near enough to orthogonal.
-_LARGEST_ROTATION = 0.7
+_LARGEST_ROTATION = 0.5
 
 
 @dataclass(kw_only=True)
@@ -54,13 +54,13 @@ class OrthogonalIterationConfig(EigendecompositionConfig):
         use_sorting (bool): Whether the columns are sorted by eigenvalue, ascending as in the base.
             (Default: False)
         orthogonality_tolerance (float): Q is taken one step of Newton-Schulz nearer to orthogonal
-            where a sketched ‖QᵀQ - I‖ is above this. Positive. (Default: 0.003)
+            where a sketched ‖QᵀQ - I‖ is above this. Positive. (Default: 0.005)
     """
 
     num_iterations: int = 1
     orthogonalization: Orthogonalization = "rotation"
     use_sorting: bool = False
-    orthogonality_tolerance: float = 0.003
+    orthogonality_tolerance: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +96,7 @@ def orthogonal_iteration(
     eigenvalues into one another at every noise). Q·(I + K + b·K²) with b = 1/2 + μ/8 + μ²/16 and
     μ = ‖K²‖_F²/‖K‖_F², about the largest squared angle, is orthogonal up to b²·max m(m - μ) over the
     squared angles m: exactly so for a single one, where b = 1/2 would leave m²/4. K is shortened to a
-    norm of at most 0.7, measured by ‖K²‖_F^½; a block that drifts further in a refresh than that
+    norm of at most 0.5, measured by ‖K²‖_F^½; a block that drifts further in a refresh than that
     follows over several.
 
     "cholesky_qr" and "householder" do it exactly, for A + 1e-5·λ_max·I and in the descending order, and
