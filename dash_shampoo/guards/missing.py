@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 
 def explain_missing_gradients(params: Sequence[Tensor], name: str) -> None:
@@ -36,10 +34,10 @@ def explain_missing_gradients(params: Sequence[Tensor], name: str) -> None:
             "fully_shard first, and construct the optimizer with the sharded model's parameters and "
             "distributed_config=FullyShardDistributedConfig()."
         )
-    logger.warning(
-        "No parameter has a gradient (the first is %s), so that this step changes nothing. Was the model "
+    warnings.warn(
+        f"No parameter has a gradient (the first is {name}), so that this step changes nothing. Was the model "
         "wrapped or replaced after the optimizer was constructed?",
-        name,
+        stacklevel=2,
     )
 
 

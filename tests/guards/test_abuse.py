@@ -231,7 +231,7 @@ def test_a_sparse_gradient(config):
         optimizer.step()
 
 
-def test_steps_without_gradients(config, caplog):
+def test_steps_without_gradients(config):
     model = network()
     optimizer = construct(model.parameters(), config, weight_decay=0.1)
     before = values(model)

@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -242,7 +243,7 @@ class Life(RuleBasedStateMachine):
             assert self.param(number, i) not in self.optimizer.state
 
 
-TestLife = Life.TestCase
+TestLife = pytest.mark.filterwarnings("ignore:No parameter has a gradient")(Life.TestCase)
 TestLife.settings = settings(
     max_examples=NUM_SEQUENCES,
     stateful_step_count=NUM_ACTIONS,
