@@ -35,8 +35,8 @@ def explain_missing_gradients(params: Sequence[Tensor], name: str) -> None:
             "distributed_config=FullyShardDistributedConfig()."
         )
     warnings.warn(
-        f"No parameter has a gradient (the first is {name}), so that this step changes nothing. Was the model "
-        "wrapped or replaced after the optimizer was constructed?",
+        f"No parameter has a gradient (the first is {name}), so that this step changes nothing. Was the "
+        "model wrapped or replaced after the optimizer was constructed?",
         stacklevel=2,
     )
 
