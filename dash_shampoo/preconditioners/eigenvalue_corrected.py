@@ -12,7 +12,7 @@ from dash_shampoo.base import PreconditionerList
 from dash_shampoo.buckets import Piece, stack_
 from dash_shampoo.eigenbasis import follows_a_basis, is_identity
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
-from dash_shampoo.preconditioners.stacked import contract
+from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.safety import is_asynchronous
 
 

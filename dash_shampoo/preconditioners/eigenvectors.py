@@ -20,7 +20,8 @@ from dash_shampoo.eigenbasis import (
     follows_a_basis,
     is_identity,
 )
-from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList, contract
+from dash_shampoo.preconditioners.modes import contract
+from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList
 from dash_shampoo.safety import Slot, is_asynchronous
 
 # Blocks of a part: with what is made of them they should fit a core's cache.

@@ -13,7 +13,8 @@ from torch import Tensor
 from dash_shampoo.base import RootInvConfig, RootInvShampooPreconditionerList
 from dash_shampoo.buckets import ActiveStack, MatrixStack, Piece, Rows, num_rows, rows_of, subset
 from dash_shampoo.inverse_root import StackOutcome, check_supported, repair, solve_stack
-from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList, contract
+from dash_shampoo.preconditioners.modes import contract
+from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList
 from dash_shampoo.safety import Slot, is_asynchronous
 
 

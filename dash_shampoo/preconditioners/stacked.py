@@ -5,7 +5,6 @@ Shapes: K blocks of a piece, B slots of a stack, N×N factor matrices.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +24,7 @@ from dash_shampoo.buckets import (
     to_blocks,
     unpack,
 )
+from dash_shampoo.preconditioners.modes import unfold
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.safety import FailureLedger, Slot, is_asynchronous, send_to_host
 
@@ -394,37 +394,3 @@ class StackedPreconditionerList(_ShampooList):
             scale = trace.pow(-self._options.trace_scaling_exponent)
             matrices = matrices * scale[:, None, None]
         return matrices
-
-
-def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
-    """G ×_k X_k over some dimensions k of a piece.
-
-    Every dimension in turn is contracted from the front and appended at the back, so that after the
-    last one the order is the original; each contraction is one batched matmul.
-
-    Args:
-        blocks: G, (K, *shape).
-        matrices: For some dimensions k the X_k, (K, d_k, m_k); the result is Σ_i G[…, i, …] X_k[i, j].
-        dtype: The products are taken in it.
-
-    Returns:
-        A contiguous or transposed tensor (K, *shape) with m_k in place of d_k, of `dtype` where a
-        matrix was applied.
-    """
-    result = blocks
-    shape = list(blocks.shape)
-    for dimension in range(len(shape) - 1):
-        size = blocks.size(dimension + 1)
-        # (K, d_k, rest) → (K, rest, d_k)
-        front = result.reshape(len(blocks), size, math.prod(result.shape[1:]) // max(size, 1)).mT
-        matrix = matrices.get(dimension)
-        result = front if matrix is None else torch.bmm(front.to(dtype), matrix)
-        shape[dimension + 1] = result.size(-1)
-    return result.reshape(shape)
-
-
-def unfold(blocks: Tensor, dimension: int) -> Tensor:
-    """Mode-k unfoldings (K, d_k, numel / d_k) of blocks (K, *shape)."""
-    size = blocks.size(dimension + 1)
-    rest = math.prod(blocks.shape[1:]) // size if size else 0
-    return blocks.movedim(dimension + 1, 1).reshape(len(blocks), size, rest)
