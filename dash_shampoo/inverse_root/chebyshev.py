@@ -300,10 +300,16 @@ def _combined(flat: Tensor, T: list[Tensor], coefficients: tuple[float, ...]) ->
     if size == 1:
         result = torch.zeros_like(T[0])
     else:
-        weights = torch.tensor(coefficients[1:], dtype=flat.dtype, device=flat.device)
+        weights = _weights(coefficients[1:], flat.dtype, flat.device)
         result = torch.mv(flat[: size - 1].mT, weights).view(T[0].shape)
     diagonal(result).add_(coefficients[0])
     return result
+
+
+@lru_cache(maxsize=256)
+def _weights(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights on the device, where copying them anew would wait for it."""
+    return torch.tensor(weights, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)
