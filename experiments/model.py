@@ -1,17 +1,21 @@
-"""A decoder-only transformer in the style of Llama, in plain torch.
+"""Decoder-only transformers in plain torch: in the style of Llama, and of GPT-2.
 
-Used by ``python -m experiments train`` and the demo. Pre-norm blocks of causal self-attention with
-rotary position embedding and a SwiGLU feed-forward layer, RMSNorm, no biases, untied input and
-output embeddings. Its weight shapes are the ones the paper's tables are about.
+Pre-norm blocks of causal self-attention and a feed-forward layer. Llama has rotary positions, SwiGLU,
+RMSNorm, no biases, and untied embeddings: its weight shapes are the ones the paper's tables are about.
+GPT-2 has learned positions, GELU, LayerNorm, biases, and one embedding for input and output.
 
 Shapes: B sequences, T tokens, W width, H heads, D = W / H.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+Tables = tuple[Tensor, Tensor]
 
 
 def feed_forward_width(width: int) -> int:
@@ -58,41 +62,78 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """What one layer is made of.
+
+    Attributes:
+        width: Size of the residual stream W.
+        num_heads: Number of attention heads H.
+        bias: Whether the linear layers have biases.
+        dropout: Share of what is dropped of attention weights and of each residual.
+        norm_epsilon: Added to the mean square, or the variance, inside a norm.
+        is_llama: RMSNorm and SwiGLU, else LayerNorm and GELU.
+    """
+
+    width: int
+    num_heads: int
+    bias: bool
+    dropout: float
+    norm_epsilon: float
+    is_llama: bool
+
+    def linear(self, inputs: int, outputs: int) -> nn.Linear:
+        """A linear layer."""
+        return nn.Linear(inputs, outputs, bias=self.bias)
+
+    def norm(self) -> nn.Module:
+        """A norm over the width."""
+        if self.is_llama:
+            return nn.RMSNorm(self.width, eps=self.norm_epsilon)
+        return nn.LayerNorm(self.width, eps=self.norm_epsilon, bias=self.bias)
+
+
 class Attention(nn.Module):
-    """Causal multi-head self-attention with rotary position embedding."""
+    """Causal multi-head self-attention; with rotary position embedding where tables are given."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.num_heads = shape.num_heads
+        self.dropout = shape.dropout
+        self.query = shape.linear(shape.width, shape.width)
+        self.key = shape.linear(shape.width, shape.width)
+        self.value = shape.linear(shape.width, shape.width)
+        self.output = shape.linear(shape.width, shape.width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tables: Tables | None) -> Tensor:
         """Attend to the earlier positions: (B, T, W) to (B, T, W)."""
 
         def heads(y: Tensor) -> Tensor:
             return y.view(*y.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
-        query = rotate(heads(self.query(x)), cos, sin)
-        key = rotate(heads(self.key(x)), cos, sin)
+        query, key = heads(self.query(x)), heads(self.key(x))
+        if tables is not None:
+            query, key = rotate(query, *tables), rotate(key, *tables)
         mixed = functional.scaled_dot_product_attention(
-            query, key, heads(self.value(x)), is_causal=True
+            query,
+            key,
+            heads(self.value(x)),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
         )
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
         return output
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        hidden = feed_forward_width(width)
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        hidden = feed_forward_width(shape.width)
+        self.gate = shape.linear(shape.width, hidden)
+        self.up = shape.linear(shape.width, hidden)
+        self.down = shape.linear(hidden, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer at every position: (B, T, W) to (B, T, W)."""
@@ -100,28 +141,129 @@ class FeedForward(nn.Module):
         return output
 
 
-class Block(nn.Module):
-    """One pre-norm transformer layer."""
+class GELU(nn.Module):
+    """down(gelu(up(x))), four times as wide inside."""
 
-    def __init__(self, width: int, num_heads: int, norm_epsilon: float) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=norm_epsilon)
-        self.attention = Attention(width, num_heads)
-        self.feed_forward_norm = nn.RMSNorm(width, eps=norm_epsilon)
-        self.feed_forward = FeedForward(width)
+        self.up = shape.linear(shape.width, 4 * shape.width)
+        self.down = shape.linear(4 * shape.width, shape.width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attention and feed-forward, each with its residual: (B, T, W) to (B, T, W)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        output: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer at every position: (B, T, W) to (B, T, W)."""
+        output: Tensor = self.down(functional.gelu(self.up(x), approximate="tanh"))
         return output
 
 
-class Llama(nn.Module):
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, shape: BlockShape) -> None:
+        super().__init__()
+        self.attention_norm = shape.norm()
+        self.attention = Attention(shape)
+        self.feed_forward_norm = shape.norm()
+        self.feed_forward = (SwiGLU if shape.is_llama else GELU)(shape)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, x: Tensor, tables: Tables | None) -> Tensor:
+        """Attention and feed-forward, each with its residual: (B, T, W) to (B, T, W)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), tables))
+        output: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return output
+
+
+class Transformer(nn.Module):
     """Decoder-only transformer: token indices to next-token logits.
 
     Weights are drawn from N(0, init_std²), those that write into the residual stream from
-    N(0, init_std² / (2 num_layers)), with torch's global generator.
+    N(0, init_std² / (2 num_layers)), with torch's global generator; biases are zero.
+
+    Args:
+        shape: Of the blocks.
+        vocab_size: Number of tokens in the vocabulary.
+        num_layers: Number of blocks.
+        max_sequence_length: Longest sequence that has positions.
+        tie_embeddings: Whether the head's weight is the embedding's.
+        activation_checkpointing: Compute each block's activations again in the backward pass
+            instead of keeping them: a third more work, a fraction of the memory.
+        init_std: Standard deviation of the initial weights.
+
+    Raises:
+        ValueError: If the width can't be divided into heads of an even size.
+    """
+
+    def __init__(
+        self,
+        shape: BlockShape,
+        *,
+        vocab_size: int,
+        num_layers: int,
+        max_sequence_length: int,
+        tie_embeddings: bool,
+        activation_checkpointing: bool,
+        init_std: float,
+    ) -> None:
+        super().__init__()
+        if shape.num_heads < 1 or shape.width % (2 * shape.num_heads) != 0:
+            raise ValueError(
+                f"model.width={shape.width} can't be split into model.num_heads={shape.num_heads} "
+                "heads of an even size."
+            )
+        if not 0 <= shape.dropout < 1:
+            raise ValueError(f"model.dropout={shape.dropout} must be in [0, 1).")
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = nn.Embedding(vocab_size, shape.width)
+        if not shape.is_llama:
+            self.position_embedding = nn.Embedding(max_sequence_length, shape.width)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(num_layers))
+        self.norm = shape.norm()
+        self.head = nn.Linear(shape.width, vocab_size, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self._initialise(init_std, num_layers)
+
+    def _initialise(self, std: float, num_layers: int) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            if parameter.ndim < 2:
+                continue  # the norms' scales stay at one
+            writes_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+            scale = std / math.sqrt(2 * num_layers) if writes_residual else std
+            nn.init.normal_(parameter, std=scale)
+
+    def _tables(self, length: int) -> Tables | None:
+        """The tables of rotary positions, if there are any."""
+        return None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: (B, T) integer tensor, T at most ``max_sequence_length``.
+
+        Returns:
+            Logits of shape (B, T, vocab_size).
+        """
+        length = tokens.shape[-1]
+        tables = self._tables(length)
+        x = self.embedding(tokens)
+        if tables is None:
+            x = x + self.position_embedding(torch.arange(length, device=tokens.device))
+        x = self.dropout(x)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, tables, use_reentrant=False)
+            else:
+                x = block(x, tables)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Llama(Transformer):
+    """A transformer in the style of Llama; the arguments are those of `Transformer`.
 
     Args:
         vocab_size: Number of tokens in the vocabulary.
@@ -132,6 +274,10 @@ class Llama(nn.Module):
         rope_theta: Base of the rotary embedding.
         norm_epsilon: Added to the mean square inside RMSNorm.
         init_std: Standard deviation of the initial weights.
+        bias: Whether the linear layers have biases.
+        dropout: Share that is dropped.
+        tie_embeddings: Whether the head's weight is the embedding's.
+        activation_checkpointing: See `Transformer`.
 
     Raises:
         ValueError: If the width can't be divided into heads of an even size.
@@ -151,48 +297,69 @@ class Llama(nn.Module):
         rope_theta: float = 10_000.0,
         norm_epsilon: float = 1e-5,
         init_std: float = 0.02,
+        bias: bool = False,
+        dropout: float = 0.0,
+        tie_embeddings: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        if num_heads < 1 or width % (2 * num_heads) != 0:
-            raise ValueError(
-                f"model.width={width} can't be split into model.num_heads={num_heads} heads "
-                "of an even size."
-            )
-        self.embedding = nn.Embedding(vocab_size, width)
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, norm_epsilon) for _ in range(num_layers)
+        super().__init__(
+            BlockShape(
+                width=width,
+                num_heads=num_heads,
+                bias=bias,
+                dropout=dropout,
+                norm_epsilon=norm_epsilon,
+                is_llama=True,
+            ),
+            vocab_size=vocab_size,
+            num_layers=num_layers,
+            max_sequence_length=max_sequence_length,
+            tie_embeddings=tie_embeddings,
+            activation_checkpointing=activation_checkpointing,
+            init_std=init_std,
         )
-        self.norm = nn.RMSNorm(width, eps=norm_epsilon)
-        self.head = nn.Linear(width, vocab_size, bias=False)
         cos, sin = rotary_tables(max_sequence_length, width // num_heads, rope_theta)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
-        self._initialise(init_std, num_layers)
 
-    def _initialise(self, std: float, num_layers: int) -> None:
-        for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                continue  # the norms' scales stay at one
-            writes_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
-            scale = std / math.sqrt(2 * num_layers) if writes_residual else std
-            nn.init.normal_(parameter, std=scale)
+    def _tables(self, length: int) -> Tables:
+        return self.rotary_cos[:length], self.rotary_sin[:length]
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at every position.
 
-        Args:
-            tokens: (B, T) integer tensor, T at most ``max_sequence_length``.
+class GPT2(Transformer):
+    """A transformer in the style of GPT-2; the arguments are those of `Llama`, without rotary positions."""
 
-        Returns:
-            Logits of shape (B, T, vocab_size).
-        """
-        length = tokens.shape[-1]
-        cos, sin = self.rotary_cos[:length], self.rotary_sin[:length]
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, cos, sin)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_layers: int,
+        width: int,
+        num_heads: int,
+        max_sequence_length: int,
+        norm_epsilon: float = 1e-5,
+        init_std: float = 0.02,
+        bias: bool = True,
+        dropout: float = 0.0,
+        tie_embeddings: bool = True,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            BlockShape(
+                width=width,
+                num_heads=num_heads,
+                bias=bias,
+                dropout=dropout,
+                norm_epsilon=norm_epsilon,
+                is_llama=False,
+            ),
+            vocab_size=vocab_size,
+            num_layers=num_layers,
+            max_sequence_length=max_sequence_length,
+            tie_embeddings=tie_embeddings,
+            activation_checkpointing=activation_checkpointing,
+            init_std=init_std,
+        )
 
 
 def count_parameters(model: nn.Module) -> int:

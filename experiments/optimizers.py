@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 # Not hidden matrices, though they have two dimensions.
-_BY_ADAMW = re.compile(r"(^|\.)(embedding|head)\.")
+_BY_ADAMW = re.compile(r"(^|\.)((position_)?embedding|head)\.")
 
 
 class MuonWithAdamW(Optimizer):

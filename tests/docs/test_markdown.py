@@ -64,10 +64,14 @@ def unknown_commands(text: str, targets: set[str]) -> list[str]:
 
 
 def has_option_file(argument: str) -> bool:
-    """Whether `group=name` names a YAML file, for the groups that are folders of configs/."""
-    group, _, name = argument.lstrip("+").partition("=")
+    """Whether `group=name,name` names YAML files, for the groups that are folders of configs/."""
+    group, _, names = argument.lstrip("+").partition("=")
     folder = ROOT / "configs" / group
-    return not name or not folder.is_dir() or (folder / f"{name}.yaml").is_file()
+    return (
+        not names
+        or not folder.is_dir()
+        or all((folder / f"{name}.yaml").is_file() for name in names.split(","))
+    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

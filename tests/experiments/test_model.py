@@ -3,15 +3,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
+from experiments import builders
 from experiments.model import (
+    GPT2,
     Llama,
     count_parameters,
     feed_forward_width,
     rotary_tables,
     rotate,
 )
+from tests.experiments.composing import composed
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"
 SIZES = sorted(CONFIGS.glob("llama_*.yaml"))
@@ -22,6 +24,10 @@ def build(vocab_size=50, **changes):
     return Llama(vocab_size=vocab_size, **(sizes | changes))
 
 
+def configured(name, **more):
+    return builders.build(composed([f"model={name}"]).model, "model", **more)
+
+
 def test_there_are_sizes():
     assert {path.stem for path in SIZES} >= {"llama_3m", "llama_953m", "llama_6700m"}
     assert len(SIZES) == 12
@@ -29,9 +35,8 @@ def test_there_are_sizes():
 
 @pytest.mark.parametrize("path", SIZES, ids=lambda path: path.stem)
 def test_parameter_count_is_what_the_name_says(path):
-    size = {k: v for k, v in OmegaConf.load(path).items() if not k.startswith("_")}
     with torch.device("meta"):
-        model = Llama(vocab_size=32_000, max_sequence_length=8, **size)
+        model = configured(path.stem, vocab_size=32_000, max_sequence_length=8)
     total = count_parameters(model)
     blocks = count_parameters(model.blocks)
     named = 1e6 * int(re.search(r"_(\d+)m$", path.stem)[1])
@@ -102,3 +107,59 @@ def test_heads_that_do_not_divide_the_width_are_refused():
         build(num_heads=3)
     with pytest.raises(ValueError, match="num_heads=32"):
         build(num_heads=32)
+
+
+def test_gpt2_has_the_size_that_it_is_known_for():
+    with torch.device("meta"):
+        model = configured("gpt2_124m", vocab_size=50_257, max_sequence_length=1024)
+    assert count_parameters(model) == 124_439_808
+    assert count_parameters(model.blocks) == 85_054_464
+
+
+def gpt2(**changes):
+    sizes = {"vocab_size": 50, "num_layers": 2, "width": 32, "num_heads": 4}
+    return GPT2(max_sequence_length=12, **(sizes | changes))
+
+
+def test_gpt2_looks_back_only_and_knows_positions():
+    torch.manual_seed(0)
+    model = gpt2().double()
+    tokens = torch.full((1, 12), 7)
+    changed = tokens.clone()
+    changed[:, 5] = 3
+    difference = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
+    assert torch.equal(difference[:5], torch.zeros(5, dtype=torch.float64))
+    assert (difference[5:] > 0).all()
+    logits = model(tokens)[0]
+    assert not torch.allclose(logits[0], logits[1])  # the same tokens at other places
+    assert model.head.weight is model.embedding.weight
+    assert all(p.eq(0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("make", [build, gpt2])
+def test_activations_may_be_computed_again(make):
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = make(activation_checkpointing=again)
+        model(torch.arange(12).view(1, 12)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("make", [build, gpt2])
+def test_dropout_is_for_training_alone(make):
+    model = make(dropout=0.5)
+    tokens = torch.arange(12).view(1, 12)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+    with pytest.raises(ValueError, match=r"model\.dropout=1\.0 must be in"):
+        make(dropout=1.0)
+
+
+def test_biases_and_tied_embeddings_are_a_choice():
+    plain = count_parameters(build())
+    assert count_parameters(build(tie_embeddings=True)) == plain - 50 * 32
+    names = [name for name, _ in build(bias=True).named_parameters() if name.endswith("bias")]
+    assert len(names) == 14
