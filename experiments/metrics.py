@@ -6,7 +6,7 @@ Kinds of records, by their ``event``:
 - ``train``: ``step`` (1 is the first), ``loss`` of that step's batch, ``lr``, ``grad_norm`` (null
   without clipping), ``forward_ms``, ``backward_ms``, ``optimizer_ms`` (averages over the steps
   since the last record), ``seconds`` of training so far (validation and checkpoints excluded),
-  ``tokens`` so far, ``peak_memory_mib`` (the largest of all processes).
+  ``tokens`` so far, ``tokens_per_second``, ``peak_memory_mib`` (the largest of all processes).
 - ``validation``: ``step`` (0 is before training), ``loss``, ``perplexity``, ``accuracy``, and the same
   of averaged weights (``averaged_loss``, ...), ``seconds``, ``tokens``; of DashShampoo ``failures``
   so far, by parameter.

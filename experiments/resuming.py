@@ -29,7 +29,15 @@ _FIXED = (
     "averaging",
 )
 # These change nothing that is computed.
-_FREE = ("output_dir", "resume", "resume_from", "progress", "keep_checkpoints", "stop_after")
+_FREE = (
+    "output_dir",
+    "resume",
+    "resume_from",
+    "progress",
+    "keep_checkpoints",
+    "stop_after",
+    "sinks",
+)
 
 _logger = logging.getLogger("experiments")
 

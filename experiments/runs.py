@@ -21,6 +21,7 @@ _NOT_COMPARED = (
     "progress",
     "runs",
     "note",
+    "sinks",
 )
 
 

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class TrainSettings:
             the weights themselves.
         ema_decay: Of averaging=ema.
         average_from: Share of the steps after which averaging begins.
+        sinks: Where records go beside output_dir/metrics.jsonl: [tensorboard, wandb] or one of them.
         output_dir: Null: a new folder below outputs/. With several runs: the folder of them all.
         resume: auto (go on if output_dir holds a checkpoint), always (it must), never (start over).
         resume_from: Another run's folder, or a checkpoint, to begin from where output_dir has none.
@@ -107,6 +108,7 @@ class TrainSettings:
     averaging: Averaging = Averaging.none
     ema_decay: float = 0.999
     average_from: float = 0.0
+    sinks: list[str] = field(default_factory=list)
     output_dir: str | None = None
     resume: Resume = Resume.auto
     resume_from: str | None = None

@@ -2,14 +2,17 @@
 
 import itertools
 import os
+import re
 import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
 
 from experiments.main import fail
 from experiments.parallel import Process, process_group
@@ -47,6 +50,8 @@ def run(config: DictConfig) -> int:
                 f"tokens ({trainer.data.name}), from step {trainer.step} to {trainer.last_step}, "
                 f"into {output_dir}"
             )
+            if len(trainer.optimizer.param_groups) > 1:
+                print("\n".join(describe_groups(trainer.optimizer)))
         try:
             result = trainer.run()
         except RunError as error:
@@ -78,6 +83,26 @@ def _output_dir(config: DictConfig, process: Process) -> Path:
                 f"{folder} can't be made: {error.strerror}; give output_dir."
             ) from error
     return folder
+
+
+def describe_groups(optimizer: Optimizer) -> list[str]:
+    """What went into which parameter group.
+
+    Args:
+        optimizer: Its groups know the names of their parameters.
+
+    Returns:
+        One line per group; names that differ in the number of a layer are one.
+    """
+    lines = []
+    for number, group in enumerate(optimizer.param_groups):
+        kinds = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in group.get("param_names", ()))
+        names = ", ".join(
+            f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()
+        )
+        size = sum(p.numel() for p in group["params"])
+        lines.append(f"  group {number}, {size:,} scalars, lr {group['lr']:g}: {names}")
+    return lines
 
 
 def _tell(result: TrainResult, output_dir: Path) -> None:

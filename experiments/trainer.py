@@ -1,8 +1,6 @@
 """The training loop."""
 
 import math
-import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import dash_shampoo
@@ -27,13 +23,15 @@ from experiments.builders import (
     parameter_groups,
 )
 from experiments.environment import environment
-from experiments.metrics import FILE_NAME, MetricsFile, Stopwatch, peak_memory_mib
+from experiments.metrics import Stopwatch, peak_memory_mib
 from experiments.model import count_parameters
 from experiments.parallel import Process, gradient_sync, parallelise
 from experiments.sampler import BatchSampler
 from experiments.schedule import LearningRate
-from experiments.settings import Averaging, Precision, SettingsError, plain
+from experiments.settings import Precision, SettingsError, plain
 from experiments.signals import StopRequest
+from experiments.sinks import RunLog, open_sinks
+from experiments.startup import averaged_model, check_disk, check_vocabulary, unwrapped
 from experiments.tokens import TokenData, TokenSequence
 
 
@@ -94,7 +92,7 @@ class Trainer:
         self.label = label
         self.checkpoints = output_dir / "checkpoints"
         self.data = data if data is not None else build_data(config)
-        self._check_vocabulary()
+        check_vocabulary(self.data, process)
         self.train_sampler = self._sampler(self.data.train)
         self.validation_sampler = self._sampler(self.data.validation)
         try:
@@ -124,7 +122,7 @@ class Trainer:
             self.learning_rate.apply(0)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        self.averaged = self._averaged()
+        self.averaged = averaged_model(config, self.model)
         self._optimizer_mode("train")
         if config.compile:
             model.compile()
@@ -134,9 +132,11 @@ class Trainer:
         self.seconds = 0.0
         self.validation_loss = math.nan
         self.changed_settings: dict[str, list[Any]] = {}
-        self._check_disk()
+        if process.is_first:
+            check_disk(output_dir, self.model, self.optimizer)
         self.last_checkpoint = self._resume()
-        self.metrics = self._open_metrics() if process.is_first else None
+        self._logged_seconds = self.seconds
+        self.log = self._open_log() if process.is_first else None
 
     def _sampler(self, tokens: TokenSequence) -> BatchSampler:
         config = self.config
@@ -145,52 +145,6 @@ class Trainer:
             return BatchSampler(tokens, config.sequence_length, config.batch_size, seed)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-
-    def _check_vocabulary(self) -> None:
-        for name, tokens in self.data.unchecked:
-            process = self.process
-            largest = int(process.largest(tokens.largest(process.rank, process.world_size)))
-            if largest >= self.data.vocab_size:
-                raise SettingsError(
-                    f"{name} holds token {largest}, outside of its vocabulary of "
-                    f"{self.data.vocab_size}: data.vocab_size must be larger, or the file is no "
-                    "token file."
-                )
-
-    def _check_disk(self) -> None:
-        """Better now than after the first hours."""
-        if not self.process.is_first:
-            return
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.output_dir):
-                pass
-            free = shutil.disk_usage(self.output_dir).free
-        except OSError as error:
-            raise SettingsError(
-                f"output_dir={self.output_dir} can't be written to: {error.strerror}."
-            ) from error
-        parameters = list(self.model.parameters())
-        state = [v for s in self.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
-        # An optimizer without state so far will have two moments.
-        needed = _bytes(parameters) + max(_bytes(state), 2 * _bytes(parameters))
-        if free < needed:
-            raise SettingsError(
-                f"output_dir={self.output_dir} has {free / 2**30:.2f} GiB left, and a checkpoint takes "
-                f"about {needed / 2**30:.2f}: free some, or choose another disk."
-            )
-
-    def _averaged(self) -> AveragedModel | None:
-        averaging = self.config.averaging
-        if averaging == Averaging.none:
-            return None
-        if self.config.parallelism.strategy not in ("none", "ddp"):
-            raise SettingsError(
-                f"averaging={averaging.name} needs whole parameters: parallelism=none or ddp."
-            )
-        ema = get_ema_multi_avg_fn(self.config.ema_decay)  # type: ignore[no-untyped-call]
-        multi_avg_fn = ema if averaging == Averaging.ema else None
-        return AveragedModel(_unwrapped(self.model), multi_avg_fn=multi_avg_fn)
 
     def _optimizer_mode(self, mode: str) -> None:
         """Optimizers that average iterates keep other weights for evaluation than for training."""
@@ -254,31 +208,26 @@ class Trainer:
         checkpoint.prune(self.checkpoints, config.keep_checkpoints, config.keep_every)
         return self.last_checkpoint
 
-    def _open_metrics(self) -> MetricsFile:
-        resumed = self.last_checkpoint is not None
-        path = self.output_dir / FILE_NAME
-        is_new = not (resumed and path.is_file())
-        metrics = MetricsFile(path, None if is_new else self.step)
-        if is_new:
-            metrics.write(
-                "start",
-                label=self.label,
-                **environment(self.process.device, self.process.world_size),
-                data=self.data.name,
-                data_digest=self.data.digest,
-                parameters=self.num_parameters,
-                config=plain(self.config),
-            )
-        if resumed:
-            metrics.write(
-                "resume",
-                step=self.step,
-                checkpoint=str(self.last_checkpoint),
-                changed=self.changed_settings,
-            )
-        return metrics
+    def _open_log(self) -> RunLog:
+        config = plain(self.config)
+        start = {
+            "label": self.label,
+            **environment(self.process.device, self.process.world_size),
+            "data": self.data.name,
+            "data_digest": self.data.digest,
+            "parameters": self.num_parameters,
+            "config": config,
+        }
+        source = self.last_checkpoint
+        resume = {"step": self.step, "checkpoint": str(source), "changed": self.changed_settings}
+        sinks = open_sinks(self.config.sinks, self.output_dir, config)
+        return RunLog(self.output_dir, start, None if source is None else resume, sinks)
 
     # The loop
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return int(self.config.batch_size * self.config.sequence_length)
 
     @property
     def last_step(self) -> int:
@@ -331,9 +280,9 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Close the metrics file."""
-        if self.metrics is not None:
-            self.metrics.close()
+        """Close the metrics file and the sinks."""
+        if self.log is not None:
+            self.log.close()
 
     def _train_step(self, bar: "tqdm[Any]") -> None:
         config, process, watch = self.config, self.process, self._watch
@@ -355,7 +304,7 @@ class Trainer:
         with watch.measure("optimizer"):
             self.optimizer.step()
         if self.averaged is not None and self.step >= config.average_from * config.steps:
-            self.averaged.update_parameters(_unwrapped(self.model))
+            self.averaged.update_parameters(unwrapped(self.model))
         self.step += 1
         self._unlogged_steps += 1
         if not self._is_logged():
@@ -363,8 +312,9 @@ class Trainer:
             return
         value = process.mean(loss).item()  # waits for the device
         times = watch.read(self._unlogged_steps)
-        self._unlogged_steps = 0
         self.seconds += time.perf_counter() - start
+        rate = self._unlogged_steps * self._tokens_per_step / (self.seconds - self._logged_seconds)
+        self._unlogged_steps, self._logged_seconds = 0, self.seconds
         bar.set_postfix(loss=f"{value:.4f}", lr=f"{lr:.2e}", refresh=False)
         self._write(
             "train",
@@ -372,6 +322,7 @@ class Trainer:
             lr=lr,
             grad_norm=None if grad_norm is None else grad_norm.item(),
             **times,
+            tokens_per_second=rate,
             peak_memory_mib=process.largest(peak_memory_mib(process.device)),
         )
         if not math.isfinite(value):
@@ -438,18 +389,10 @@ class Trainer:
         return {"loss": loss_value, "perplexity": perplexity, "accuracy": accuracy}
 
     def _write(self, event: str, **values: Any) -> None:
-        if self.metrics is not None:
-            tokens = self.step * self.config.batch_size * self.config.sequence_length
-            self.metrics.write(event, step=self.step, **values, seconds=self.seconds, tokens=tokens)
+        if self.log is not None:
+            values |= {"seconds": self.seconds, "tokens": self.step * self._tokens_per_step}
+            self.log.write(event, self.step, values)
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _bytes(tensors: list[Tensor] | list[nn.Parameter]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

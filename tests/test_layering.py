@@ -87,6 +87,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "plotly",
         "datasets",
         "huggingface_hub",
+        "wandb",
         "tqdm",
         "numpy",
     },

@@ -1,6 +1,8 @@
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from tests.experiments.composing import composed, options
 
 TRAIN_KEYS = {
     "event", "step", "loss", "lr", "grad_norm", "forward_ms", "backward_ms", "optimizer_ms",
-    "peak_memory_mib", "seconds", "tokens",
+    "tokens_per_second", "peak_memory_mib", "seconds", "tokens",
 }  # fmt: skip
 VALIDATION_KEYS = {"event", "step", "loss", "perplexity", "accuracy", "seconds", "tokens"}
 OPTIMIZERS = options("optimizer")
@@ -107,6 +109,9 @@ def test_metrics_schema(tiny, tmp_path):
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
     assert all(set(r) == TRAIN_KEYS for r in steps)
     assert [r["tokens"] for r in steps] == [64 * i for i in range(1, 6)]
+    spent = [b["seconds"] - a["seconds"] for a, b in itertools.pairwise(steps)]
+    rates = [64 / seconds for seconds in spent]
+    assert [r["tokens_per_second"] for r in steps[1:]] == pytest.approx(rates)
     seconds = [r["seconds"] for r in steps]
     assert seconds == sorted(seconds)
     for r in steps:
@@ -154,6 +159,11 @@ def test_embeddings_and_norms_can_go_the_way_of_adam(tiny, tmp_path, capsys):
     words = [*tiny, "optimizer=dash", "steps=3", "parameter_groups=adam_for_embeddings"]
     assert train(words, tmp_path / "split") == 0
     groups = state_of(tmp_path / "split")["optimizer"]["param_groups"]
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"group 0, [\d,]+ scalars, lr \S+: blocks\.\*\.attention\.query\.weight", printed
+    )
+    assert "embedding.weight, blocks.*.attention_norm.weight" in printed
     names = [set(group["param_names"]) for group in groups]
     assert all(name.startswith("blocks.0.") and "norm" not in name for name in names[0])
     assert {"embedding.weight", "head.weight", "norm.weight"} <= names[1]
@@ -362,7 +372,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tiny, tmp_path, monkeypatch, c
 def test_a_disk_that_is_too_small_is_told_at_the_start(tiny, tmp_path, monkeypatch, capsys):
     usage = type("Usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.trainer.shutil.disk_usage", lambda path: usage)
+        patch.setattr("experiments.startup.shutil.disk_usage", lambda path: usage)
         assert train([*tiny, "steps=1"], tmp_path) == 2
     assert "has 0.00 GiB left, and a checkpoint takes about" in capsys.readouterr().err
     assert train([*tiny, "steps=1"], "/dev/null/nowhere") == 2
