@@ -330,7 +330,7 @@ def test_bad_input_is_refused_by_name() -> None:
         NewtonSchulzOrthogonalizationConfig(),
         NewtonSchulzOrthogonalizationConfig(num_iterations=3, scale_by_dims_fn=muon_original),
     ],
-    ids=str,
+    ids=["svd", "svd, scaled", "newton_schulz", "newton_schulz, scaled"],
 )
 def test_matrices_come_out_as_meta_s(config: OrthogonalizationConfig) -> None:
     from distributed_shampoo.preconditioner.matrix_functions import matrix_orthogonalization
