@@ -1,5 +1,6 @@
 """What an optimizer keeps for a parameter group while it runs, and what changes in it between steps."""
 
+from collections.abc import Mapping
 from itertools import compress
 from typing import Any, TypedDict, cast
 
@@ -50,6 +51,67 @@ class GroupState(TypedDict, total=False):
 def is_averaging(config: IterateAveragingConfig | None) -> bool:
     """Whether there is a second sequence Z (with train and eval modes)."""
     return isinstance(config, (GeneralizedPrimalAveragingConfig, ScheduleFreeConfig))
+
+
+def add_scalars(
+    state_lists: GroupState, group: dict[str, Any], state: Mapping[Tensor, Any]
+) -> None:
+    """Step count and coefficients: as tensors, so that compiled steps take them as inputs."""
+    device = group[keys.PARAMS][0].device
+    # On the CPU, where counting and reading it waits for no device.
+    state_lists[keys.STEP] = torch.tensor(0, dtype=torch.int64, device="cpu")
+    state_lists[keys.DISTRIBUTOR].step = state_lists[keys.STEP]
+    for param in group[keys.PARAMS]:
+        state[param][keys.STEP] = state_lists[keys.STEP]
+    state_lists[keys.LR_TENSOR] = torch.empty((), dtype=torch.float32, device=device)
+    state_lists[keys.LR_CPU_PINNED] = torch.empty(
+        (), dtype=torch.float32, pin_memory=group[keys.USE_PIN_MEMORY]
+    )
+    state_lists[keys.TRAIN_INTERP_COEFF] = torch.zeros((), dtype=torch.float32, device=device)
+    state_lists[keys.EVAL_INTERP_COEFF] = torch.zeros((), dtype=torch.float32, device=device)
+
+
+def add_buffers(
+    state_lists: GroupState, group: dict[str, Any], state: Mapping[Tensor, Any]
+) -> None:
+    """The filtered gradients, and what momentum or averaging keep.
+
+    Raises:
+        NotImplementedError: If the kind of averaging is not known.
+    """
+    if group[keys.BETAS][0] != 0.0:
+        _add_buffer(state_lists, keys.FILTERED_GRAD, state)
+    match group[keys.ITERATE_AVERAGING_CONFIG]:
+        case None:
+            pass
+        case ClassicMomentumConfig():
+            _add_buffer(state_lists, keys.MOMENTUM_BUFFER, state)
+        case GeneralizedPrimalAveragingConfig() | ScheduleFreeConfig():
+            _add_buffer(state_lists, keys.WEIGHT_BUFFER, state)
+            take_weights(state_lists)  # for a checkpoint before the first step
+            device = group[keys.PARAMS][0].device
+            state_lists[keys.LR_SUM] = torch.tensor(0.0, dtype=torch.float32, device=device)
+            state_lists[keys.TRAIN_MODE] = torch.tensor(True, device="cpu")
+            for param in group[keys.PARAMS]:
+                state[param][keys.TRAIN_MODE] = state_lists[keys.TRAIN_MODE]
+                state[param][keys.LR_SUM] = state_lists[keys.LR_SUM]
+        case config:
+            raise NotImplementedError(f"{keys.ITERATE_AVERAGING_CONFIG}={config!r} is not known.")
+
+
+def _add_buffer(state_lists: GroupState, key: str, state: Mapping[Tensor, Any]) -> None:
+    distributor = state_lists[keys.DISTRIBUTOR]
+    buffers = []
+    for block, info in zip(
+        distributor.local_blocked_params, distributor.local_block_info_list, strict=True
+    ):
+        tensor = info.allocate_zeros_tensor(
+            size=block.size(), dtype=block.dtype, device=block.device
+        )
+        info.block_state(state)[key] = tensor
+        buffers.append(info.get_tensor(tensor))
+    lists = cast("dict[str, Any]", state_lists)
+    lists.update(dict.fromkeys(keys.BUFFER_LISTS[key], tuple(buffers)))
 
 
 def mask_state_lists(state_lists: GroupState) -> bool:

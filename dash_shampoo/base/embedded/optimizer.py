@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import chain
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -18,15 +18,12 @@ from dash_shampoo.base.embedded import (
     matrix_function_configs,
 )
 from dash_shampoo.base.embedded.configs import (
-    ClassicMomentumConfig,
     ConcurrencyConfig,
     DefaultConcurrencyConfig,
     DefaultShampooConfig,
     DefaultShampooRuntimeConfig,
-    GeneralizedPrimalAveragingConfig,
     IterateAveragingConfig,
     PreconditionerConfig,
-    ScheduleFreeConfig,
     ShampooPT2CompileConfig,
     ShampooRuntimeConfig,
     WeightDecayType,
@@ -39,6 +36,8 @@ from dash_shampoo.base.embedded.distributed_configs import (
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.group_state import (
     GroupState,
+    add_buffers,
+    add_scalars,
     is_averaging,
     mask_state_lists,
     set_interpolation_coefficients,
@@ -154,8 +153,8 @@ class DistributedShampoo(ShampooStep, Optimizer):
             for state_lists, group in self._groups():
                 self._instantiate_distributor(state_lists, group)
                 self._instantiate_preconditioners(state_lists, group)
-                self._instantiate_scalars(state_lists, group)
-                self._instantiate_buffers(state_lists, group)
+                add_scalars(state_lists, group, self.state)
+                add_buffers(state_lists, group, self.state)
         if shampoo_pt2_compile_config is not None:
             self._compile_step(shampoo_pt2_compile_config)
         self.register_state_dict_post_hook(self._export_state)
@@ -234,57 +233,6 @@ class DistributedShampoo(ShampooStep, Optimizer):
         assert shampoo is not None
         state_lists[keys.SHAMPOO_PRECONDITIONER_LIST] = shampoo
         state_lists[keys.GRAFTING_PRECONDITIONER_LIST] = grafting
-
-    def _instantiate_scalars(self, state_lists: GroupState, group: dict[str, Any]) -> None:
-        """Step count and coefficients: as tensors, so that compiled steps take them as inputs."""
-        device = group[keys.PARAMS][0].device
-        # On the CPU, where counting and reading it waits for no device.
-        state_lists[keys.STEP] = torch.tensor(0, dtype=torch.int64, device="cpu")
-        state_lists[keys.DISTRIBUTOR].step = state_lists[keys.STEP]
-        for param in group[keys.PARAMS]:
-            self.state[param][keys.STEP] = state_lists[keys.STEP]
-        state_lists[keys.LR_TENSOR] = torch.empty((), dtype=torch.float32, device=device)
-        state_lists[keys.LR_CPU_PINNED] = torch.empty(
-            (), dtype=torch.float32, pin_memory=group[keys.USE_PIN_MEMORY]
-        )
-        state_lists[keys.TRAIN_INTERP_COEFF] = torch.zeros((), dtype=torch.float32, device=device)
-        state_lists[keys.EVAL_INTERP_COEFF] = torch.zeros((), dtype=torch.float32, device=device)
-
-    def _instantiate_buffers(self, state_lists: GroupState, group: dict[str, Any]) -> None:
-        if group[keys.BETAS][0] != 0.0:
-            self._allocate(state_lists, keys.FILTERED_GRAD)
-        match group[keys.ITERATE_AVERAGING_CONFIG]:
-            case None:
-                pass
-            case ClassicMomentumConfig():
-                self._allocate(state_lists, keys.MOMENTUM_BUFFER)
-            case GeneralizedPrimalAveragingConfig() | ScheduleFreeConfig():
-                self._allocate(state_lists, keys.WEIGHT_BUFFER)
-                take_weights(state_lists)  # for a checkpoint before the first step
-                device = group[keys.PARAMS][0].device
-                state_lists[keys.LR_SUM] = torch.tensor(0.0, dtype=torch.float32, device=device)
-                state_lists[keys.TRAIN_MODE] = torch.tensor(True, device="cpu")
-                for param in group[keys.PARAMS]:
-                    self.state[param][keys.TRAIN_MODE] = state_lists[keys.TRAIN_MODE]
-                    self.state[param][keys.LR_SUM] = state_lists[keys.LR_SUM]
-            case config:
-                raise NotImplementedError(
-                    f"{keys.ITERATE_AVERAGING_CONFIG}={config!r} is not known."
-                )
-
-    def _allocate(self, state_lists: GroupState, key: str) -> None:
-        distributor = state_lists[keys.DISTRIBUTOR]
-        buffers = []
-        for block, info in zip(
-            distributor.local_blocked_params, distributor.local_block_info_list, strict=True
-        ):
-            tensor = info.allocate_zeros_tensor(
-                size=block.size(), dtype=block.dtype, device=block.device
-            )
-            info.block_state(self.state)[key] = tensor
-            buffers.append(info.get_tensor(tensor))
-        lists = cast("dict[str, Any]", state_lists)
-        lists.update(dict.fromkeys(keys.BUFFER_LISTS[key], tuple(buffers)))
 
     def _compile_step(self, config: ShampooPT2CompileConfig) -> None:
         # The preconditioners stay out of the graphs: their lists change with the selection of
