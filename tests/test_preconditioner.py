@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 
 import dash_shampoo as ds
 from dash_shampoo.inverse_root import InverseRootStatus, solve_stack
+from dash_shampoo.inverse_root.registry import _log_second
 from dash_shampoo.preconditioners import StackedRootInvShampooPreconditionerList, missing_seam
 from dash_shampoo.preconditioners.stacked import LIST_SEAMS
 
@@ -298,10 +300,36 @@ def test_an_unknown_solver_is_refused_by_the_constructor():
         build(config)
 
 
-def test_a_root_the_solver_cannot_compute_is_refused_by_the_constructor():
-    config = ds.RootInvShampooPreconditionerConfig(amortized_computation_config=ds.NewtonDBConfig())
-    with pytest.raises(ValueError, match=r"root"):
-        build(config, shapes=[(3, 4, 5)])
+def test_a_root_the_solver_cannot_compute_goes_to_minimax(caplog):
+    """Newton-DB has roots 2, 4 and 8: a tensor of order 3 needs the sixth, one of order 4 the eighth."""
+    shapes = [(8, 8), (3, 4, 5), (2, 3, 2, 3)]
+    runs = []
+    for solver in (ds.NewtonDBConfig(num_iterations=30), ds.EigenConfig()):
+        config = ds.RootInvShampooPreconditionerConfig(
+            amortized_computation_config=solver,
+            factor_matrix_dtype=torch.float64,
+            inv_factor_matrix_dtype=torch.float64,
+        )
+        _log_second.cache_clear()
+        with caplog.at_level(logging.WARNING, logger="dash_shampoo"):
+            optimizer, params = build(
+                config,
+                shapes=shapes,
+                epsilon=1e-1,
+                dtype=torch.float64,
+                distributed_config=ds.SingleDeviceDistributedConfig(
+                    target_parameter_dimensionality=math.inf
+                ),
+            )
+        step(optimizer, params)
+        runs.append(params)
+    assert sorted({stack.root for stack in stacked(optimizer).layout.stacks}) == [4.0, 6.0, 8.0]
+    logged = [r.getMessage() for r in caplog.records if "MinimaxConfig" in r.getMessage()]
+    assert len(logged) == 1
+    assert "NewtonDBConfig" in logged[0]
+    for p, q in zip(*runs, strict=True):
+        # The accuracy of minimax is 1.5 % for each of three factors; Newton-DB is exact here.
+        torch.testing.assert_close(p, q, rtol=0.05, atol=0.01)
 
 
 def record_without(missing):

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig, RootInvShampooPreconditionerList
 from dash_shampoo.buckets import ActiveStack, MatrixStack, Piece, Rows, num_rows, rows_of, subset
-from dash_shampoo.inverse_root import StackOutcome, check_supported, repair, solve_stack
+from dash_shampoo.inverse_root import (
+    StackOutcome,
+    check_supported,
+    config_for_root,
+    repair,
+    solve_stack,
+)
 from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList
 from dash_shampoo.safety import Slot, is_asynchronous
@@ -48,11 +54,17 @@ class StackedRootInvShampooPreconditionerList(
         check_supported(method)
 
     def _check_roots(self, roots: set[float]) -> None:
-        for root in roots:
-            check_supported(self._options.amortized_computation_config, root)
+        # Root by root, so that nothing is changed where one of them has no solver.
+        for root in sorted(roots):
+            config_for_root(self._options.amortized_computation_config, root)
 
     def _adopt_state(self) -> None:
         self._inverse_factors = self._stack_matrices("inv_factor_matrices")
+        # Newton-DB has no sixth root, say: then another solver takes that stack, which is logged.
+        self._solvers = [
+            config_for_root(self._options.amortized_computation_config, stack.root)
+            for stack in self._layout.stacks
+        ]
         # What the solvers have added to the diagonals, for repairs.
         self._dampings = [
             torch.zeros(len(stack.slots), dtype=self._solving_dtype, device=stack.device)
@@ -114,7 +126,7 @@ class StackedRootInvShampooPreconditionerList(
             num_matrices=num_rows(rows),
             size=spec.size,
             root=spec.root,
-            config=self._options.amortized_computation_config,
+            config=self._solvers[number],
             epsilon=self._epsilon,
             dtype=self._solving_dtype,
             device=spec.device,
@@ -145,7 +157,7 @@ class StackedRootInvShampooPreconditionerList(
             result = repair(
                 self._bias_corrected(number, rows).to(self._solving_dtype),
                 spec.root,
-                self._options.amortized_computation_config,
+                self._solvers[number],
                 self._epsilon,
                 self._dampings[number][rows],
             )
