@@ -47,7 +47,9 @@ _HOMES = (
 def safe_globals() -> list[type | tuple[type, str]]:
     """The config classes in a checkpoint, for ``torch.load(..., weights_only=True)``.
 
-    They are registered already where `dash_shampoo` has been imported.
+    They are registered already where `dash_shampoo` has been imported. Where the list was cleared, give
+    them to `torch.serialization.add_safe_globals`; torch's context `safe_globals` takes them off the list
+    at its end.
 
     Checkpoints of Meta's package and of either base can be read with them: every config becomes the
     class of the same name of the base in use, so that the other package need not be installed. A
@@ -55,8 +57,7 @@ def safe_globals() -> list[type | tuple[type, str]]:
     in the classes of the base in use.
 
     Returns:
-        Classes, and pairs of a class and the name that stands for it in the file; an argument of
-        `torch.serialization.safe_globals` or `add_safe_globals`.
+        Classes, and pairs of a class and the name that stands for it in the file.
 
     Note:
         Configs that hold functions (spectral and sign descent) need ``weights_only=False``. Where

@@ -145,7 +145,7 @@ MISTAKES = {
     "hardware=H300": "hardware=H300 must be one of A100, H100, H200",
     "format=xml": "format=xml must be text or json",
     "world_size": "'world_size' is not of the form key=value",
-    "model=llama_1b": "Could not find 'model/llama_1b'. Available options in 'model': llama_100m",
+    "model=llama_1b": "Could not find 'model/llama_1b'. Available options in 'model': gpt2_124m",
     "optimizer.max_preconditioner_dim=0": "0",
     "optimizer.max_preconditioner_dims=8": "Did you mean max_preconditioner_dim",
     "parallelism.distributed_config.num_trainers_per_group=3": "num_trainers_per_group=3 must be",
