@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +16,6 @@ from dash_shampoo.base import (
     SHAMPOO_PRECONDITIONER_LIST,
     CoupledHigherOrderConfig,
     CoupledNewtonConfig,
-    DistributedShampoo,
     EigenConfig,
     EigendecomposedKLShampooPreconditionerConfig,
     EigendecomposedShampooPreconditionerConfig,
@@ -58,7 +56,14 @@ from dash_shampoo.preconditioners import (
     missing_seam,
 )
 from dash_shampoo.safety import settle_together
-from dash_shampoo.step import BUCKETS, BucketLists, BucketStep, call, precondition_and_graft
+from dash_shampoo.step import (
+    BUCKETS,
+    BucketLists,
+    BucketStep,
+    call,
+    missing_step_seam,
+    precondition_and_graft,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +85,6 @@ _STACKED_LISTS: dict[type, type[StackedPreconditionerList]] = {
 _OURS: dict[type, type[PreconditionerConfig]] = {
     DashShampooPreconditionerConfig: RootInvShampooPreconditionerConfig,
     DashSOAPPreconditionerConfig: EigenvalueCorrectedShampooPreconditionerConfig,
-}
-# The base's methods that are overridden, each with the parameters that are read.
-_STEP_SEAMS = {
-    "_compute_search_directions": ("state_lists",),
-    "_precondition_and_grafting": (
-        "state_lists",
-        "masked_filtered_grad_list",
-        "use_grafting_method",
-        "grafting_config_not_none",
-    ),
 }
 _METHODS_OF_BASE = (
     CoupledHigherOrderConfig,
@@ -141,7 +136,7 @@ class DashShampoo(ConsolidatingShampoo):
     @torch.no_grad()
     def _finish_construction(self) -> None:
         """Lays the state of every group whose lists allow it into buckets."""
-        if seam := _missing_step_seam():
+        if seam := missing_step_seam():
             logger.warning("%s It computes its steps block by block.", _explanation(seam))
             return
         run: Callable[..., Any] = call
@@ -339,19 +334,6 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for part in counts:
         total.update(part)
     return dict(total)
-
-
-def _missing_step_seam() -> str | None:
-    """What the base's step lacks for running on bucket tensors, or None."""
-    for name, wanted in _STEP_SEAMS.items():
-        method = getattr(DistributedShampoo, name, None)
-        if method is None:
-            return f"DistributedShampoo.{name}"
-        known = inspect.signature(method).parameters
-        for parameter in wanted:
-            if parameter not in known:
-                return f"DistributedShampoo.{name}({parameter})"
-    return None
 
 
 def _explanation(seam: str) -> str:

@@ -6,6 +6,7 @@ arithmetic runs on whole buckets, unchanged, once its lists hold bucket tensors 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from dash_shampoo.base import (
     SHAMPOO_PRECONDITIONER_LIST,
     WEIGHT_BUFFER_LIST,
     AdagradPreconditionerList,
+    DistributedShampoo,
     SGDPreconditionerList,
 )
 from dash_shampoo.buckets import (
@@ -45,6 +47,16 @@ from dash_shampoo.safety import GradientGuard, slot_norms
 BUCKETS = "dash_buckets"
 """Key of a group's lists under which its `BucketStep` lies."""
 
+# The base's methods that are overridden, each with the parameters that are read.
+_STEP_SEAMS = {
+    "_compute_search_directions": ("state_lists",),
+    "_precondition_and_grafting": (
+        "state_lists",
+        "masked_filtered_grad_list",
+        "use_grafting_method",
+        "grafting_config_not_none",
+    ),
+}
 # The base's buffers of a block's shape, each with the list of those of the active blocks.
 _BUFFERS = {
     FILTERED_GRAD_LIST: MASKED_FILTERED_GRAD_LIST,
@@ -217,6 +229,19 @@ class BucketStep:
         return tuple(
             stack_([blocks[index] for index in bucket.blocks]) for bucket in self._layout.buckets
         )
+
+
+def missing_step_seam() -> str | None:
+    """What the base's step lacks for running on bucket tensors, or None."""
+    for name, wanted in _STEP_SEAMS.items():
+        method = getattr(DistributedShampoo, name, None)
+        if method is None:
+            return f"DistributedShampoo.{name}"
+        known = inspect.signature(method).parameters
+        for parameter in wanted:
+            if parameter not in known:
+                return f"DistributedShampoo.{name}({parameter})"
+    return None
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:

@@ -81,7 +81,7 @@ def test_block_by_block_gives_the_same_as_bucket_by_bucket(
     row: Row, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, _ = run(row, torch.float64, 30, missing, start_preconditioning_step=20)
-    monkeypatch.setattr("dash_shampoo.optimizer._missing_step_seam", lambda: "the seam")
+    monkeypatch.setattr("dash_shampoo.optimizer.missing_step_seam", lambda: "the seam")
     others, _ = run(row, torch.float64, 30, missing, start_preconditioning_step=20)
     for param, other in zip(params, others, strict=True):
         assert torch.allclose(param, other, rtol=1e-8, atol=1e-10)
