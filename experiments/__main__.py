@@ -1,7 +1,6 @@
 """``python -m experiments``, for torchrun."""
 
-import sys
-
 from experiments.main import main
+from experiments.parallel import leave
 
-sys.exit(main())
+leave(main())

@@ -1,10 +1,12 @@
 """Processes and sharding: one process, DDP, FSDP2 (`fully_shard`) or HSDP2 under torchrun."""
 
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -143,6 +145,21 @@ def process_group(config: DictConfig, device_name: str) -> Iterator[Process]:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def leave(code: int | None) -> NoReturn:
+    """Ends the process with an exit code, when everything is done and written.
+
+    Under torchrun without the interpreter's own shutdown: threads of the collectives that are still there
+    abort it now and then ("terminate called without an active exception"), and a run that is complete
+    would count as failed.
+    """
+    if dist.is_torchelastic_launched():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
 
 
 def _join(backend: str) -> None:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import dash_shampoo
 from experiments.main import main
+from experiments.parallel import leave
 
 # In the middle of a step: its factor matrices are updated, its parameters are not.
 NUM_OPERATIONS = 20
@@ -65,4 +66,4 @@ if __name__ == "__main__":
             die_in_step(number)
         else:
             die_in_save(place, number)
-    sys.exit(main(sys.argv[4:]))
+    leave(main(sys.argv[4:]))
