@@ -150,11 +150,11 @@ def process_group(config: DictConfig, device_name: str) -> Iterator[Process]:
 def leave(code: int | None) -> NoReturn:
     """Ends the process with an exit code, when everything is done and written.
 
-    Under torchrun without the interpreter's own shutdown: threads of the collectives that are still there
-    abort it now and then ("terminate called without an active exception"), and a run that is complete
-    would count as failed.
+    One of several processes ends without the interpreter's own shutdown: threads of the collectives that
+    are still there abort it now and then ("terminate called without an active exception"), and a run that
+    is complete would count as failed.
     """
-    if dist.is_torchelastic_launched():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
