@@ -54,6 +54,7 @@ from dash_shampoo.preconditioners import (
     StackedSignDescentPreconditionerList,
     StackedSpectralDescentPreconditionerList,
     missing_seam,
+    warn_of_known_bad,
 )
 from dash_shampoo.safety import settle_together
 from dash_shampoo.step import (
@@ -133,6 +134,9 @@ class DashShampoo(ConsolidatingShampoo):
         >>> optimizer.step()
     """
 
+    # Of inverse roots and of gradients, from before the base was last constructed anew.
+    _earlier_failures: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
+
     @torch.no_grad()
     def _finish_construction(self) -> None:
         """Lays the state of every group whose lists allow it into buckets."""
@@ -148,6 +152,12 @@ class DashShampoo(ConsolidatingShampoo):
                 safety = getattr(group["preconditioner_config"], "safety", None)
                 policy: GradientPolicy = "raise" if safety is None else safety.gradients
                 state_lists[BUCKETS] = BucketStep(state_lists, names, policy, run)
+
+    def _reconstruct(self, steps: Mapping[Tensor, int], what: str) -> None:
+        # The books are the lists', which are built anew.
+        roots, gradients = self.failure_counts(), self.gradient_failure_counts()
+        super()._reconstruct(steps, what)
+        self._earlier_failures = roots, gradients
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Updates the parameters; as the base's.
@@ -259,8 +269,7 @@ class DashShampoo(ConsolidatingShampoo):
         base_list = super()._preconditioner_config_to_list_cls(state_lists, group, for_base)
         if seam := missing_seam(base_list, stacked_list.block_seams, stacked_list.list_seams):
             return _fall_back(base_list, seam, method)
-        if _is_known_to_explode(preconditioner_config, group):
-            logger.warning(_EXPLODES, group["epsilon"])
+        warn_of_known_bad(preconditioner_config, group, base_list)
         distributor = state_lists[DISTRIBUTOR]
         return stacked_list.adopt(
             base_list,
@@ -316,7 +325,8 @@ class DashShampoo(ConsolidatingShampoo):
         Returns:
             Counts of this rank's blocks; parameters without a failure are absent.
         """
-        return _sum(lists.failure_counts() for lists in self._stacked_lists())
+        present = (lists.failure_counts() for lists in self._stacked_lists())
+        return _sum([self._earlier_failures[0], *present])
 
     def gradient_failure_counts(self) -> dict[str, int]:
         """How many gradients of blocks were not finite since the start, by the name of their parameter.
@@ -326,7 +336,8 @@ class DashShampoo(ConsolidatingShampoo):
         Returns:
             Counts of this rank's blocks; parameters without such a gradient are absent.
         """
-        return _sum(step.gradient_guard.counts() for step in self._bucket_steps())
+        present = (step.gradient_guard.counts() for step in self._bucket_steps())
+        return _sum([self._earlier_failures[1], *present])
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -340,22 +351,6 @@ def _explanation(seam: str) -> str:
     return (
         f"This version of Distributed Shampoo (base {base_name!r}) lacks {seam}, which DashShampoo was "
         f"tested with at commit {_TESTED_COMMIT} of facebookresearch/optimizers."
-    )
-
-
-_EXPLODES = (
-    "EigenvalueCorrectedShampooPreconditionerConfig with QREigendecompositionConfig is known to explode "
-    "without grafting and with an epsilon as small as %g: it sorts its columns anew in every refresh. Use "
-    "DashSOAPPreconditionerConfig, eigh, a grafting_config, or an epsilon of 1e-4."
-)
-
-
-def _is_known_to_explode(config: PreconditionerConfig | None, group: Mapping[str, Any]) -> bool:
-    return (
-        type(config) is EigenvalueCorrectedShampooPreconditionerConfig
-        and isinstance(config.amortized_computation_config, QREigendecompositionConfig)
-        and group["grafting_config"] is None
-        and group["epsilon"] < 1e-5
     )
 
 

@@ -121,9 +121,14 @@ class GradientGuard:
         return not (looks and found_bad and self._policy == "skip_step")
 
     @property
-    def unread(self) -> list[Tensor]:
-        """The counts, if `settle` has to look at them: one tensor on the device, or none."""
-        return [self._counts] if self._policy == "raise" else []
+    def must_be_read(self) -> bool:
+        """Whether `settle` looks at the counts."""
+        return self._policy == "raise"
+
+    @property
+    def bad_counts(self) -> Tensor:
+        """How many gradients of each block were bad, on the device."""
+        return self._counts
 
     def settle(self, counts: Tensor | None = None) -> None:
         """Raises what is due.
@@ -135,7 +140,7 @@ class GradientGuard:
         Raises:
             PreconditionerValueError: Under the policy "raise", if gradients were bad since the last call.
         """
-        if self._policy != "raise":
+        if not self.must_be_read:
             return
         counts = self._counts.cpu() if counts is None else counts
         is_new = counts > self._known
@@ -331,26 +336,42 @@ class FailureLedger:
 
 
 def settle_together(ledgers: Sequence[FailureLedger], guards: Sequence[GradientGuard]) -> None:
-    """Brings what is pending from the device to the host, all in one host synchronisation.
+    """Brings what is pending to the host, in one host synchronisation for each device.
 
     Args:
-        ledgers: Ledgers of one device; their outcomes can then be settled without waiting.
-        guards: Guards of that device, which are settled.
+        ledgers: Their outcomes can then be settled without waiting.
+        guards: They are settled, all of them, so that none has an old error left for a later step.
 
     Raises:
-        PreconditionerValueError: If a gradient was not finite and that raises.
+        PreconditionerValueError: If a gradient was not finite and that raises; the first guard's.
     """
     outcomes = [outcome for ledger in ledgers for outcome in ledger.pending]
-    counts = [(guard, tensor) for guard in guards for tensor in guard.unread]
-    tensors = [outcome.status for outcome in outcomes] + [tensor for _, tensor in counts]
-    if not tensors:
-        return
-    read = torch.cat([tensor.to(torch.int64) for tensor in tensors]).cpu()
-    parts = torch.split(read, [len(tensor) for tensor in tensors])
-    for outcome, part in zip(outcomes, parts[: len(outcomes)], strict=True):
-        outcome.status = part
-    for (guard, _), part in zip(counts, parts[len(outcomes) :], strict=True):
-        guard.settle(part)
+    counting = [guard for guard in guards if guard.must_be_read]
+    read = _read(
+        [outcome.status for outcome in outcomes] + [guard.bad_counts for guard in counting]
+    )
+    for outcome, status in zip(outcomes, read[: len(outcomes)], strict=True):
+        outcome.status = status
+    errors: list[PreconditionerValueError] = []
+    for guard, counts in zip(counting, read[len(outcomes) :], strict=True):
+        try:
+            guard.settle(counts)
+        except PreconditionerValueError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _read(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Integer vectors, on the CPU: those of a device are read together."""
+    on_host = list(tensors)
+    for device in {tensor.device for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        sizes = [len(tensors[place]) for place in places]
+        joined = torch.cat([tensors[place].to(torch.int64) for place in places]).cpu()
+        for place, part in zip(places, torch.split(joined, sizes), strict=True):
+            on_host[place] = part
+    return on_host
 
 
 def send_to_host(ledger: FailureLedger) -> None:

@@ -31,11 +31,9 @@ from dash_shampoo.base import (
     SGDPreconditionerList,
 )
 from dash_shampoo.buckets import (
-    BlockSpec,
-    Layout,
     Piece,
     gather,
-    make_layout,
+    layout_of_shapes,
     stack_,
     to_blocks,
 )
@@ -123,12 +121,11 @@ class BucketStep:
     ) -> None:
         distributor = state_lists[DISTRIBUTOR]
         self.run = run
-        self._params: tuple[Tensor, ...] = tuple(distributor.local_blocked_params)
         self._shampoo = state_lists[SHAMPOO_PRECONDITIONER_LIST]
         self._layout = (
             self._shampoo.layout
             if isinstance(self._shampoo, StackedPreconditionerList)
-            else _layout_of_shapes(self._params)
+            else layout_of_shapes(distributor.local_blocked_params)
         )
         labels = [
             ".".join(map(str, info.composable_block_ids))
@@ -155,11 +152,6 @@ class BucketStep:
         grafting = state_lists.get(GRAFTING_PRECONDITIONER_LIST)
         can_run = isinstance(shampoo, StackedPreconditionerList) or _is_elementwise(shampoo)
         return can_run and (grafting is None or _is_elementwise(grafting))
-
-    @property
-    def layout(self) -> Layout:
-        """The buckets of the group's blocks."""
-        return self._layout
 
     def on_buckets(self, state_lists: Mapping[str, Any]) -> BucketLists | None:
         """The lists of a step, with bucket tensors in place of blocks.
@@ -288,16 +280,6 @@ def precondition_and_graft(
 
 def _is_elementwise(lists: object) -> bool:
     return type(lists) in _ELEMENTWISE_LISTS
-
-
-def _layout_of_shapes(params: Sequence[Tensor]) -> Layout:
-    """Buckets of blocks that have no factor matrices."""
-    return make_layout(
-        [
-            BlockSpec(tuple(block.shape), (False,) * block.dim(), (), block.dtype, block.device)
-            for block in params
-        ]
-    )
 
 
 def _cut(stacks: Sequence[Tensor], pieces: Sequence[Piece]) -> tuple[Tensor, ...]:

@@ -283,6 +283,43 @@ def test_a_large_fp16_gradient_is_no_overflow():
     assert not torch.equal(params[0], before)
 
 
+def test_two_groups_with_bad_gradients_leave_no_error_for_a_later_step(monkeypatch):
+    as_an_accelerator(monkeypatch)
+    params = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(3)]
+    optimizer = ds.DashShampoo([{"params": [p]} for p in params])
+    with pytest.raises(ds.PreconditionerValueError, match="parameter 1"):
+        step(optimizer, params, spoil={1, 2})
+    step(optimizer, params, seed=1)
+    assert optimizer.gradient_failure_counts() == {"parameter 1": 1, "parameter 2": 1}
+
+
+def test_counts_survive_what_constructs_the_base_anew(monkeypatch):
+    monkeypatch.setattr(SOLVE, inaccurate([0]))
+    optimizer, params = build(safe("keep"), **SQUARES)
+    step(optimizer, params, spoil={1})
+    counts = optimizer.failure_counts(), optimizer.gradient_failure_counts()
+    assert counts == ({"parameter 0": 1}, {"parameter 1": 1})
+    before = stacked(optimizer)
+    for p in params:
+        p.data = p.data.clone()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr(SOLVE, solve_stack)
+    optimizer.step()
+    assert stacked(optimizer) is not before
+    assert (optimizer.failure_counts(), optimizer.gradient_failure_counts()) == counts
+
+
+@pytest.mark.parametrize("grafting", [None, ds.AdamPreconditionerConfig()])
+@pytest.mark.parametrize("exponent", [0.25, 0.5])
+def test_steep_exponents_without_grafting_are_warned_of(grafting, exponent, caplog):
+    config = ds.DashShampooPreconditionerConfig(inverse_exponent_override={2: exponent})
+    with caplog.at_level(logging.WARNING, logger="dash_shampoo"):
+        build(config, shapes=[(8, 8)], grafting_config=grafting)
+    is_warned = "updates grow as its gradients shrink" in caplog.text
+    assert is_warned == (grafting is None and exponent == 0.5)
+
+
 def as_an_accelerator(monkeypatch):
     """Lets the CPU stand in for a device whose values the host has to wait for."""
     for module in ("safety", "preconditioners.stacked", "preconditioners.root_inverse"):

@@ -106,11 +106,6 @@ class Layout:
     stacks: tuple[StackSpec, ...]
     _selections: dict[tuple[bool, ...], ActiveLayout] = field(default_factory=dict, repr=False)
 
-    @property
-    def num_blocks(self) -> int:
-        """The number of blocks."""
-        return sum(len(bucket.blocks) for bucket in self.buckets)
-
     def active(self, selector: tuple[bool, ...]) -> ActiveLayout:
         """The layout restricted to the blocks with a gradient; recent selections are remembered.
 
@@ -175,6 +170,23 @@ def make_layout(blocks: Sequence[BlockSpec]) -> Layout:
             StackSpec(size, root, device, tuple(slots[number]))
             for (size, root, device), number in numbers.items()
         ),
+    )
+
+
+def layout_of_shapes(blocks: Sequence[torch.Tensor]) -> Layout:
+    """The buckets of blocks that have no factor matrices.
+
+    Args:
+        blocks: The blocks; only their shapes, dtypes and devices are looked at.
+
+    Returns:
+        A layout without stacks.
+    """
+    return make_layout(
+        [
+            BlockSpec(tuple(block.shape), (False,) * block.dim(), (), block.dtype, block.device)
+            for block in blocks
+        ]
     )
 
 

@@ -1,6 +1,7 @@
 """A^(-1/root) for stacks of factor matrices, by one function and a config that names the solver."""
 
 from dash_shampoo.inverse_root.chebyshev import ChebyshevConfig
+from dash_shampoo.inverse_root.chunks import plan_chunks
 from dash_shampoo.inverse_root.cost import num_products
 from dash_shampoo.inverse_root.coupled_newton import ScaledCoupledNewtonConfig
 from dash_shampoo.inverse_root.eigen import SpectrumRepairConfig
@@ -37,6 +38,7 @@ __all__ = [
     "config_for_root",
     "inverse_root",
     "num_products",
+    "plan_chunks",
     "repair",
     "sketched_residual",
     "solve_stack",

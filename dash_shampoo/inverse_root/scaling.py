@@ -93,17 +93,6 @@ class TraceScaling(ScalingConfig):
     """
 
 
-def num_scaling_stacks(config: ScalingConfig) -> int:
-    """How many N×N stacks a scale needs while it is computed."""
-    match config:
-        case TraceScaling():
-            return 2
-        case PowerIterationScaling():
-            return 2  # the vectors, of which there may be as many as N, are counted as a stack
-        case _:
-            return 0
-
-
 def compute_scale(A_BNN: Tensor, config: ScalingConfig, epsilon: float = 0.0) -> Tensor:
     """Find s with λ_max((A + epsilon·I)/s) at most about 1 for each block; 1 for a block of zeros.
 

@@ -7,6 +7,7 @@ from dash_shampoo.preconditioners.eigendecomposed import (
 from dash_shampoo.preconditioners.eigenvalue_corrected import (
     StackedEigenvalueCorrectedShampooPreconditionerList,
 )
+from dash_shampoo.preconditioners.known_bad import warn_of_known_bad
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.preconditioners.root_inverse import (
     StackedRootInvKLShampooPreconditionerList,
@@ -38,4 +39,5 @@ __all__ = [
     "StackedSignDescentPreconditionerList",
     "StackedSpectralDescentPreconditionerList",
     "missing_seam",
+    "warn_of_known_bad",
 ]

@@ -5,13 +5,13 @@ Shapes: K blocks of a piece, B rows of a stack, N×N factor matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import EigendecompositionConfig, EighEigendecompositionConfig
-from dash_shampoo.buckets import ActiveStack, MatrixStack, Piece, Rows, num_rows, rows_of, subset
+from dash_shampoo.buckets import ActiveStack, MatrixStack, Piece, Rows, num_rows, subset
 from dash_shampoo.eigenbasis import (
     EigenbasisResult,
     check_basis_supported,
@@ -22,7 +22,7 @@ from dash_shampoo.eigenbasis import (
 )
 from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList
-from dash_shampoo.safety import Slot, is_asynchronous
+from dash_shampoo.safety import is_asynchronous
 
 # Blocks of a part: with what is made of them they should fit a core's cache.
 _PART_BYTES = 2**18
@@ -167,14 +167,5 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
         """Takes over the eigenvectors of some rows; those that went wrong are the previous ones."""
         self._eigenvectors[number].write_(rows, result.eigenvectors)
 
-    def _repair(self, bad: Sequence[Slot]) -> None:
-        """Decomposes anew where a method lost its basis, those rows alone and batched by stack."""
-        safety = self._options.safety
-        if not bad or safety is None or safety.policy != "repair":
-            return
-        members = set(bad)
-        for number, spec in enumerate(self._layout.stacks):
-            wanted = [slot for slot, member in enumerate(spec.slots) if member in members]
-            if not wanted:
-                continue
-            self._decompose(number, rows_of(wanted, spec.device))
+    def _compute_again(self, number: int, rows: Rows) -> None:
+        self._decompose(number, rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig, RootInvShampooPreconditionerList
-from dash_shampoo.buckets import ActiveStack, MatrixStack, Piece, Rows, num_rows, rows_of, subset
+from dash_shampoo.buckets import ActiveStack, MatrixStack, Piece, Rows, num_rows, subset
 from dash_shampoo.inverse_root import (
     StackOutcome,
     check_supported,
@@ -21,7 +21,7 @@ from dash_shampoo.inverse_root import (
 )
 from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList
-from dash_shampoo.safety import Slot, is_asynchronous
+from dash_shampoo.safety import is_asynchronous
 
 
 class StackedRootInvShampooPreconditionerList(
@@ -143,27 +143,17 @@ class StackedRootInvShampooPreconditionerList(
             value = torch.where(usable[:, None, None], value, stack.read(rows))
         stack.write_(rows, value)
 
-    def _repair(self, bad: Sequence[Slot]) -> None:
-        """Computes bad roots again, those rows alone and batched by stack."""
-        safety = self._options.safety
-        if not bad or safety is None or safety.policy != "repair":
-            return
-        members = set(bad)
-        for number, spec in enumerate(self._layout.stacks):
-            wanted = [slot for slot, member in enumerate(spec.slots) if member in members]
-            if not wanted:
-                continue
-            rows = rows_of(wanted, spec.device)
-            result = repair(
-                self._bias_corrected(number, rows).to(self._solving_dtype),
-                spec.root,
-                self._solvers[number],
-                self._epsilon,
-                self._dampings[number][rows],
-            )
-            value = result.value.to(self._options.inv_factor_matrix_dtype)
-            usable = result.is_usable & value.isfinite().flatten(1).all(1)
-            self._write(number, rows, value, usable)
+    def _compute_again(self, number: int, rows: Rows) -> None:
+        result = repair(
+            self._bias_corrected(number, rows).to(self._solving_dtype),
+            self._layout.stacks[number].root,
+            self._solvers[number],
+            self._epsilon,
+            self._dampings[number][rows],
+        )
+        value = result.value.to(self._options.inv_factor_matrix_dtype)
+        usable = result.is_usable & value.isfinite().flatten(1).all(1)
+        self._write(number, rows, value, usable)
 
 
 class StackedRootInvKLShampooPreconditionerList(StackedRootInvShampooPreconditionerList):

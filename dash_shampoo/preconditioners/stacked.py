@@ -20,10 +20,12 @@ from dash_shampoo.buckets import (
     Rows,
     gather,
     make_layout,
+    rows_of,
     subset,
     to_blocks,
     unpack,
 )
+from dash_shampoo.inverse_root import plan_chunks
 from dash_shampoo.preconditioners.modes import unfold
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.safety import FailureLedger, Slot, is_asynchronous, send_to_host
@@ -214,8 +216,8 @@ class StackedPreconditionerList(_ShampooList):
         """
         raise NotImplementedError
 
-    def _repair(self, bad: Sequence[Slot]) -> None:
-        """Computes anew what went wrong, those rows alone, where the safety config wants it."""
+    def _compute_again(self, number: int, rows: Rows) -> None:
+        """Computes bad rows of a stack anew, by a surer method."""
         raise NotImplementedError
 
     def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -330,6 +332,16 @@ class StackedPreconditionerList(_ShampooList):
         """
         self._repair(self._ledger.settle())
 
+    def _repair(self, bad: Sequence[Slot]) -> None:
+        """Computes anew what went wrong, those rows alone, where the safety config wants it."""
+        safety, members = self._options.safety, set(bad)
+        if not bad or safety is None or safety.policy != "repair":
+            return
+        for number, spec in enumerate(self._layout.stacks):
+            wanted = [slot for slot, member in enumerate(spec.slots) if member in members]
+            if wanted:
+                self._compute_again(number, rows_of(wanted, spec.device))
+
     # --------------------------------------------------------------------- what lists share
 
     @property
@@ -366,19 +378,27 @@ class StackedPreconditionerList(_ShampooList):
                 operand = self._contraction_operand(grads, piece, number)
                 unfolded = unfold(operand, factor.dimension)
                 rows = piece.factor_rows(factor)
-                for part in self._chunks(len(unfolded), unfolded.size(1)):
+                for part in self._chunks(unfolded):
                     self._factors[factor.stack].accumulate_outer_(
                         subset(rows, part), unfolded[part], self._beta2, self._weighting_factor
                     )
 
-    def _chunks(self, num_matrices: int, size: int) -> list[slice]:
+    def _chunks(self, unfolded: Tensor) -> tuple[slice, ...]:
         """Rows in chunks whose temporaries, outer product and triangle, stay under the memory cap."""
-        per_row = 2 * size**2 * self._options.factor_matrix_dtype.itemsize
-        num_rows = max(1, self._options.max_workspace_bytes // max(per_row, 1))
-        return [
-            slice(start, min(start + num_rows, num_matrices))
-            for start in range(0, num_matrices, num_rows)
-        ]
+        num_matrices, size = unfolded.shape[:2]
+        if num_matrices * size == 0:
+            return ()
+        chunks = plan_chunks(
+            num_matrices,
+            size,
+            itemsize=self._options.factor_matrix_dtype.itemsize,
+            num_stacks=2,
+            device_type=unfolded.device.type,
+            is_serial=False,
+            max_workspace_bytes=self._options.max_workspace_bytes,
+            num_threads=1,
+        )
+        return chunks.rows
 
     def _bias_corrected(self, number: int, rows: Rows) -> Tensor:
         """The factor matrices (K, N, N) of rows of a stack; must not be modified."""

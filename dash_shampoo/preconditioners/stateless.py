@@ -7,10 +7,10 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from dash_shampoo.buckets import BlockSpec, make_layout
+from dash_shampoo.buckets import layout_of_shapes
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
-from dash_shampoo.safety import FailureLedger, Slot
+from dash_shampoo.safety import FailureLedger
 
 
 class StackedStatelessPreconditionerList(StackedPreconditionerList):
@@ -50,12 +50,7 @@ class StackedStatelessPreconditionerList(StackedPreconditionerList):
         self._options = options
         for block, name in zip(block_list, block_names, strict=True):
             self._check_block(block, name)
-        self._layout = make_layout(
-            [
-                BlockSpec(tuple(block.shape), (False,) * block.dim(), (), block.dtype, block.device)
-                for block in block_list
-            ]
-        )
+        self._layout = layout_of_shapes(block_list)
         self._active = self._layout.active((True,) * len(block_list))
         self._ledger = FailureLedger([], block_names, 0, None)
         self._is_asynchronous = False
@@ -64,10 +59,6 @@ class StackedStatelessPreconditionerList(StackedPreconditionerList):
     def _check_block(self, block: Tensor, name: str) -> None:
         """Refuses a block of a shape that the function does not take."""
 
-    def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
-        """Restricts the list to the blocks that have a gradient."""
-        self._active = self._layout.active(tuple(local_grad_selector))
-
     def update_buckets(
         self,
         masked_grad_list: Sequence[Tensor],
@@ -75,6 +66,3 @@ class StackedStatelessPreconditionerList(StackedPreconditionerList):
         perform_amortized_computation: bool = False,
     ) -> None:
         """Keeps nothing."""
-
-    def _repair(self, bad: Sequence[Slot]) -> None:
-        """Has nothing to repair."""
