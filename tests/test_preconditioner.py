@@ -15,7 +15,7 @@ import dash_shampoo as ds
 from dash_shampoo.inverse_root import InverseRootStatus, solve_stack
 from dash_shampoo.inverse_root.registry import _log_second
 from dash_shampoo.preconditioners import StackedRootInvShampooPreconditionerList, missing_seam
-from dash_shampoo.preconditioners.stacked import LIST_SEAMS
+from dash_shampoo.preconditioners.seams import LIST_SEAMS
 
 SHAPES = [(8, 8), (20, 13), (5,), (), (3, 4, 5)]
 SOLVE = "dash_shampoo.preconditioners.root_inverse.solve_stack"

@@ -13,17 +13,14 @@ from dash_shampoo.preconditioners.root_inverse import (
     StackedRootInvKLShampooPreconditionerList,
     StackedRootInvShampooPreconditionerList,
 )
+from dash_shampoo.preconditioners.seams import missing_seam
 from dash_shampoo.preconditioners.sign_descent import StackedSignDescentPreconditionerList
 from dash_shampoo.preconditioners.soap_config import (
     DashSOAPPreconditionerConfig,
     DefaultDashSOAPConfig,
 )
 from dash_shampoo.preconditioners.spectral_descent import StackedSpectralDescentPreconditionerList
-from dash_shampoo.preconditioners.stacked import (
-    BucketView,
-    StackedPreconditionerList,
-    missing_seam,
-)
+from dash_shampoo.preconditioners.stacked import BucketView, StackedPreconditionerList
 
 __all__ = [
     "BucketView",

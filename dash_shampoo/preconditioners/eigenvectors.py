@@ -21,7 +21,8 @@ from dash_shampoo.eigenbasis import (
     is_identity,
 )
 from dash_shampoo.preconditioners.modes import contract
-from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList
+from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
+from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous
 
 # Blocks of a part: with what is made of them they should fit a core's cache.

@@ -20,7 +20,8 @@ from dash_shampoo.inverse_root import (
     solve_stack,
 )
 from dash_shampoo.preconditioners.modes import contract
-from dash_shampoo.preconditioners.stacked import BLOCK_SEAMS, StackedPreconditionerList
+from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
+from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous
 
 

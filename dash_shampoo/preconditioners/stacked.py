@@ -28,58 +28,13 @@ from dash_shampoo.buckets import (
 from dash_shampoo.inverse_root import plan_chunks
 from dash_shampoo.preconditioners.modes import unfold
 from dash_shampoo.preconditioners.options import StackedOptions
+from dash_shampoo.preconditioners.seams import BLOCK_SEAMS, LIST_SEAMS
 from dash_shampoo.safety import FailureLedger, Slot, is_asynchronous, send_to_host
 
 if TYPE_CHECKING:
     from dash_shampoo.base import RootInvShampooPreconditionerList as _ShampooList
 else:
     _ShampooList = object
-
-LIST_SEAMS = (
-    "_local_kronecker_factors_unwrapped",
-    "_local_preconditioned_dims_selector_list",
-    "_dims_list",
-    "_preconditioner_config",
-    "_beta2",
-    "_weighting_factor",
-    "_epsilon",
-    "_use_bias_correction",
-    "_bias_correction2",
-    "_update_factor_matrices",
-    "update_preconditioners",
-    "precondition",
-    "compress_preconditioner_list",
-)
-BLOCK_SEAMS = (
-    "factor_matrices",
-    "factor_matrix_indices",
-    "roots",
-    "use_symmetric_packing",
-    "_failed_amortized_computation_counter",
-)
-
-
-def missing_seam(
-    base_list: object, block_seams: Sequence[str], list_seams: Sequence[str] = LIST_SEAMS
-) -> str | None:
-    """The first attribute that a stacked list needs and `base_list` lacks, or None.
-
-    Args:
-        base_list: A list as the base built it.
-        block_seams: What the base's record of a block must have.
-        list_seams: What the list must have.
-
-    Returns:
-        Its name.
-    """
-    for name in list_seams:
-        if not hasattr(base_list, name):
-            return f"{type(base_list).__name__}.{name}"
-    for block in getattr(base_list, "_local_kronecker_factors_unwrapped", ()):
-        for name in block_seams:
-            if not hasattr(block, name):
-                return f"{type(block).__name__}.{name}"
-    return None
 
 
 class BucketView:
@@ -378,17 +333,18 @@ class StackedPreconditionerList(_ShampooList):
                 operand = self._contraction_operand(grads, piece, number)
                 unfolded = unfold(operand, factor.dimension)
                 rows = piece.factor_rows(factor)
-                for part in self._chunks(unfolded):
-                    self._factors[factor.stack].accumulate_outer_(
+                stack = self._factors[factor.stack]
+                for part in self._chunks(unfolded) if stack.packed else (slice(0, len(unfolded)),):
+                    stack.accumulate_outer_(
                         subset(rows, part), unfolded[part], self._beta2, self._weighting_factor
                     )
 
     def _chunks(self, unfolded: Tensor) -> tuple[slice, ...]:
-        """Rows in chunks whose temporaries, outer product and triangle, stay under the memory cap."""
+        """Rows in chunks that keep what a packed stack needs, products and triangles, under the cap."""
         num_matrices, size = unfolded.shape[:2]
         if num_matrices * size == 0:
             return ()
-        chunks = plan_chunks(
+        return plan_chunks(
             num_matrices,
             size,
             itemsize=self._options.factor_matrix_dtype.itemsize,
@@ -397,8 +353,7 @@ class StackedPreconditionerList(_ShampooList):
             is_serial=False,
             max_workspace_bytes=self._options.max_workspace_bytes,
             num_threads=1,
-        )
-        return chunks.rows
+        ).rows
 
     def _bias_corrected(self, number: int, rows: Rows) -> Tensor:
         """The factor matrices (K, N, N) of rows of a stack; must not be modified."""
