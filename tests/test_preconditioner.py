@@ -320,6 +320,32 @@ def test_steep_exponents_without_grafting_are_warned_of(grafting, exponent, capl
     assert is_warned == (grafting is None and exponent == 0.5)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [ds.RootInvShampooPreconditionerConfig, ds.EigendecomposedShampooPreconditionerConfig],
+)
+def test_a_factor_of_zeros_keeps_its_root(config, packing):
+    """The root of its damping alone, 1e-12^(-1/4), would multiply the first gradient that comes."""
+    optimizer, params = build(
+        config(use_symmetric_packing=packing),
+        shapes=[(8, 8)] * 2,
+        epsilon=1e-12,
+        precondition_frequency=2,
+        betas=(0.0, 0.95),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for is_first_zero in (True, True, False):  # roots are due in the second step
+        params[0].grad = torch.randn(8, 8, generator=generator) * (not is_first_zero)
+        params[1].grad = torch.randn(8, 8, generator=generator)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+    steps = [p.detach() - q for p, q in zip(params, before, strict=True)]
+    torch.testing.assert_close(steps[0], -0.1 * params[0].grad, rtol=1e-5, atol=1e-6)
+    # The other has its own root.
+    assert not torch.allclose(steps[1], -0.1 * params[1].grad, rtol=0.1)
+
+
 def as_an_accelerator(monkeypatch):
     """Lets the CPU stand in for a device whose values the host has to wait for."""
     for module in ("safety", "preconditioners.stacked", "preconditioners.root_inverse"):

@@ -89,7 +89,8 @@ class StackedEigendecomposedShampooPreconditionerList(
     def _store(self, number: int, rows: Rows, result: EigenbasisResult) -> None:
         super()._store(number, rows, result)
         eigenvalues = self._eigenvalues[number]
-        usable = result.is_usable[:, None]
+        # A factor matrix of zeros keeps the eigenvalues that it has: 0 would be inverted as the damping.
+        usable = (result.is_usable & ~self._factors[number].are_zero(rows))[:, None]
         eigenvalues[rows] = torch.where(
             usable, result.eigenvalues.to(eigenvalues.dtype), eigenvalues[rows]
         )

@@ -121,9 +121,16 @@ class StackedRootInvShampooPreconditionerList(
     def _solve(self, number: int, rows: Rows) -> StackOutcome:
         """Refreshes the roots of some rows of a stack; only usable roots are written."""
         spec, safety = self._layout.stacks[number], self._options.safety
+        # A factor matrix of zeros has no root but that of its damping, 1e6 and more, which would
+        # multiply the first gradient that comes before the next refresh.
+        has_root = self._factors[number].are_zero(rows).logical_not_()
+
+        def store(part: slice, value: Tensor, usable: Tensor) -> None:
+            self._write(number, subset(rows, part), value, usable & has_root[part])
+
         return solve_stack(
             lambda part: self._bias_corrected(number, subset(rows, part)).to(self._solving_dtype),
-            lambda part, value, usable: self._write(number, subset(rows, part), value, usable),
+            store,
             num_matrices=num_rows(rows),
             size=spec.size,
             root=spec.root,
