@@ -102,15 +102,7 @@ class Trainer:
         except ValueError as error:
             raise SettingsError(str(error)) from error
 
-        torch.manual_seed(config.seed)
-        model = build(
-            config.model,
-            "model",
-            vocab_size=self.data.vocab_size,
-            max_sequence_length=config.sequence_length,
-        )
-        dtype = torch.float64 if config.precision == Precision.fp64 else torch.float32
-        model.to(device=process.device, dtype=dtype)
+        model = self._build_model()
         self.num_parameters = count_parameters(model)
         self.model, distributed_config = parallelise(model, config.parallelism, process)
         groups = parameter_groups(model, config.parameter_groups)
@@ -137,6 +129,18 @@ class Trainer:
         self.last_checkpoint = self._resume()
         self._logged_seconds = self.seconds
         self.log = self._open_log() if process.is_first else None
+
+    def _build_model(self) -> torch.nn.Module:
+        config = self.config
+        torch.manual_seed(config.seed)
+        model: torch.nn.Module = build(
+            config.model,
+            "model",
+            vocab_size=self.data.vocab_size,
+            max_sequence_length=config.sequence_length,
+        )
+        dtype = torch.float64 if config.precision == Precision.fp64 else torch.float32
+        return model.to(device=self.process.device, dtype=dtype)
 
     def _sampler(self, tokens: TokenSequence) -> BatchSampler:
         config = self.config
