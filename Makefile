@@ -12,12 +12,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 META_READY := $(VENV)/.ready-meta
 CLIENTS_READY := $(VENV)/.ready-clients
+DOCS_READY := $(VENV)/.ready-docs
 PIP := $(BIN)/python -m pip
 # One thread per worker: two workers with two threads each are slower than one on two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench wheel test-wheel install-meta test-meta test-meta-suite test-clients clean
+.PHONY: help demo test lint format docs bench wheel test-wheel install-meta test-meta test-meta-suite test-clients clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ lint: $(READY)  ## ruff (lint and format) and mypy, without changing anything
 format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(DOCS_READY)  ## the documentation into site/; a reference that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
 
 bench: $(READY)  ## time an optimizer step against the base's own sequential list
 	$(BIN)/python benchmarks/step_time.py $(ARGS)
@@ -62,7 +66,7 @@ test-clients: $(CLIENTS_READY)  ## transformers, accelerate, lightning, peft: in
 	HF_HUB_OFFLINE=1 $(PYTEST) tests/clients $(ARGS)
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -84,4 +88,9 @@ $(META_READY): pyproject.toml | $(READY)
 $(CLIENTS_READY): pyproject.toml | $(READY)
 	$(PIP) install --quiet 'pip>=25.1'
 	$(PIP) install --quiet -c constraints.txt --group clients
+	touch $@
+
+$(DOCS_READY): pyproject.toml constraints.txt | $(READY)
+	$(PIP) install --quiet 'pip>=25.1'
+	$(PIP) install --quiet -c constraints.txt --group docs
 	touch $@

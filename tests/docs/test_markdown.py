@@ -1,4 +1,4 @@
-"""What README.md and the other documents show is run, or at least exists."""
+"""What README.md and the pages of the documentation show is run, or at least exists."""
 
 import re
 
@@ -7,7 +7,9 @@ import pytest
 from experiments.main import COMMANDS
 from tests.docs.markdown import ROOT, Block, blocks, commands, make_targets, table
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "patches/README.md")
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "patches/README.md", *PAGES]
+WITHOUT_COMMANDS = ("docs/coming-from.md", "docs/robustness.md", "docs/limits.md")
 # Blocks that need several processes, a GPU or Meta's package: ```python notest, compiled only.
 NOT_RUN = "notest"
 
@@ -29,9 +31,23 @@ def run_blocks(found: list[Block], name: str) -> int:
     return count
 
 
-def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+WITH_PYTHON = [document for document in DOCUMENTS if python_blocks(document)]
+
+
+def test_documents_are_found():
+    assert len(PAGES) >= 15
+    # The pages into which the README's recipes and examples went.
+    assert {"README.md", "docs/index.md", "docs/coming-from.md", "docs/solvers.md"} <= set(
+        WITH_PYTHON
+    )
+
+
+@pytest.mark.parametrize("document", WITH_PYTHON)
+def test_python_of_a_document_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_blocks(python_blocks("README.md"), "README.md") >= 2
+    found = python_blocks(document)
+    shown = [block for block in found if NOT_RUN in block.info.split(" ")]
+    assert run_blocks(found, document) == len(found) - len(shown)
 
 
 def test_a_broken_block_fails():
@@ -77,7 +93,8 @@ def has_option_file(argument: str) -> bool:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_exist(document):
     text = (ROOT / document).read_text()
-    assert list(commands(text)), f"{document} shows no command"
+    if "reference" not in document and document not in WITHOUT_COMMANDS:
+        assert list(commands(text)), f"{document} shows no command"
     assert unknown_commands(text, make_targets((ROOT / "Makefile").read_text())) == []
 
 
