@@ -84,6 +84,7 @@ from dash_shampoo.config import (
     DefaultDashConfig,
     SafetyConfig,
 )
+from dash_shampoo.diagnostics import BlockDiagnostics, FactorDiagnostics
 from dash_shampoo.distribution import DashDDPDistributedConfig
 from dash_shampoo.eigenbasis import OrthogonalIterationConfig
 from dash_shampoo.grouping import ParamGroups, ParamRule, param_groups
@@ -120,6 +121,7 @@ __all__ = [
     "AdamPreconditionerConfig",
     "AlignedMemoryCostModel",
     "BaseShampooPreconditionerConfig",
+    "BlockDiagnostics",
     "ChebyshevConfig",
     "ClassicMomentumConfig",
     "ClassicShampooPreconditionerConfig",
@@ -155,6 +157,7 @@ __all__ = [
     "EigenvalueCorrectedShampooPreconditionerConfig",
     "EighEigendecompositionConfig",
     "FSDPParamAssignmentStrategy",
+    "FactorDiagnostics",
     "FrobeniusScaling",
     "FullyShardDistributedConfig",
     "GeneralizedPrimalAveragingConfig",

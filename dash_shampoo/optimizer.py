@@ -34,6 +34,7 @@ from dash_shampoo.base import (
 from dash_shampoo.base import name as base_name
 from dash_shampoo.config import DashShampooPreconditionerConfig, GradientPolicy
 from dash_shampoo.consolidation import ConsolidatingShampoo
+from dash_shampoo.diagnostics import HISTORY, BlockDiagnostics, diagnose, observe
 from dash_shampoo.distribution import share_late_error, shares_errors
 from dash_shampoo.planning import (
     Device,
@@ -136,6 +137,8 @@ class DashShampoo(ConsolidatingShampoo):
 
     # Of inverse roots and of gradients, from before the base was last constructed anew.
     _earlier_failures: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
+    collects_diagnostics = False
+    """Whether steps note what `diagnostics` tells of them; no step waits for that. (Default: False)"""
 
     @torch.no_grad()
     def _finish_construction(self) -> None:
@@ -213,6 +216,8 @@ class DashShampoo(ConsolidatingShampoo):
         buckets: BucketStep | None = state_lists.get(BUCKETS)
         if buckets is None:
             return super()._compute_search_directions(state_lists=state_lists, **settings)
+        if self.collects_diagnostics or HISTORY in state_lists:
+            buckets.run(observe, state_lists, self.collects_diagnostics)
         on_buckets = buckets.on_buckets(state_lists)
         if on_buckets is None:
             return buckets.nothing(state_lists)
@@ -315,6 +320,19 @@ class DashShampoo(ConsolidatingShampoo):
         if parallelism is None:
             parallelism = parallelism_of(groups[0]["distributed_config"])
         return plan_optimizer(groups, parallelism, device, use_tf32)
+
+    def diagnostics(self) -> list[BlockDiagnostics]:
+        """Condition, residual, norms, failures and relative updates of this rank's blocks, computed now.
+
+        `update_to_weight` and `steps_since_good_root` need `collects_diagnostics` in the steps before.
+        """
+        return [
+            block
+            for lists in self._lists_of_groups()
+            for block in diagnose(
+                lists, self._block_names(lists[DISTRIBUTOR].local_block_info_list)
+            )
+        ]
 
     def failure_counts(self) -> dict[str, int]:
         """How many inverse roots were not accepted since the start, by the name of their parameter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -157,9 +157,8 @@ class GradientGuard:
         """How many gradients of blocks were not finite so far, by the name of the parameter."""
         named: Counter[str] = Counter()
         for block, count in zip(self._blocks, self._counts.tolist(), strict=True):
-            if count:
-                named[self._block_names[block]] += count
-        return dict(named)
+            named[self._block_names[block]] += count
+        return dict(+named)
 
 
 # ------------------------------------------------------------------------------- inverse roots
@@ -206,6 +205,7 @@ class FailureLedger:
         self._subject = subject
         self._safety = safety
         self.pending: list[_Outcome] = []
+        self.observer: Callable[[tuple[Slot, ...], Tensor], None] | None = None
         self._counts: Counter[int] = Counter()
         self._warned: set[int] = set()
         self._warned_of_max_iterations = False
@@ -214,25 +214,27 @@ class FailureLedger:
         """Notes the outcome of a solve; reads nothing from the device.
 
         Args:
-            slots: The slot of every matrix of the solve.
+            slots: The slots of its matrices.
             status: (B,) `InverseRootStatus` of every matrix.
         """
         self.pending.append(_Outcome(slots, status))
+        if self.observer is not None:
+            self.observer(slots, status)
 
-    def counts(self) -> dict[str, int]:
-        """How many roots were not accepted so far, by the name of the parameter.
-
-        Reads pending outcomes (a host synchronisation) but leaves them to be settled.
-        """
+    def counts_by_block(self) -> Counter[int]:
+        """How many roots were not accepted so far, by block; waits for pending outcomes, settles none."""
         counts = self._counts.copy()
         for outcome in self.pending:
             for (block, _), code in zip(outcome.slots, outcome.codes(), strict=True):
                 counts[block] += InverseRootStatus(code) in _MEANING
+        return counts
+
+    def counts(self) -> dict[str, int]:
+        """As `counts_by_block`, by the name of the parameter."""
         named: Counter[str] = Counter()
-        for block, count in counts.items():
-            if count:
-                named[self._block_names[block]] += count
-        return dict(named)
+        for block, count in self.counts_by_block().items():
+            named[self._block_names[block]] += count
+        return dict(+named)
 
     def settle(self) -> list[Slot]:
         """Acts on the outcomes noted since the last call.
@@ -250,8 +252,8 @@ class FailureLedger:
         outcomes, self.pending = self.pending, []
         if not outcomes:
             return []
-        codes = [code for outcome in outcomes for code in outcome.codes()]
-        slots = [slot for outcome in outcomes for slot in outcome.slots]
+        codes = [code for one in outcomes for code in one.codes()]
+        slots = [slot for one in outcomes for slot in one.slots]
         if not any(codes):
             for block, _ in slots:
                 self._blocks[block]._failed_amortized_computation_counter = 0

@@ -142,6 +142,7 @@ class BucketStep:
             for lists in (self._shampoo, state_lists.get(GRAFTING_PRECONDITIONER_LIST))
             if isinstance(lists, AdagradPreconditionerList)
         ]
+        self.observer: Callable[[Sequence[Tensor], Sequence[Piece]], None] | None = None
         self._selections: dict[tuple[bool, ...], _Selection] = {}
         self._selected: _Selection | None = None
 
@@ -201,6 +202,8 @@ class BucketStep:
 
     def _to_blocks(self, directions: Sequence[Tensor]) -> tuple[Tensor, ...]:
         assert self._selected is not None
+        if self.observer is not None:
+            self.observer(directions, self._selected.pieces)
         return to_blocks(directions, self._selected.pieces)
 
     def _select(self, selector: tuple[bool, ...]) -> _Selection:

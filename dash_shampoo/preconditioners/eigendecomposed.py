@@ -74,17 +74,19 @@ class StackedEigendecomposedShampooPreconditionerList(
         for number, factor in enumerate(piece.bucket.factors):
             if number == skipped:
                 continue
-            spec = self._layout.stacks[factor.stack]
-            scale = inverse_power(
-                self._eigenvalues[factor.stack][subset(piece.factor_rows(factor), part)],
-                spec.root,
-                self._epsilon,
-                self._options.amortized_computation_config,
-            )
+            scale = self._scales(factor.stack, subset(piece.factor_rows(factor), part))
             shape = [len(grads), *[1] * (grads.dim() - 1)]
-            shape[factor.dimension + 1] = spec.size
+            shape[factor.dimension + 1] = scale.shape[-1]
             rotated.mul_(scale.view(shape))
         return self._from_basis(rotated, bases)
+
+    def _scales(self, number: int, rows: slice) -> Tensor:
+        return inverse_power(
+            self._eigenvalues[number][rows],
+            self._layout.stacks[number].root,
+            self._epsilon,
+            self._options.amortized_computation_config,
+        )
 
     def _store(self, number: int, rows: Rows, result: EigenbasisResult) -> None:
         super()._store(number, rows, result)

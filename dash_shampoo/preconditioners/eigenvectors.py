@@ -20,6 +20,7 @@ from dash_shampoo.eigenbasis import (
     follows_a_basis,
     is_identity,
 )
+from dash_shampoo.preconditioners.measures import FactorMeasures, measure_basis
 from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
@@ -170,3 +171,14 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
 
     def _compute_again(self, number: int, rows: Rows) -> None:
         self._decompose(number, rows)
+
+    def _scales(self, number: int, rows: slice) -> Tensor | None:
+        """Inverse roots of the eigenvalues (K, N) of some rows, where the list has any."""
+        del number, rows
+        return None
+
+    def _measure(self, number: int, rows: slice) -> FactorMeasures:
+        A = self._bias_corrected(number, rows)
+        A = A.to(torch.promote_types(A.dtype, torch.float32))
+        Q = self._eigenvectors[number].data[rows].to(A.dtype)
+        return measure_basis(A, Q, self._epsilon, self._scales(number, rows))

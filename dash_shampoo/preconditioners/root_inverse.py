@@ -19,6 +19,7 @@ from dash_shampoo.inverse_root import (
     repair,
     solve_stack,
 )
+from dash_shampoo.preconditioners.measures import FactorMeasures, measure_roots
 from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
@@ -162,6 +163,14 @@ class StackedRootInvShampooPreconditionerList(
         value = result.value.to(self._options.inv_factor_matrix_dtype)
         usable = result.is_usable & value.isfinite().flatten(1).all(1)
         self._write(number, rows, value, usable)
+
+    def _measure(self, number: int, rows: slice) -> FactorMeasures:
+        return measure_roots(
+            self._bias_corrected(number, rows).to(self._solving_dtype),
+            self._inverse_factors[number].read(rows).to(self._solving_dtype),
+            self._layout.stacks[number].root,
+            self._dampings[number][rows],
+        )
 
 
 class StackedRootInvKLShampooPreconditionerList(StackedRootInvShampooPreconditionerList):

@@ -26,6 +26,7 @@ from dash_shampoo.buckets import (
     unpack,
 )
 from dash_shampoo.inverse_root import plan_chunks
+from dash_shampoo.preconditioners.measures import FactorMeasures, measure_in_chunks
 from dash_shampoo.preconditioners.modes import unfold
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS, LIST_SEAMS
@@ -175,6 +176,10 @@ class StackedPreconditionerList(_ShampooList):
         """Computes bad rows of a stack anew, by a surer method."""
         raise NotImplementedError
 
+    def _measure(self, number: int, rows: slice) -> FactorMeasures:
+        """Measures of some rows of a stack."""
+        raise NotImplementedError
+
     def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The preconditioned gradients of the active pieces.
 
@@ -253,6 +258,17 @@ class StackedPreconditionerList(_ShampooList):
     def failure_counts(self) -> dict[str, int]:
         """How often the amortized computation of a block was not accepted, by parameter."""
         return self._ledger.counts()
+
+    def measure(self, number: int) -> FactorMeasures:
+        """Numbers of every factor matrix of a stack and of what was computed of it."""
+        spec, dtype = self._layout.stacks[number], self._factors[number].data.dtype
+        return measure_in_chunks(
+            lambda rows: self._measure(number, rows),
+            len(spec.slots),
+            spec.size,
+            torch.promote_types(dtype, torch.float32).itemsize,
+            self._options.max_workspace_bytes,
+        )
 
     @property
     def ledger(self) -> FailureLedger:
