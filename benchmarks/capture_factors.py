@@ -48,7 +48,7 @@ def capture(steps: int, width: int, betas: tuple[float, ...]) -> list[dict[str, 
         seed=0,
         after_backward=watch,
     )
-    print(f"validation loss {loss:.3f} after {steps} steps")
+    print(f"validation loss {loss.loss:.3f} after {steps} steps")
     return [
         {
             "name": name,

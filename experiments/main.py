@@ -13,6 +13,7 @@ import torch
 # file of its name in configs/; or with `main(words) -> exit status`, where files are what it takes.
 COMMANDS = {
     "train": "train a Llama-style model",
+    "study": "which optimizer and settings train best, on small tasks",
     "sweep": "train with many settings: best first, and a page",
     "plan": "memory, work and balance on many ranks, before running",
     "demo": "compare optimizers on a tiny model: table and plots",
