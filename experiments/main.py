@@ -21,7 +21,16 @@ COMMANDS = {
     "data": "token files from text or from Hugging Face",
 }
 # What the extra `dev` brings.
-_EXTRA = ("hydra", "omegaconf", "tqdm", "matplotlib", "sentencepiece", "plotly")
+_EXTRA = (
+    "hydra",
+    "omegaconf",
+    "tqdm",
+    "matplotlib",
+    "sentencepiece",
+    "plotly",
+    "sklearn",
+    "mnist1d",
+)
 # What is not in it: some gigabytes less.
 _ON_DEMAND = ("datasets", "huggingface_hub")
 

@@ -221,7 +221,7 @@ class _AsMatrix(nn.Module):
         (kernel,) = self.kernel
         convolve = functional.conv1d if isinstance(kernel, nn.Conv1d) else functional.conv2d
         weight = self.weight.view(kernel.weight.shape)
-        return convolve(x, weight, self.bias, kernel.stride, kernel.padding)  # type: ignore[arg-type]
+        return convolve(x, weight, self.bias, kernel.stride, kernel.padding)
 
 
 @dataclass(frozen=True)

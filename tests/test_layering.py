@@ -87,6 +87,8 @@ THIRD_PARTY: dict[str, set[str]] = {
         "matplotlib",
         "sentencepiece",
         "sklearn",
+        "mnist1d",
+        "pytorch_optimizer",
         "plotly",
         "datasets",
         "huggingface_hub",

@@ -46,6 +46,9 @@ def main(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     _check("question", args.questions, list(QUESTIONS))
     _check("task", args.tasks, list(TASKS))
+    for word in args.sides or []:
+        if not any(word in label for q in QUESTIONS.values() for label in q.sides):
+            raise SettingsError(f"no side's name contains {word!r}.")
     if args.tuning_seed in args.seeds:
         raise SettingsError(f"--tuning-seed {args.tuning_seed} must not be one of --seeds.")
     # Processor time is compared: threads that wait for each other would add to it.
@@ -64,12 +67,11 @@ def main(words: Sequence[str]) -> int:
 
 
 def _sides(name: str, words: Sequence[str] | None) -> dict[str, Side]:
-    found = {
+    return {
         label: side
         for label, side in QUESTIONS[name].sides.items()
         if words is None or any(word in label for word in words)
     }
-    return found
 
 
 def _ask(
@@ -81,7 +83,11 @@ def _ask(
     tuning_seed: int,
 ) -> None:
     for label, side in sides.items():
-        one = result(store, task, label, side, seeds, tuning_seed)
+        try:
+            one = result(store, task, label, side, seeds, tuning_seed)
+        except NotImplementedError as error:
+            print(f"{name} {task} {label} is left out: {str(error).split(',')[0]}", flush=True)
+            continue
         print(
             f"{name} {task} {label}: {one.mean:.4f} ± {one.deviation:.4f} "
             f"(lr {one.lr:g}, {one.seconds:.1f} s)",

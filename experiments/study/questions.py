@@ -96,14 +96,21 @@ def truncated(exponent: float, cutoff: float) -> ds.RootInvShampooPreconditioner
 def _base(config: ds.PreconditionerConfig, lr: float, grafts: bool = True) -> Shampoo:
     """As people use the base: everything by Shampoo, block by block."""
     return Shampoo(
-        config, lr=lr, grafts=grafts, routing="all", stacked=False, epsilon=1e-10 if grafts else 1e-8
+        config,
+        lr=lr,
+        grafts=grafts,
+        routing="all",
+        stacked=False,
+        epsilon=1e-10 if grafts else 1e-8,
     )
 
 
 def _dims(count: float) -> dict[str, Any]:
     """Merge small dimensions until so many are left."""
     return {
-        "distributed_config": ds.SingleDeviceDistributedConfig(target_parameter_dimensionality=count)
+        "distributed_config": ds.SingleDeviceDistributedConfig(
+            target_parameter_dimensionality=count
+        )
     }
 
 
@@ -116,9 +123,7 @@ _TRUNCATED = {
     for name, value in (("1/3", 1 / 3), ("1/2", 0.5))
     for cutoff in (1e-4, 1e-6)
 }
-_ONE_SIDED = root(
-    ds.MinimaxConfig(num_squarings=5), {1: 0.5, 2: {0: 0.0, 1: 0.5}, 3: 0.5, 4: 0.5}
-)
+_ONE_SIDED = root(ds.MinimaxConfig(num_squarings=5), {1: 0.5, 2: {0: 0.0, 1: 0.5}, 3: 0.5, 4: 0.5})
 
 QUESTIONS = {
     "peers": Question(

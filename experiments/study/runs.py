@@ -68,15 +68,12 @@ class Store:
             for line in path.read_text(encoding="utf-8").splitlines():
                 self._remember(json.loads(line))
 
-    def _remember(self, record: dict[str, Any]) -> None:
+    def _remember(self, record: dict[str, Any]) -> Fit:
         key = (record["task"], record["side"], record["lr"], record["seed"])
         losses = tuple(math.inf if loss is None else loss for loss in record["losses"])
-        self._fits[key] = Fit(
-            tuple(record["steps"]),
-            losses,
-            tuple(record["seconds"]),
-            record["optimizer_seconds"],
-        )
+        steps, seconds = tuple(record["steps"]), tuple(record["seconds"])
+        self._fits[key] = Fit(steps, losses, seconds, record["optimizer_seconds"])
+        return self._fits[key]
 
     def find(self, task: str, side: Side, lr: float, seed: int) -> Fit | None:
         """A run, if it was done.
@@ -131,8 +128,7 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._remember(json.loads(json.dumps(record)))
-        return one
+        return self._remember(record)
 
 
 def tune(loss: Callable[[float], float], start: float) -> float:
@@ -174,7 +170,7 @@ def result(
     return Result(lr, [store.run(task, label, side, lr, seed) for seed in seeds])
 
 
-class Missing(Exception):
+class MissingRunError(Exception):
     """A run that was not done yet."""
 
 
@@ -196,11 +192,11 @@ def known_result(
 
     def loss(lr: float, seed: int = tuning_seed) -> Fit:
         if (known := store.find(task, side, lr, seed)) is None:
-            raise Missing
+            raise MissingRunError
         return known
 
     try:
         lr = tune(lambda lr: loss(lr).loss, side.lr)
         return Result(lr, [loss(lr, seed) for seed in seeds])
-    except Missing:
+    except MissingRunError:
         return None

@@ -17,18 +17,15 @@ _EPS = 1e-8
 
 
 class Side(Protocol):
-    """One optimizer with its settings, all but the learning rate.
-
-    Attributes:
-        lr: Where the search for the learning rate starts.
-        as_matrices: Whether it is given convolution kernels as matrices (out, in·…).
-    """
+    """One optimizer with its settings, all but the learning rate."""
 
     @property
-    def lr(self) -> float: ...
+    def lr(self) -> float:
+        """Where the search for the learning rate starts."""
 
     @property
-    def as_matrices(self) -> bool: ...
+    def as_matrices(self) -> bool:
+        """Whether it is given convolution kernels as matrices (out, in·…)."""
 
     def build(self, model: nn.Module, lr: float, block: int) -> Optimizer:
         """Make the optimizer.
@@ -41,7 +38,6 @@ class Side(Protocol):
         Returns:
             The optimizer.
         """
-        ...
 
 
 def digest(side: Side) -> str:
@@ -67,9 +63,7 @@ class AdamW:
     def build(self, model: nn.Module, lr: float, block: int) -> Optimizer:
         """See `Side`."""
         betas = (0.9, self.beta2)
-        return torch.optim.AdamW(
-            model.parameters(), lr=lr, betas=betas, eps=_EPS, weight_decay=0.0
-        )
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, eps=_EPS, weight_decay=0.0)
 
 
 @dataclass(frozen=True)
@@ -168,9 +162,7 @@ class Shampoo:
             return list(model.named_parameters()) if self.stacked else model.parameters()
         if self.routing == "hidden":
             # The base wants an epsilon above 0 wherever there is no pseudo-inverse.
-            edges: Any = {
-                name: {"epsilon": 1e-12} for name in ("embeddings", "heads", "vectors")
-            }
+            edges: Any = {name: {"epsilon": 1e-12} for name in ("embeddings", "heads", "vectors")}
             return ds.param_groups(model, adam=adam, **edges)
         named = list(model.named_parameters())
         vectors = {
@@ -198,7 +190,9 @@ def root(
         The config, with roots tested and bad ones repaired where they are stacked.
     """
     by_order = dict.fromkeys(range(1, 6), exponent) if isinstance(exponent, float) else exponent
-    safety = {"safety": ds.SafetyConfig()} if kind is ds.DashShampooPreconditionerConfig else {}
+    safety: Any = (
+        {"safety": ds.SafetyConfig()} if kind is ds.DashShampooPreconditionerConfig else {}
+    )
     return kind(
         amortized_computation_config=solver,
         inverse_exponent_override=dict(by_order),
