@@ -25,7 +25,7 @@ def test_launches_of_a_llama_by_phase():
         "update": 75,
     }  # fmt: skip
     assert +without.launches == steady
-    assert +with_refresh.launches == steady | {"roots": 130}
+    assert +with_refresh.launches == steady | {"roots": 118}
     assert not without.waits
     assert not with_refresh.waits
 
@@ -33,7 +33,7 @@ def test_launches_of_a_llama_by_phase():
 @pytest.mark.parametrize(
     ("config", "launches", "waits", "passes", "mebibytes"),
     [
-        ("default", 258, 0, 11.4, 48.5),
+        ("default", 234, 0, 11.4, 31.6),
         ("eigen", 178, 7, 9.2, 18.4),
         ("coupled_newton", 581, 95, 45.0, 34.5),
         ("newton_db", 410, 1, 11.3, 22.3),

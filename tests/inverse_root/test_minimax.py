@@ -253,6 +253,35 @@ def test_a_root_beyond_its_promise_raises_the_alarm(num_squarings):
     assert result.status[1] in (InverseRootStatus.INACCURATE, InverseRootStatus.NON_FINITE_RESULT)
 
 
+@pytest.mark.parametrize("num_squarings", [4, 5])
+def test_of_2400_damaged_factors_no_wrong_root_by_few_squares_is_accepted(num_squarings):
+    """Random spectra, moved by 1e-6 to 1 of their largest eigenvalue, as rounding or a bad gather may do."""
+    generator = torch.Generator().manual_seed(0)
+    config = ds.MinimaxConfig(relative_epsilon=1e-4, num_squarings=num_squarings)
+    promised = table_of(config, Fraction(2)).error
+    exponents = torch.randint(0, 9, (2400, 1), generator=generator)
+    basis = torch.linalg.qr(torch.randn(2400, 32, 32, generator=generator, dtype=torch.float64)).Q
+    spectra = 10.0 ** (-exponents * torch.linspace(0, 1, 32, dtype=torch.float64))
+    sizes = 10.0 ** (-6 * torch.rand(2400, 1, generator=generator, dtype=torch.float64))
+    moves = torch.randn(2400, 32, generator=generator, dtype=torch.float64) / 32**0.5
+    spectra = spectra + sizes * moves
+    A = ((basis * spectra[:, None, :]) @ basis.mT).float()
+
+    result = inverse_root(A, 2, config, 1e-12, residual_threshold=0.3)
+    is_flagged = result.status > InverseRootStatus.MAX_ITERATIONS
+    damped = spectra.clamp_min(0.0) + result.damping.double()[:, None]
+    # The largest relative error of an eigenvalue of the root.
+    errors = (basis * damped.sqrt()[:, None, :]) @ basis.mT @ result.value.double()
+    errors = errors.nan_to_num_(1e6, 1e6, -1e6).clamp_(-1e6, 1e6) - torch.eye(32)
+    error = torch.linalg.matrix_norm(errors, 2)
+    is_wrong, is_definite = error > promised + 0.25, (spectra >= 0.0).all(1)
+    print(f"{int(is_wrong.sum())} wrong, {int((is_wrong & ~is_flagged).sum())} of them missed")
+    assert is_wrong.sum() > 300
+    assert not (is_wrong & ~is_flagged).any()
+    assert is_definite.sum() > 600
+    assert not (is_flagged & is_definite).any()
+
+
 def test_of_2400_random_stacks_no_wrong_root_is_accepted():
     """What the residual misses, and what it flags without need, over many inputs."""
     generator = torch.Generator().manual_seed(0)
