@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
@@ -37,6 +37,33 @@ def build(config: DictConfig, key: str, **arguments: Any) -> Any:
     except (InstantiationException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
         raise SettingsError(f"{key}: {cause}") from error
+
+
+def build_model(config: DictConfig, vocab_size: int, sequence_length: int) -> nn.Module:
+    """Make the model that the group ``model`` describes.
+
+    Args:
+        config: A ``_target_`` with the constructor's arguments beside it.
+        vocab_size: Passed on if the constructor has a parameter of this name.
+        sequence_length: Passed on as ``max_sequence_length``, likewise.
+
+    Returns:
+        The model, on the default device.
+
+    Raises:
+        SettingsError: If there is no such target, it refuses its arguments or is no module.
+    """
+    given = {"vocab_size": vocab_size, "max_sequence_length": sequence_length}
+    try:
+        accepted = inspect.signature(get_method(config._target_)).parameters
+    except (ImportError, ValueError, TypeError) as error:
+        raise SettingsError(f"model._target_={config._target_} can't be found: {error}") from error
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in accepted.values())
+    given = {k: v for k, v in given.items() if takes_all or k in accepted}
+    model = build(config, "model", **{k: v for k, v in given.items() if config.get(k) is None})
+    if not isinstance(model, nn.Module):
+        raise SettingsError(f"model._target_={config._target_} is not a torch.nn.Module.")
+    return model
 
 
 def build_optimizer(

@@ -16,6 +16,7 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 
+from experiments.tokenizers import Bytes, Pieces
 from experiments.tokens import TokenData, TokenSequence, digest, load_token_files, write_tokens
 
 BYTE_VOCABULARY = 256
@@ -88,6 +89,7 @@ def load_text(
         train=TokenSequence([tokens[0]]),
         validation=TokenSequence([tokens[1]]),
         vocab_size=vocab_size,
+        tokenizer=Bytes() if tokenizer == "bytes" else Pieces(_cache() / f"bpe_{key}.model"),
         name=f"{name}, {'bytes' if tokenizer == 'bytes' else f'{vocab_size} byte pairs'}",
         digest=key,
     )
@@ -169,7 +171,7 @@ def encode_bytes(texts: Iterable[bytes]) -> Tensor:
 
 def _bpe_tokens(parts: Sequence[Sequence[bytes]], vocab_size: int, key: str) -> list[Tensor]:
     """Training and encoding take many seconds: the result is kept."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash_shampoo"
+    home = _cache()
     paths = [home / f"bpe_{key}_{name}.bin" for name in ("train", "validation")]
     try:
         kept = load_token_files(str(paths[0]), str(paths[1]))
@@ -181,11 +183,16 @@ def _bpe_tokens(parts: Sequence[Sequence[bytes]], vocab_size: int, key: str) -> 
     tokens = [encode(tokenizer, part) for part in texts]
     try:
         home.mkdir(parents=True, exist_ok=True)
+        (home / f"bpe_{key}.model").write_bytes(tokenizer.serialized_model_proto())
         for path, part in zip(paths, tokens, strict=True):
             write_tokens(path, part, vocab_size, f"byte pairs, {vocab_size}")
     except OSError:
         pass  # without a cache the next start is slower, no more
     return tokens
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash_shampoo"
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int) -> SentencePieceProcessor:

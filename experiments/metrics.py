@@ -4,12 +4,16 @@ Kinds of records, by their ``event``:
 
 - ``start``: versions, data, number of parameters, the composed settings. Once, first line.
 - ``train``: ``step`` (1 is the first), ``loss`` of that step's batch, ``lr``, ``grad_norm`` (null
-  without clipping), ``forward_ms``, ``backward_ms``, ``optimizer_ms`` (averages over the steps
-  since the last record), ``seconds`` of training so far (validation and checkpoints excluded),
-  ``tokens`` so far, ``tokens_per_second``, ``peak_memory_mib`` (the largest of all processes).
+  without clipping), ``data_ms``, ``forward_ms``, ``backward_ms``, ``clip_ms``, ``optimizer_ms``
+  (averages over the steps since the last record), ``seconds`` of training so far (validation and
+  checkpoints excluded), ``tokens`` so far, ``tokens_per_second``, ``mfu`` (share of the device's peak,
+  null where that is not known), ``peak_memory_mib`` (the largest of all processes).
 - ``validation``: ``step`` (0 is before training), ``loss``, ``perplexity``, ``accuracy``, and the same
   of averaged weights (``averaged_loss``, ...), ``seconds``, ``tokens``; of DashShampoo ``failures``
   so far, by parameter.
+- ``diagnostics``: of DashShampoo, on request: ``blocks``, as `dash_shampoo.BlockDiagnostics`, and the
+  ``largest_condition``, ``largest_residual`` and ``largest_update_to_weight`` of them.
+- ``sample``: ``prompt``, and the ``text`` that the model wrote after it.
 - ``resume``: ``step`` from which the run was continued, its ``checkpoint``, and what was ``changed``.
 """
 

@@ -362,6 +362,28 @@ class GPT2(Transformer):
         )
 
 
+def flops_per_token(model: nn.Module, length: int) -> float:
+    """Floating-point operations of a token's forward and backward pass.
+
+        6·(scalars of the matrices that multiply) + 12·layers·W·T
+
+    Args:
+        model: Any; the second part, of attention, is known of a `Transformer` only.
+        length: Tokens of a sequence T.
+
+    Returns:
+        The number, as it is counted for the share of peak (arXiv 2204.02311, appendix B): no
+        activation is counted as computed twice, and attention is counted as if not causal.
+    """
+    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    lookups -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    multiply = [p for p in model.parameters() if p.ndim > 1 and id(p) not in lookups]
+    attention = 0
+    if isinstance(model, Transformer):
+        attention = 12 * len(model.blocks) * model.embedding.embedding_dim * length
+    return 6.0 * sum(p.numel() for p in multiply) + attention
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable scalars of a model.
 

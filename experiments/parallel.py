@@ -89,6 +89,21 @@ class Process:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return float(shared.item())
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What all processes have, on all of them.
+
+        Args:
+            value: This process's value, picklable.
+
+        Returns:
+            One value per process.
+        """
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def from_first(self, value: str) -> str:
         """The first process's value, on all.
 

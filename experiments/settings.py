@@ -78,6 +78,12 @@ class TrainSettings:
         stop_after: Stop after this step of the schedule; null: after the last.
         averaging: none, ema, or swa (the mean of the steps from average_from on); evaluated beside
             the weights themselves.
+        diagnose_every: Steps between records of every block of DashShampoo: condition, residual and norms
+            of factor matrices and roots, failures, the size of the update beside the weights'; 0: none.
+        sample_prompts: The model's text after each of these is recorded at every validation.
+        sample_length: Tokens of a sample.
+        peak_tflops: What a device computes at most, for the share of it that is used (mfu); null: of
+            A100, H100 and H200 it is known.
         ema_decay: Of averaging=ema.
         average_from: Share of the steps after which averaging begins.
         sinks: Where records go beside output_dir/metrics.jsonl: [tensorboard, wandb] or one of them.
@@ -108,6 +114,10 @@ class TrainSettings:
     averaging: Averaging = Averaging.none
     ema_decay: float = 0.999
     average_from: float = 0.0
+    diagnose_every: int = 0
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_length: int = 64
+    peak_tflops: float | None = None
     sinks: list[str] = field(default_factory=list)
     output_dir: str | None = None
     resume: Resume = Resume.auto
@@ -185,6 +195,8 @@ _AT_LEAST = {
     "checkpoint_every": 0,
     "keep_every": 0,
     "stop_after": 1,
+    "diagnose_every": 0,
+    "sample_length": 1,
 }
 
 

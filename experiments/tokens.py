@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiments.tokenizers import Tokenizer, tokenizer_of
+
 # Magic number: (dtype of the tokens, who writes it).
 _MAGIC = {20240520: torch.uint16, 20240801: torch.uint32}
 _HEADER_BYTES = 1024
@@ -80,6 +82,7 @@ class TokenData:
         name: What the data is, for reports.
         digest: Short hash that tells whether two runs saw the same data.
         unchecked: Sequences, by name, that may hold tokens outside of the vocabulary.
+        tokenizer: Tokens as text, where it is known.
     """
 
     train: TokenSequence
@@ -88,6 +91,7 @@ class TokenData:
     name: str
     digest: str
     unchecked: tuple[tuple[str, TokenSequence], ...] = ()
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,7 @@ def load_token_files(
             )
     if vocab_size is None:
         raise ValueError(f"data.vocab_size must be given: {paths[0]} has no sidecar that tells it.")
+    described = sidecars[paths[0]]
     mapped = {path: _map(path, sidecar) for path, sidecar in sidecars.items()}
     train_part, validation_part = (
         TokenSequence([mapped[path] for path in part]) for part in files.values()
@@ -254,6 +259,7 @@ def load_token_files(
         unchecked=tuple(
             (str(p), TokenSequence([mapped[p]])) for p, s in sidecars.items() if s is None
         ),
+        tokenizer=None if described is None else tokenizer_of(paths[0], described.tokenizer),
     )
 
 

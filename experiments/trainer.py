@@ -10,7 +10,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
 from tqdm import tqdm
 
 import dash_shampoo
@@ -18,13 +17,15 @@ from experiments import checkpoint, resuming
 from experiments.builders import (
     build,
     build_data,
+    build_model,
     build_optimizer,
     optimizer_family,
     parameter_groups,
 )
-from experiments.environment import environment
+from experiments.environment import environment, peak_flops
+from experiments.evaluation import Evaluator, block_records, failures
 from experiments.metrics import Stopwatch, peak_memory_mib
-from experiments.model import count_parameters
+from experiments.model import count_parameters, flops_per_token
 from experiments.parallel import Process, gradient_sync, parallelise
 from experiments.sampler import BatchSampler
 from experiments.schedule import LearningRate
@@ -93,14 +94,8 @@ class Trainer:
         self.checkpoints = output_dir / "checkpoints"
         self.data = data if data is not None else build_data(config)
         check_vocabulary(self.data, process)
+        self.evaluator = Evaluator(config, process, self.data)
         self.train_sampler = self._sampler(self.data.train)
-        self.validation_sampler = self._sampler(self.data.validation)
-        try:
-            self.validation_windows = self.validation_sampler.fixed_windows(
-                config.validation_batches, process.rank, process.world_size
-            )
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
 
         model = self._build_model()
         self.num_parameters = count_parameters(model)
@@ -116,6 +111,10 @@ class Trainer:
             raise SettingsError(str(error)) from error
         self.averaged = averaged_model(config, self.model)
         self._optimizer_mode("train")
+        self._peak = peak_flops(config, process)
+        self._flops_per_token = flops_per_token(model, config.sequence_length)
+        if isinstance(self.optimizer, dash_shampoo.DashShampoo):
+            self.optimizer.collects_diagnostics = config.diagnose_every > 0
         if config.compile:
             model.compile()
         self.step = 0
@@ -130,15 +129,10 @@ class Trainer:
         self._logged_seconds = self.seconds
         self.log = self._open_log() if process.is_first else None
 
-    def _build_model(self) -> torch.nn.Module:
+    def _build_model(self) -> nn.Module:
         config = self.config
         torch.manual_seed(config.seed)
-        model: torch.nn.Module = build(
-            config.model,
-            "model",
-            vocab_size=self.data.vocab_size,
-            max_sequence_length=config.sequence_length,
-        )
+        model = build_model(config.model, self.data.vocab_size, config.sequence_length)
         dtype = torch.float64 if config.precision == Precision.fp64 else torch.float32
         return model.to(device=self.process.device, dtype=dtype)
 
@@ -265,6 +259,8 @@ class Trainer:
             while self.step < last:
                 self._train_step(bar)
                 bar.update()
+                if _is_due(self.step, config.diagnose_every):
+                    self._diagnose()
                 done = self.step == end
                 if done or _is_due(self.step, config.evaluate_every):
                     self._validate(bar)
@@ -292,7 +288,8 @@ class Trainer:
         config, process, watch = self.config, self.process, self._watch
         start = time.perf_counter()
         lr = self.learning_rate.apply(self.step)
-        batch = self.train_sampler.next_batch(process.rank, process.world_size)
+        with watch.measure("data"):
+            batch = self.train_sampler.next_batch(process.rank, process.world_size)
         share = batch.shape[0]
         pieces = torch.split(batch, min(config.micro_batch_size or share, share))
         loss = torch.zeros((), dtype=torch.float64, device=process.device)
@@ -300,11 +297,13 @@ class Trainer:
         for index, piece in enumerate(pieces):
             with gradient_sync(self.model, enabled=index == len(pieces) - 1):
                 with watch.measure("forward"):
-                    piece_loss = self._loss(self.model, piece)[0] * (piece.shape[0] / share)
+                    piece_loss = self.evaluator.loss(self.model, piece)[0]
+                    piece_loss *= piece.shape[0] / share
                 with watch.measure("backward"):
                     torch.autograd.backward(piece_loss)
             loss += piece_loss.detach()
-        grad_norm = self._clip()
+        with watch.measure("clip"):
+            grad_norm = self._clip()
         with watch.measure("optimizer"):
             self.optimizer.step()
         if self.averaged is not None and self.step >= config.average_from * config.steps:
@@ -327,6 +326,7 @@ class Trainer:
             grad_norm=None if grad_norm is None else grad_norm.item(),
             **times,
             tokens_per_second=rate,
+            mfu=None if self._peak is None else rate * self._flops_per_token / self._peak,
             peak_memory_mib=process.largest(peak_memory_mib(process.device)),
         )
         if not math.isfinite(value):
@@ -349,48 +349,24 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of the next token in nats, and the logits."""
-        batch = batch.to(self.process.device)
-        use_bf16 = self.config.precision == Precision.bf16
-        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=use_bf16):
-            logits = model(batch[:, :-1])
-            loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        return loss, logits
-
     @torch.no_grad()
     def _validate(self, bar: "tqdm[Any]") -> None:
         self._optimizer_mode("eval")
-        results = self._evaluate(self.model)
+        results = self.evaluator.validate(self.model)
+        for sample in self.evaluator.samples(self.model):
+            self._write("sample", **sample)
         self._optimizer_mode("train")
         if self.averaged is not None and int(self.averaged.n_averaged) > 0:
-            averaged = self._evaluate(self.averaged)
+            averaged = self.evaluator.validate(self.averaged)
             results |= {f"averaged_{name}": value for name, value in averaged.items()}
         self.validation_loss = results["loss"]
-        self._write("validation", **results, **self._failures())
+        self._write("validation", **results, **failures(self.optimizer))
         if self.process.is_first and self.config.progress:
             bar.write(f"step {self.step}: validation loss {self.validation_loss:.4f}")
 
-    def _failures(self) -> dict[str, dict[str, int]]:
-        """Inverse roots of the first process that were not accepted so far, by parameter."""
-        if not isinstance(self.optimizer, dash_shampoo.DashShampoo):
-            return {}
-        return {"failures": self.optimizer.failure_counts()}
-
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Loss, perplexity and accuracy over the fixed windows, micro-batch by micro-batch."""
-        model.eval()
-        process, config = self.process, self.config
-        sums = torch.zeros(2, dtype=torch.float64, device=process.device)
-        size = config.micro_batch_size or config.batch_size // process.world_size
-        for batch in self.validation_sampler.batches(self.validation_windows, size):
-            loss, logits = self._loss(model, batch)
-            right = logits.argmax(-1) == batch[:, 1:].to(process.device)
-            sums += torch.stack([loss.double(), right.double().mean()]) * batch.shape[0]
-        model.train()
-        loss_value, accuracy = process.mean(sums / len(self.validation_windows)).tolist()
-        perplexity = math.exp(min(loss_value, 700.0))
-        return {"loss": loss_value, "perplexity": perplexity, "accuracy": accuracy}
+    def _diagnose(self) -> None:
+        if isinstance(self.optimizer, dash_shampoo.DashShampoo):
+            self._write("diagnostics", **block_records(self.optimizer, self.process))
 
     def _write(self, event: str, **values: Any) -> None:
         if self.log is not None:

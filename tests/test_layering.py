@@ -95,6 +95,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "wandb",
         "tqdm",
         "numpy",
+        "benchmarks",
     },
 }
 DOOR = "dash_shampoo.base"
