@@ -14,12 +14,12 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.builders import build
-from experiments.settings import SettingsError
+from experiments.settings import SettingsError, dtype_of
 
 STRATEGIES = ("none", "ddp", "fully_shard", "hybrid_shard")
 
@@ -246,9 +246,13 @@ def parallelise(
             distributed_config = build(
                 config.distributed_config, "parallelism.distributed_config", device_mesh=mesh
             )
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype_of(config.param_dtype, "parallelism.param_dtype"),
+        reduce_dtype=dtype_of(config.reduce_dtype, "parallelism.reduce_dtype"),
+    )
     for block in getattr(model, "blocks", ()):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     return model, distributed_config
 
 

@@ -244,6 +244,23 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise SettingsError(f"{name}={value} must be {allowed}.")
 
 
+def dtype_of(name: str | None, key: str) -> torch.dtype | None:
+    """A dtype by its name.
+
+    Args:
+        name: Such as ``bfloat16``, or None.
+        key: The setting, for messages.
+
+    Returns:
+        The dtype, or None.
+
+    Raises:
+        SettingsError: If there is none of this name.
+    """
+    require(name is None or name in _DTYPES, key, name, f"one of {', '.join(_DTYPES)}, or null")
+    return None if name is None else _DTYPES[name]
+
+
 def choice(group: str) -> str:
     """Which file a group was read from, in the command that is running."""
     return str(HydraConfig.get().runtime.choices[group])

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from experiments.main import main
 from experiments.metrics import read_metrics
+from experiments.settings import SettingsError, dtype_of
 from tests.experiments.test_train import losses, tensors
 
 UNSUPPORTED = "is not in the embedded base"
@@ -107,6 +108,28 @@ def test_two_replicas_do_what_one_process_does(words, tmp_path):
     train_together(2, [*own, f"output_dir={together}"])
     assert main(["train", *words, f"output_dir={alone}"]) == 0
     check_same_losses(alone, together)
+
+
+@pytest.mark.distributed
+def test_shards_in_bf16_train_and_tell_of_the_blocks_of_all_processes(words, tmp_path):
+    own = ["parallelism=fully_shard", "parallelism.param_dtype=bfloat16", "precision=fp32"]
+    own += ["parallelism.reduce_dtype=float32", "diagnose_every=4", "sample_prompts=[a]"]
+    train_together(2, [*words, *own, "steps=4", f"output_dir={tmp_path}"])
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    (found,) = [r for r in records if r["event"] == "diagnostics"]
+    by_name = [block["parameter"] for block in found["blocks"]]
+    assert by_name.count("blocks.0.attention.query.weight") == 2  # a shard of each process
+    assert sum(r["event"] == "sample" for r in records) == 3
+    values = [x[2] for x in losses(tmp_path)]
+    assert values[-1] < values[0]
+    # Rounded to bf16: the first loss is another than that in fp32.
+    assert main(["train", *words, "precision=fp32", "steps=1", f"output_dir={tmp_path / 'o'}"]) == 0
+    assert values[0] != losses(tmp_path / "o")[0][2]
+
+
+def test_an_unknown_dtype_is_named():
+    with pytest.raises(SettingsError, match="param_dtype=half must be one of float16, bfloat16"):
+        dtype_of("half", "parallelism.param_dtype")
 
 
 def test_torchrun_needs_a_parallelism(tiny, tmp_path, monkeypatch, capsys):
