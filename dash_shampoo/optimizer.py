@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
@@ -211,7 +211,7 @@ class DashShampoo(ConsolidatingShampoo):
     @shares_errors
     def _compute_search_directions(
         self, state_lists: dict[str, Any], **settings: Any
-    ) -> tuple[Tensor, ...]:
+    ) -> Sequence[Tensor]:
         """The base's step on bucket tensors; block by block where a group's lists need that."""
         buckets: BucketStep | None = state_lists.get(BUCKETS)
         if buckets is None:

@@ -47,6 +47,16 @@ def slot_norms(tensor: Tensor) -> Tensor:
     return norms
 
 
+def _are_finite(grads: Sequence[Tensor]) -> bool:
+    """Whether no sum of squares over a piece, and so over a block, overflows."""
+    for tensor in grads:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        norm = float(torch.linalg.vector_norm(tensor, dtype=dtype))
+        if not norm * norm <= torch.finfo(dtype).max:
+            return False
+    return True
+
+
 class BlockFactors(Protocol):
     """What the ledger reads and writes of the base's record of a block."""
 
@@ -107,6 +117,8 @@ class GradientGuard:
         """
         # On an accelerator nobody looks unless the policy needs it: masks and counts are kernels.
         looks = not is_asynchronous(self._device) or self._policy == "skip_step"
+        if looks and not is_asynchronous(self._device) and _are_finite(grads):
+            return True
         found_bad = False
         for tensor, piece in zip(grads, pieces, strict=True):
             is_bad = slot_norms(tensor).square_().isfinite().logical_not_()

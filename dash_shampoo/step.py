@@ -27,20 +27,24 @@ from dash_shampoo.base import (
     SHAMPOO_PRECONDITIONER_LIST,
     WEIGHT_BUFFER_LIST,
     AdagradPreconditionerList,
+    BlockGrid,
     DistributedShampoo,
+    Distributor,
+    GridBlocks,
     SGDPreconditionerList,
 )
 from dash_shampoo.buckets import (
+    GridsOfPiece,
     Piece,
     gather,
+    grids_of_pieces,
     layout_of_shapes,
     stack_,
-    to_blocks,
 )
 from dash_shampoo.buckets.layout import MAX_KEPT_SELECTIONS
 from dash_shampoo.config import GradientPolicy
 from dash_shampoo.preconditioners import StackedPreconditionerList
-from dash_shampoo.safety import GradientGuard, slot_norms
+from dash_shampoo.safety import GradientGuard, is_asynchronous, slot_norms
 
 BUCKETS = "dash_buckets"
 """Key of a group's lists under which its `BucketStep` lies."""
@@ -73,11 +77,15 @@ class _Selection:
 
     Attributes:
         pieces: The runs of active slots.
+        grids: The active blocks, as the distributor gives them.
+        grids_of_pieces: Which of them fill each piece.
         lists: By key of the base, what replaces the lists of blocks: views of the state.
         elementwise: Lists of the base, each with the views of its state that it is to work on.
     """
 
     pieces: tuple[Piece, ...]
+    grids: tuple[BlockGrid, ...]
+    grids_of_pieces: tuple[GridsOfPiece, ...]
     lists: dict[str, tuple[Tensor, ...]]
     elementwise: tuple[tuple[AdagradPreconditionerList, tuple[Tensor, ...]], ...]
 
@@ -120,6 +128,8 @@ class BucketStep:
         run: Callable[..., Any],
     ) -> None:
         distributor = state_lists[DISTRIBUTOR]
+        self._gives_grids = isinstance(distributor, Distributor)  # and not Meta's
+        distributor.gives_grids = self._gives_grids
         self.run = run
         self._shampoo = state_lists[SHAMPOO_PRECONDITIONER_LIST]
         self._layout = (
@@ -175,20 +185,16 @@ class BucketStep:
         """Directions of zeros for the active blocks."""
         return tuple(torch.zeros_like(param) for param in state_lists[MASKED_BLOCKED_PARAMS])
 
-    def to_blocks(self, directions: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def to_blocks(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
         """Directions of the pieces as views per active block."""
         return self.run(self._to_blocks, directions)  # type: ignore[no-any-return]
 
     # ---------------------------------------------------------------------------- internals
 
     def _on_buckets(self, state_lists: Mapping[str, Any]) -> BucketLists | None:
-        selection = self._select(tuple(state_lists[DISTRIBUTOR].local_grad_selector))
+        selection = self._select(state_lists)
         self._selected = selection
-
-        def gathered(key: str) -> tuple[Tensor, ...]:
-            return tuple(gather(state_lists[key], piece) for piece in selection.pieces)
-
-        grads = gathered(MASKED_BLOCKED_GRADS)
+        grads = self._gather(state_lists[MASKED_BLOCKED_GRADS], selection)
         if not self.gradient_guard.mask_(grads, selection.pieces):
             return None
         for elementwise, views in selection.elementwise:
@@ -197,28 +203,57 @@ class BucketStep:
         if isinstance(self._shampoo, StackedPreconditionerList):
             lists[SHAMPOO_PRECONDITIONER_LIST] = self._shampoo.on_buckets
         del lists[MASKED_BLOCKED_PARAMS]
-        lists.gather_params = lambda: self.run(gathered, MASKED_BLOCKED_PARAMS)
+        params = GridBlocks(selection.grids, [grid.target for grid in selection.grids])
+        lists.gather_params = lambda: self.run(self._gather, params, selection)
         return lists
 
-    def _to_blocks(self, directions: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    @staticmethod
+    def _gather(blocks: Sequence[Tensor], selection: _Selection) -> tuple[Tensor, ...]:
+        if not selection.pieces:
+            return ()
+        # A strided copy moves a grid; on an accelerator one launch for many blocks is worth more.
+        if is_asynchronous(selection.pieces[0].bucket.spec.device):
+            return tuple(gather(blocks, piece) for piece in selection.pieces)
+        tensors = blocks.tensors if isinstance(blocks, GridBlocks) else blocks
+        return tuple(grids.gather(tensors) for grids in selection.grids_of_pieces)
+
+    def _to_blocks(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
         assert self._selected is not None
         if self.observer is not None:
             self.observer(directions, self._selected.pieces)
-        return to_blocks(directions, self._selected.pieces)
+        tensors: dict[int, Tensor] = {}
+        for direction, grids in zip(directions, self._selected.grids_of_pieces, strict=True):
+            tensors.update(zip(grids.numbers, grids.split(direction), strict=True))
+        blocks = [tensors[number] for number in range(len(tensors))]
+        return GridBlocks(self._selected.grids, blocks) if self._gives_grids else tuple(blocks)
 
-    def _select(self, selector: tuple[bool, ...]) -> _Selection:
+    def _select(self, state_lists: Mapping[str, Any]) -> _Selection:
+        distributor = state_lists[DISTRIBUTOR]
+        selector = tuple(distributor.local_grad_selector)
         found = self._selections.get(selector)
         if found is None:
             if len(self._selections) >= MAX_KEPT_SELECTIONS:
                 self._selections.pop(next(iter(self._selections)))
-            found = self._selections[selector] = self._new_selection(selector)
+            found = self._selections[selector] = self._new_selection(selector, distributor)
         return found
 
-    def _new_selection(self, selector: tuple[bool, ...]) -> _Selection:
+    def _new_selection(self, selector: tuple[bool, ...], distributor: Any) -> _Selection:
         pieces = self._layout.active(selector).pieces
-        lists = {key: _cut(stacks, pieces) for key, stacks in self._buffers.items()}
-        elementwise = tuple((lists, _cut(stacks, pieces)) for lists, stacks in self._elementwise)
-        return _Selection(pieces, lists, elementwise)
+        grids: tuple[BlockGrid, ...] = (
+            distributor.grids
+            if self._gives_grids
+            else tuple(
+                BlockGrid((position,), (), block)
+                for position, block in enumerate(distributor.local_masked_blocked_params)
+            )
+        )
+        return _Selection(
+            pieces,
+            grids,
+            grids_of_pieces(grids, pieces),
+            lists={key: _cut(stacks, pieces) for key, stacks in self._buffers.items()},
+            elementwise=tuple((lists, _cut(stacks, pieces)) for lists, stacks in self._elementwise),
+        )
 
     def _stack(self, blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(

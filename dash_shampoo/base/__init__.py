@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from dash_shampoo.base.embedded.distributed_configs import assign_owners
-from dash_shampoo.base.embedded.distributor import Distributor
+from dash_shampoo.base.embedded.distributor import BlockGrid, Distributor, GridBlocks
 from dash_shampoo.base.embedded.factories import own_distributor_class as _own_distributor_class
 from dash_shampoo.base.embedded.group_state import take_weights
 from dash_shampoo.base.embedded.state import native_config as _native_config
@@ -40,6 +40,9 @@ META_ONLY = ("FSDPDistributedConfig", "HSDPDistributedConfig", "compile_fsdp_par
 # The same on both bases.
 _OURS = (
     "META_ONLY",
+    "BlockGrid",
+    "Distributor",
+    "GridBlocks",
     "assign_owners",
     "name",
     "native_config",
@@ -80,6 +83,7 @@ __all__ = [
     "AdamPreconditionerConfig",
     "AlignedMemoryCostModel",
     "BaseShampooPreconditionerConfig",
+    "BlockGrid",
     "ClassicMomentumConfig",
     "ClassicShampooPreconditionerConfig",
     "ConcurrencyConfig",
@@ -101,6 +105,7 @@ __all__ = [
     "DefaultSpectralDescentPreconditionerConfig",
     "DistributedConfig",
     "DistributedShampoo",
+    "Distributor",
     "EigenConfig",
     "EigendecomposedKLShampooPreconditionerConfig",
     "EigendecomposedShampooPreconditionerConfig",
@@ -110,6 +115,7 @@ __all__ = [
     "FSDPParamAssignmentStrategy",
     "FullyShardDistributedConfig",
     "GeneralizedPrimalAveragingConfig",
+    "GridBlocks",
     "HybridShardDistributedConfig",
     "IterateAveragingConfig",
     "LoadBalancingConfig",

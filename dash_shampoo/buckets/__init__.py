@@ -17,7 +17,7 @@ from dash_shampoo.buckets.layout import (
     subset,
 )
 from dash_shampoo.buckets.storage import MatrixStack, bind_, pack, row_of, stack_, unpack
-from dash_shampoo.buckets.transfer import gather, to_blocks
+from dash_shampoo.buckets.transfer import GridsOfPiece, gather, grids_of_pieces, to_blocks
 
 __all__ = [
     "ActiveLayout",
@@ -25,6 +25,7 @@ __all__ = [
     "BlockSpec",
     "Bucket",
     "FactorSlots",
+    "GridsOfPiece",
     "Layout",
     "MatrixStack",
     "Piece",
@@ -32,6 +33,7 @@ __all__ = [
     "StackSpec",
     "bind_",
     "gather",
+    "grids_of_pieces",
     "layout_of_shapes",
     "make_layout",
     "num_rows",

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -62,84 +64,71 @@ def multi_dim_split(tensor: Tensor, split_size: int | float) -> tuple[Tensor, ..
     return tuple(blocks)
 
 
-def grid_view(blocks: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:
-    """One view of blocks that lie in a regular grid in memory.
+@dataclass(frozen=True)
+class Grid:
+    """Blocks of equal shape that lie regularly in a tensor.
 
-    Such are the pieces of equal shape of one tensor, and consecutive slots of a stack. Compared are
-    addresses, shapes and strides, on the host.
-
-    Args:
-        blocks: The blocks, the last dimension of the grid running fastest.
-        counts: Number of blocks in every dimension of the grid.
-
-    Returns:
-        A view of shape (*counts, *block shape), or None where the blocks do not lie so.
-
-    Raises:
-        ValueError: If the counts are not those of the blocks.
-
-    Example:
-        >>> blocks = multi_dim_split(torch.arange(24).view(4, 6), 2)
-        >>> grid_view(blocks, (2, 3)).shape
-        torch.Size([2, 3, 2, 2])
+    Attributes:
+        numbers: Their numbers among the blocks of the tensor, ascending.
+        counts: How many there are along each dimension; () for a single one.
+        starts: Where the first of them begins; () in a tensor that is one block.
+        block_shape: Their shape.
     """
-    if not blocks or math.prod(counts) != len(blocks):
-        raise ValueError(
-            f"Invalid counts={tuple(counts)}: they are not those of {len(blocks)} blocks."
-        )
-    first = blocks[0]
-    shape, strides, dtype = first.shape, first.stride(), first.dtype
-    pointers = list(map(Tensor.data_ptr, blocks))
-    base, item = pointers[0], first.element_size()
-    # Each dimension's stride is read off its second block; then every block must be where they say.
-    grid_strides, expected, step = [], [base], len(blocks)
-    for count in counts:
-        step //= count
-        stride = pointers[step] - base if count > 1 else 0
-        grid_strides.append(stride)
-        expected = [p + index * stride for p in expected for index in range(count)]
-    if pointers != expected or base == 0 or any(s < 0 or s % item for s in grid_strides):
-        return None
-    if any(b.shape != shape or b.stride() != strides or b.dtype != dtype for b in blocks):
-        return None
-    view_shape = (*counts, *shape)
-    view_strides = (*(s // item for s in grid_strides), *strides)
-    # Addresses inside of the first block's storage are that storage's.
-    span = sum((n - 1) * s for n, s in zip(view_shape, view_strides, strict=True)) + 1
-    end = (first.storage_offset() + span) * item
-    if first.numel() == 0 or end > first.untyped_storage().nbytes():
-        return None
-    return first.as_strided(view_shape, view_strides)
+
+    numbers: tuple[int, ...]
+    counts: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    block_shape: tuple[int, ...] = ()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The blocks as one view (*counts, *block_shape) of the tensor, of any strides."""
+        if not self.starts:
+            return tensor
+        strides = tensor.stride()
+        offset = sum(map(mul, self.starts, strides), tensor.storage_offset())
+        if self.counts:
+            strides = (*map(mul, self.block_shape, strides), *strides)
+        return tensor.as_strided((*self.counts, *self.block_shape), strides, offset)
 
 
-def equal_grids(
-    shape: Sequence[int], split_size: int | float
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def equal_grids(shape: Sequence[int], split_size: int | float) -> Iterator[Grid]:
     """The pieces of `multi_dim_split`, gathered to regular grids of equal pieces.
 
     Args:
         shape: Shape of the tensor.
         split_size: Largest dimension of a block.
 
-    Yields:
-        For each grid the numbers of its blocks, and their counts per dimension.
-
     Example:
-        >>> list(equal_grids((4, 5), 2))
+        >>> [(grid.numbers, grid.counts) for grid in equal_grids((4, 5), 2)]
         [((0, 1, 3, 4), (2, 2)), ((2, 5), (2, 1))]
     """
-    cuts = [range(0, size, size if math.isinf(split_size) else int(split_size)) for size in shape]
-    runs = []
-    for size, cut in zip(shape, cuts, strict=True):
-        num_whole = size // cut.step
-        runs.append([r for r in (range(num_whole), range(num_whole, len(cut))) if r])
-    factors = [math.prod(map(len, cuts[k + 1 :])) for k in range(len(cuts))]
+    if all(size <= split_size for size in shape):
+        yield Grid(numbers=(0,))
+        return
+    step = int(split_size)
+    # Along each dimension the whole pieces, and the rest: their numbers, where they begin, their size.
+    runs = [
+        [
+            run
+            for run in (
+                (range(size // step), 0, step),
+                (range(size // step, -(-size // step)), size // step * step, size % step),
+            )
+            if run[0]
+        ]
+        for size in shape
+    ]
+    num_pieces = [-(-size // step) for size in shape]
+    factors = [math.prod(num_pieces[k + 1 :]) for k in range(len(shape))]
     for grid in product(*runs):
-        numbers = tuple(
-            sum(index * factor for index, factor in zip(position, factors, strict=True))
-            for position in product(*grid)
+        indices, starts, sizes = zip(*grid, strict=True)
+        counts = tuple(map(len, indices))
+        yield Grid(
+            numbers=tuple(sum(map(mul, position, factors)) for position in product(*indices)),
+            counts=counts if math.prod(counts) > 1 else (),
+            starts=starts,
+            block_shape=sizes,
         )
-        yield numbers, tuple(map(len, grid))
 
 
 @cache

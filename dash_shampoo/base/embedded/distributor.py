@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress, repeat
+from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.blocking import (
+    Grid,
     equal_grids,
-    grid_view,
     merge_small_dims,
     multi_dim_split,
 )
@@ -66,6 +67,50 @@ class BlockInfo:
         return block_state
 
 
+@dataclass(frozen=True, eq=False)
+class BlockGrid:
+    """A grid of blocks of this process.
+
+    Attributes:
+        positions: Their places among all blocks that have a gradient, ascending.
+        counts: How many there are along each dimension; () for one block.
+        target: The blocks of the parameter, (*counts, *block shape).
+    """
+
+    positions: tuple[int, ...]
+    counts: tuple[int, ...]
+    target: Tensor
+
+
+class GridBlocks(Sequence[Tensor]):
+    """Blocks that lie in grids, which are cut once somebody asks for a block.
+
+    Args:
+        grids: Which blocks there are.
+        tensors: For each grid the blocks, (*counts, *block shape).
+    """
+
+    def __init__(self, grids: Sequence[BlockGrid], tensors: Sequence[Tensor]) -> None:
+        self.grids = grids
+        self.tensors = tuple(tensors)
+
+    @cached_property
+    def _blocks(self) -> tuple[Tensor, ...]:
+        blocks: dict[int, Tensor] = {}
+        for grid, tensor in zip(self.grids, self.tensors, strict=True):
+            cut = [tensor]
+            for _ in grid.counts:
+                cut = [part for row in cut for part in row.unbind()]
+            blocks.update(zip(grid.positions, cut, strict=True))
+        return tuple(blocks[position] for position in range(len(blocks)))
+
+    def __len__(self) -> int:
+        return sum(len(grid.positions) for grid in self.grids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._blocks[index]
+
+
 @dataclass(kw_only=True, eq=False)
 class _CutParam:
     """How a parameter and its gradient are cut.
@@ -75,16 +120,18 @@ class _CutParam:
         index: Its number in the group.
         merged_shape: Its shape with small dimensions merged.
         num_blocks: Into how many blocks it is cut.
-        grids: Grids of equal blocks: their numbers, their counts, and all of them as one view.
+        grids: Its blocks by grids of equal ones, each with its view of the parameter.
         local_selector: Which blocks are this process's.
+        num_local: How many of them.
     """
 
     param: Tensor
     index: int
     merged_shape: tuple[int, ...]
     num_blocks: int
-    grids: tuple[tuple[tuple[int, ...], tuple[int, ...], Tensor | None], ...]
+    grids: tuple[tuple[Grid, Tensor], ...]
     local_selector: tuple[bool, ...] = ()
+    num_local: int = 0
 
 
 class Distributor:
@@ -100,11 +147,15 @@ class Distributor:
     Attributes:
         keeps_a_part: Whether other processes have state that this one lacks.
         is_shared: Whether other processes wait for this one's directions in `update_params`.
+        gives_grids: Whether gradients are given as `GridBlocks`, for who can take them.
+        grids: The blocks of this process that have a gradient in this step.
         step: The group's step count, once there is one.
     """
 
     keeps_a_part = False
     is_shared = False
+    gives_grids = False
+    grids: tuple[BlockGrid, ...]
     step: Tensor | None = None
 
     def __init__(
@@ -132,6 +183,7 @@ class Distributor:
         local_flags = iter(self._distributor_selector)
         for cut in self._cuts.values():
             cut.local_selector = tuple(next(local_flags) for _ in range(cut.num_blocks))
+            cut.num_local = sum(cut.local_selector)
         self._local_blocked_params = tuple(
             compress(self._global_blocked_params, self._distributor_selector)
         )
@@ -165,7 +217,7 @@ class Distributor:
         return False
 
     @torch.no_grad()
-    def merge_and_block_gradients(self) -> tuple[Tensor, ...]:
+    def merge_and_block_gradients(self) -> Sequence[Tensor]:
         """The blocks of the gradients that are there; to be called once a step, before all else.
 
         Raises:
@@ -173,29 +225,29 @@ class Distributor:
             RuntimeError: If a gradient is sparse.
         """
         self.refresh_blocked_params()
-        blocks: list[Tensor] = []
+        tensors: list[Tensor] = []
         active = []
         for cut in self._cuts.values():
             grad = self._local_gradient(cut.param)
             has_grad = grad is not None and grad.numel() > 0
             active.append(has_grad)
-            if grad is None or not has_grad or not any(cut.local_selector):
+            if grad is None or not has_grad or not cut.num_local:
                 continue
             self._check_gradient(grad, cut)
             if grad.shape != cut.merged_shape:
                 grad = grad.reshape(cut.merged_shape)
-            if cut.num_blocks == 1:
-                blocks.append(grad)
-                continue
-            pieces = multi_dim_split(grad, self._max_dim)
-            blocks.extend(compress(pieces, cut.local_selector))
+            if self.gives_grids and cut.num_local == cut.num_blocks:
+                tensors.extend(grid.of(grad) for grid, _ in cut.grids)
+            else:
+                blocks = multi_dim_split(grad, self._max_dim)
+                tensors.extend(compress(blocks, cut.local_selector))
         if tuple(active) != self._active_params:
             self._select_active(tuple(active))
-        return tuple(blocks)
+        return GridBlocks(self.grids, tensors) if self.gives_grids else tuple(tensors)
 
     @torch.no_grad()
     def update_params(
-        self, blocked_search_directions: tuple[Tensor, ...], use_masked_tensors: bool = True
+        self, blocked_search_directions: Sequence[Tensor], use_masked_tensors: bool = True
     ) -> None:
         """Adds the search directions to the blocks.
 
@@ -203,13 +255,11 @@ class Distributor:
             blocked_search_directions: One per block that has a gradient, or of all blocks.
             use_masked_tensors: Whether only the blocks with a gradient are updated.
         """
-        params = self._targets(blocked_search_directions, use_masked_tensors)
-        if params:
-            targets, increments = list(params), list(blocked_search_directions)
-            if _prefers_grids(params[0].device):
-                active = self._active_params if use_masked_tensors else None
-                targets, increments = self._in_grids(params, blocked_search_directions, active)
-            torch._foreach_add_(targets, increments)
+        directions = blocked_search_directions
+        if isinstance(directions, GridBlocks):
+            torch._foreach_add_([grid.target for grid in directions.grids], directions.tensors)
+        elif params := self._targets(directions, use_masked_tensors):
+            torch._foreach_add_(params, tuple(directions))
         self._write_back()
 
     def substitute(self, error: Exception) -> tuple[Tensor, ...]:
@@ -276,6 +326,7 @@ class Distributor:
         self._local_masked_blocked_params = tuple(
             compress(self._local_blocked_params, self._local_grad_selector)
         )
+        self.grids = tuple(self._active_grids(active_params))
 
     # ------------------------------------------------------------------------------ helpers
 
@@ -300,42 +351,20 @@ class Distributor:
             index=len(self._cuts),
             merged_shape=shape,
             num_blocks=len(blocks),
-            grids=tuple(
-                (numbers, counts, grid_view([blocks[n] for n in numbers], counts))
-                for numbers, counts in (
-                    equal_grids(shape, self._max_dim) if len(blocks) > 1 else ()
-                )
-            ),
+            grids=tuple((grid, grid.of(merged)) for grid in equal_grids(shape, self._max_dim)),
         )
         return blocks
 
-    def _in_grids(
-        self,
-        params: Sequence[Tensor],
-        directions: Sequence[Tensor],
-        active_params: tuple[bool, ...] | None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Blocks and their directions, with one pair instead of many where both lie in a grid."""
-        if len(self._cuts) == len(self._global_blocked_params):
-            return list(params), list(directions)
-        targets: list[Tensor] = []
-        increments: list[Tensor] = []
+    def _active_grids(self, active_params: tuple[bool, ...]) -> Iterator[BlockGrid]:
         start = 0
-        for cut in compress(self._cuts.values(), active_params or repeat(True)):
-            if not cut.grids:
-                targets.append(params[start])
-                increments.append(directions[start])
-            for numbers, counts, target in cut.grids:
-                own = [directions[start + n] for n in numbers]
-                increment = None if target is None else grid_view(own, counts)
-                if target is None or increment is None:
-                    targets.extend(params[start + n] for n in numbers)
-                    increments.extend(own)
-                else:
-                    targets.append(target)
-                    increments.append(increment)
-            start += cut.num_blocks
-        return targets, increments
+        for cut in compress(self._cuts.values(), active_params):
+            if cut.num_local == cut.num_blocks:
+                for grid, target in cut.grids:
+                    yield BlockGrid(tuple(start + n for n in grid.numbers), grid.counts, target)
+            else:  # blocks of other processes lie between
+                for position in range(start, start + cut.num_local):
+                    yield BlockGrid((position,), (), self._local_masked_blocked_params[position])
+            start += cut.num_local
 
     def _make_block_infos(self) -> Iterator[BlockInfo]:
         for cut in self._cuts.values():
@@ -367,7 +396,7 @@ class Distributor:
             )
 
     def _targets(
-        self, blocked_search_directions: tuple[Tensor, ...], use_masked_tensors: bool
+        self, blocked_search_directions: Sequence[Tensor], use_masked_tensors: bool
     ) -> tuple[Tensor, ...]:
         params = (
             self._local_masked_blocked_params if use_masked_tensors else self._local_blocked_params
@@ -381,11 +410,3 @@ class Distributor:
     def _write_back(self) -> None:
         for param, copy in self._staged:
             param.copy_(copy)
-
-
-def _prefers_grids(device: torch.device) -> bool:
-    """Whether one addition for each grid of directions is faster than one per block.
-
-    It saves launches, and on the CPU looking for grids costs as much as the additions.
-    """
-    return device.type != "cpu"

@@ -87,7 +87,7 @@ class DDPDistributor(Distributor):
         return config
 
     @torch.no_grad()
-    def merge_and_block_gradients(self) -> tuple[Tensor, ...]:
+    def merge_and_block_gradients(self) -> Sequence[Tensor]:
         """As the base class; the first time, all processes compare their parameters."""
         if self._is_to_be_compared:
             self._is_to_be_compared = False
@@ -117,7 +117,7 @@ class DDPDistributor(Distributor):
 
     @torch.no_grad()
     def update_params(
-        self, blocked_search_directions: tuple[Tensor, ...], use_masked_tensors: bool = True
+        self, blocked_search_directions: Sequence[Tensor], use_masked_tensors: bool = True
     ) -> None:
         """Adds the search directions to the blocks of all processes; all must call this.
 
@@ -131,14 +131,15 @@ class DDPDistributor(Distributor):
                 are due, as it means waiting for the device.
         """
         error, self._error = self._error, None
+        directions = tuple(blocked_search_directions)
         if error is None:
-            params = self._targets(blocked_search_directions, use_masked_tensors)
+            params = self._targets(directions, use_masked_tensors)
         else:
-            params, blocked_search_directions = (), ()
+            params, directions = (), ()
             self._flags[dist.get_rank(self._communication_group)].fill_(1.0)
         if self._config.communicate_params:
             if params:
-                torch._foreach_add_(params, blocked_search_directions)
+                torch._foreach_add_(params, directions)
             if self._local_buffers:
                 torch._foreach_copy_(self._local_buffers, self._local_blocked_params)
             self._gather()
@@ -153,7 +154,7 @@ class DDPDistributor(Distributor):
             if len(params) < len(self._local_buffers):
                 torch._foreach_zero_(self._local_buffers)
             if params:
-                torch._foreach_copy_(buffers, blocked_search_directions)
+                torch._foreach_copy_(buffers, directions)
             self._gather()
             if self._global_blocked_params:
                 torch._foreach_add_(self._global_blocked_params, self._global_buffers)

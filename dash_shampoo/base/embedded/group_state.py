@@ -1,6 +1,6 @@
 """What an optimizer keeps for a parameter group while it runs, and what changes in it between steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any, TypedDict, cast
 
@@ -30,7 +30,7 @@ class GroupState(TypedDict, total=False):
     distributor: Distributor
     shampoo_preconditioner_list: PreconditionerList
     grafting_preconditioner_list: PreconditionerList | None
-    masked_blocked_grads: tuple[Tensor, ...] | None
+    masked_blocked_grads: Sequence[Tensor] | None
     masked_blocked_params: tuple[Tensor, ...]
     previous_grad_selector: tuple[bool, ...] | None
     filtered_grad_list: tuple[Tensor, ...]

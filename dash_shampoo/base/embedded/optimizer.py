@@ -1,7 +1,7 @@
 """The embedded DistributedShampoo: parameter groups, their lists of blocks, steps, checkpoints."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, overload
@@ -291,7 +291,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
         set_interpolation_coefficients(
             state_lists, group[keys.ITERATE_AVERAGING_CONFIG], is_step=True
         )
-        directions: tuple[Tensor, ...] = ()
+        directions: Sequence[Tensor] = ()
         if state_lists[keys.MASKED_BLOCKED_GRADS]:
             try:
                 directions = self._compute_search_directions(

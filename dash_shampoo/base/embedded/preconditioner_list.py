@@ -16,13 +16,16 @@ class PreconditionerValueError(ValueError):
     """A factor matrix or its inverse root is not finite."""
 
 
-def scalar_of(tensor: Tensor) -> Any:
-    """A CPU scalar as the operand of a foreach operator.
+def divisor_of(bias_correction: Tensor) -> Any:
+    """A bias correction, a CPU scalar, as the operand of a foreach operator; None once it is 1.
 
     A Python number lets the operators fuse on every device; under `torch.compile` it would be
     compiled in as a constant, so there the tensor stays.
     """
-    return tensor if torch.compiler.is_compiling() else tensor.item()
+    if torch.compiler.is_compiling():
+        return bias_correction
+    divisor = bias_correction.item()
+    return None if divisor == 1.0 else divisor
 
 
 class PreconditionerList(ABC):
@@ -139,13 +142,12 @@ class AdagradPreconditionerList(PreconditionerList):
             self._bias_correction2 = torch.tensor(1.0) - self._beta2**step
 
     def precondition(self, masked_grad_list: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """G / (sqrt(V / bias_correction2) + epsilon)."""
+        """G / (sqrt(V) / sqrt(bias_correction2) + epsilon)."""
         if not masked_grad_list:
             return ()
-        denominators = torch._foreach_div(
-            self._masked_preconditioner_list, scalar_of(self._bias_correction2)
-        )
-        torch._foreach_sqrt_(denominators)
+        denominators = torch._foreach_sqrt(self._masked_preconditioner_list)
+        if (divisor := divisor_of(self._bias_correction2.double().sqrt())) is not None:
+            torch._foreach_div_(denominators, divisor)
         torch._foreach_add_(denominators, self._epsilon)
         return tuple(torch._foreach_div(masked_grad_list, denominators))
 

@@ -3,6 +3,7 @@
 W: parameters, G: gradients, P: search directions, Z: the unaveraged sequence of primal averaging.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.configs import WeightDecayType
-from dash_shampoo.base.embedded.preconditioner_list import scalar_of
+from dash_shampoo.base.embedded.preconditioner_list import divisor_of
 
 # Keeps the grafting's quotient of norms finite for a direction of zeros.
 _SMALLEST_NORM = 1e-16
@@ -47,7 +48,7 @@ class ShampooStep:
         momentum_param: float,
         dampening: float,
         use_nesterov: bool,
-    ) -> tuple[Tensor, ...]:
+    ) -> Sequence[Tensor]:
         """Computes what is added to the blocks that have a gradient, and updates their state.
 
         Args:
@@ -189,9 +190,9 @@ def _filter(
     if beta3 != beta1:
         filtered = tuple(torch._foreach_lerp(averages, grads, weight=1 - beta3))
     torch._foreach_lerp_(averages, grads, weight=1 - beta1)
-    if bias_correction1 is None:
+    if bias_correction1 is None or (divisor := divisor_of(bias_correction1)) is None:
         return filtered
-    return tuple(torch._foreach_div(filtered, scalar_of(bias_correction1)))
+    return tuple(torch._foreach_div(filtered, divisor))
 
 
 def _relative_decay(weight_decay_type: WeightDecayType, pinned_lr: Tensor, peak_lr: float) -> float:
