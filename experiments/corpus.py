@@ -20,6 +20,7 @@ from experiments.tokenizers import Bytes, Pieces
 from experiments.tokens import TokenData, TokenSequence, digest, load_token_files, write_tokens
 
 BYTE_VOCABULARY = 256
+DEFAULT_PIECES = 2048  # of byte pairs
 TOKENIZERS = ("bytes", "bpe")
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -79,7 +80,7 @@ def load_text(
         )
     if tokenizer == "bytes" and vocab_size not in (None, BYTE_VOCABULARY):
         raise ValueError(f"data.vocab_size={vocab_size}, but bytes have a vocabulary of 256.")
-    vocab_size = vocab_size or (BYTE_VOCABULARY if tokenizer == "bytes" else 2048)
+    vocab_size = vocab_size or (BYTE_VOCABULARY if tokenizer == "bytes" else DEFAULT_PIECES)
     key = digest(f"{tokenizer} {vocab_size} 1".encode(), *parts[0], b"", *parts[1])
     if tokenizer == "bytes":
         tokens = [encode_bytes(part) for part in parts]

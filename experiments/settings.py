@@ -154,20 +154,24 @@ class PlanSettings:
 
     Attributes:
         world_size: Number of ranks; null: 1, with sweep 1,024.
+        micro_batch_size: Sequences of a rank's forward pass.
+        details: All tables: blocks, state, matmuls and roofline of every rank.
         sweep: A table over 1, 2, 4, ... ranks instead of one plan.
         hardware: For the roofline: A100, H100 or H200.
         tf32: Whether matmuls outside the inverse roots use TF32.
-        vocab_size: Tokens in the vocabulary of the model.
+        vocab_size: Tokens in the vocabulary of the model; null: that of data.
         sequence_length: Tokens of a sequence.
         precision: fp32, fp64 or bf16, as of train.
         format: text or json.
     """
 
     world_size: int | None = None
+    micro_batch_size: int = 16
+    details: bool = False
     sweep: bool = False
     hardware: str = "H100"
     tf32: bool = False
-    vocab_size: int = 32_000
+    vocab_size: int | None = None
     sequence_length: int = 1024
     precision: Precision = Precision.fp32
     format: str = "text"
@@ -175,6 +179,7 @@ class PlanSettings:
     optimizer: Any = MISSING
     solver: Any = MISSING
     model: Any = MISSING
+    data: Any = MISSING
     parameter_groups: Any = MISSING
     parallelism: Any = MISSING
 
@@ -212,7 +217,7 @@ def check(config: DictConfig) -> None:
     for name, least in _AT_LEAST.items():
         value = config.get(name)
         require(value is None or value >= least, name, value, f"at least {least}")
-    if (piece := config.get("micro_batch_size")) is not None:
+    if (piece := config.get("micro_batch_size")) is not None and "batch_size" in config:
         require(
             config.batch_size % piece == 0, "micro_batch_size", piece, "a divisor of batch_size"
         )
