@@ -104,7 +104,7 @@ def parameter_groups(model: nn.Module, config: DictConfig) -> list[dict[str, Any
     Args:
         model: Its parameters keep their names, so that an optimizer's messages can tell them.
         config: The group ``parameter_groups``: ``rules`` maps names to ``match``, a regular
-            expression, and ``options`` of the group.
+            expression, and ``options`` of the group; ``by_parameter`` makes a group of each instead.
 
     Returns:
         One dict per rule with ``params`` and its options, after one of the parameters that no
@@ -114,6 +114,8 @@ def parameter_groups(model: nn.Module, config: DictConfig) -> list[dict[str, Any
         SettingsError: If a rule takes no parameter, or two rules take the same.
     """
     rest = dict(model.named_parameters())
+    if config.get("by_parameter"):
+        return [{"params": [pair]} for pair in rest.items()]
     groups = []
     for name, rule in config.rules.items():
         key = f"parameter_groups.rules.{name}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.command_line import Parser
 from experiments.corpus import (
     BYTE_VOCABULARY,
     TOKENIZERS,
@@ -69,7 +70,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments data",
         description=__doc__.partition(": ")[2] if __doc__ else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +17,8 @@ COMMANDS = {
     "study": "which optimizer and settings train best, on small tasks",
     "sweep": "train with many settings: best first, and a page",
     "plan": "memory, work and balance on many ranks, before running",
+    "paper": "the paper's grid of trainings, and its step times beside ours",
+    "bench": "time of an optimizer's step, by phase, on one rank or on many",
     "demo": "compare optimizers on a tiny model: table and plots",
     "report": "one page about any number of runs",
     "data": "token files from text or from Hugging Face",
@@ -46,6 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
         128 + n for a run that signal n stopped (130 for Ctrl-C).
     """
     words = list(sys.argv[1:] if words is None else words)
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        return fail(f"{words[0]!r} comes before a command; one of {', '.join(COMMANDS)}.", 2)
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
         description="Train with dash_shampoo, compare optimizers, plan for many ranks.",
@@ -93,7 +98,7 @@ def through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) -
 
     from experiments import settings
 
-    statuses = [0]
+    statuses: list[int] = []
 
     def job(config: DictConfig) -> None:
         """One run; with --multirun there are several, and one that fails leaves the others be."""
@@ -120,9 +125,19 @@ def through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) -
         start(job)()
     except (HydraException, OmegaConfBaseException) as error:
         return fail(settings.one_sentence(error), 2)
+    except ValueError as error:
+        if statuses or not _is_of_hydra(error):
+            raise
+        return fail(f"{error}.", 2)
     finally:
         sys.argv = own_words
-    return max(statuses)
+    return max(statuses, default=0)
+
+
+def _is_of_hydra(error: ValueError) -> bool:
+    """Whether it was raised while the settings were composed: `model=null`, say."""
+    *_, last = traceback.walk_tb(error.__traceback__)
+    return str(last[0].f_globals.get("__name__", "")).startswith("hydra.")
 
 
 def _directly(run: Callable[..., int], words: Sequence[str]) -> int:

@@ -1,6 +1,5 @@
 """``python -m experiments report``: runs side by side, on one page that needs no network."""
 
-import argparse
 import html
 import math
 import statistics
@@ -11,6 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from experiments.command_line import Parser
 from experiments.plots import COLOURS
 from experiments.runs import Experiment, Run, experiments, find_runs, first_reached
 from experiments.settings import SettingsError
@@ -50,7 +50,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         SettingsError: If there are no runs.
     """
-    parser = argparse.ArgumentParser(prog="python -m experiments report", description=__doc__)
+    parser = Parser(prog="python -m experiments report", description=__doc__)
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="RUNS", help="of runs or of sweeps"
     )

@@ -37,7 +37,7 @@ from experiments.tokens import TokenData, TokenSequence
 
 
 class RunError(Exception):
-    """A run that can't go on: its loss is not finite, or its checkpoint can't be written."""
+    """A run that can't go on: a loss or a root is not finite, or a checkpoint can't be written."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,10 @@ class Trainer:
         with watch.measure("clip"):
             grad_norm = self._clip()
         with watch.measure("optimizer"):
-            self.optimizer.step()
+            try:
+                self.optimizer.step()
+            except ValueError as error:  # of inverse roots: one that is not finite, or too many bad
+                raise RunError(f"Step {self.step + 1}: {error}") from error
         if self.averaged is not None and self.step >= config.average_from * config.steps:
             self.averaged.update_parameters(unwrapped(self.model))
         self.step += 1
