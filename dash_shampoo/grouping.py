@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from dash_shampoo.base import AdamPreconditionerConfig
+from dash_shampoo.base import ROW_PARTS, AdamPreconditionerConfig, sizes_of_parts
 from dash_shampoo.planning import plan_optimizer
 
 HEAD_NAMES = (
@@ -33,8 +33,6 @@ _NORMS = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,
 )
-# The optimizer's default.
-_MAX_PRECONDITIONER_DIM = 1024
 _RESERVED = ("params", "param_names")
 
 
@@ -54,14 +52,12 @@ class ParamRule:
         modules (tuple[type, ...]): Types of module, one of which it belongs to directly. Empty: any.
             (Default: ())
         max_dims (int | None): How many dimensions larger than 1 it has at most. (Default: None)
-        row_parts (int | tuple[int, ...] | None): That it is a fused matrix whose rows are to be
-            preconditioned in parts: how many equal ones (3 for a fused query, key and value), or
-            how many rows each has. The parts are cut by `max_preconditioner_dim`, at their greatest
-            common divisor, which cuts the columns as finely. (Default: None)
-        batch_first (bool): That its first dimension only counts matrices, as of experts (E, m, n):
-            it is not preconditioned, and all E share one pair of factor matrices. The group's
-            `max_preconditioner_dim` (default 1024) is kept below E·m, from where on the optimizer
-            would merge the two dimensions. (Default: False)
+        row_parts (int | tuple[int, ...] | None): That it is a fused matrix, whose rows are preconditioned
+            in parts as if each were a parameter of its own: how many equal ones (3 for a fused query,
+            key and value), or how many rows each has ((4096, 1024, 1024) for grouped queries).
+            (Default: None)
+        batch_first (bool): That its first dimension only counts matrices, as of experts (E, m, n): each
+            of them is preconditioned by itself. (Default: False)
     """
 
     name: str
@@ -90,6 +86,11 @@ class ParamRule:
             raise ValueError(
                 f"Invalid row_parts={parts!r} in the rule {self.name!r}: must be a positive integer, "
                 "or a tuple of them."
+            )
+        if self.batch_first and parts is not None:
+            raise ValueError(
+                f"Invalid row_parts={parts!r} in the rule {self.name!r}: must be None with "
+                "batch_first, whose parts are the matrices."
             )
 
     def takes(self, param: Tensor, places: Sequence[tuple[str, nn.Module]]) -> bool:
@@ -126,51 +127,21 @@ class ParamRule:
                 dimension to batch.
         """
         merged = {**options, **self.options}
-        if self.row_parts is not None:
-            merged["max_preconditioner_dim"] = self._rows_of_a_part(name, param)
+        parts = self.row_parts
         if self.batch_first:
             if param.dim() < 3:
                 raise ValueError(
                     f"batch_first of the rule {self.name!r} wants at least 3 dimensions; {name} is "
                     f"{tuple(param.shape)}."
                 )
-            largest = merged.get("max_preconditioner_dim", _MAX_PRECONDITIONER_DIM)
-            unmerged = max(math.prod(param.shape[:2]) - 1, 1)
-            merged["max_preconditioner_dim"] = min(largest, unmerged)
-            config = merged.get("preconditioner_config")
-            merged["preconditioner_config"] = _without_first_dimension(config, param.dim(), self)
+            parts = param.shape[0]
+        if parts is not None:
+            merged[ROW_PARTS] = parts
+            try:
+                sizes_of_parts(param.shape[0] if param.dim() else 1, parts)
+            except ValueError as error:
+                raise ValueError(f"{error} (The rule {self.name!r}, of {name}.)") from None
         return merged
-
-    def _rows_of_a_part(self, name: str, param: Tensor) -> int:
-        rows = param.shape[0] if param.dim() else 1
-        parts = self.row_parts
-        if isinstance(parts, int):
-            if rows % parts == 0:
-                return rows // parts
-        elif parts is not None and sum(parts) == rows:
-            return math.gcd(*parts)
-        raise ValueError(
-            f"row_parts={parts!r} of the rule {self.name!r} does not divide the {rows} rows of {name}."
-        )
-
-
-def _without_first_dimension(config: Any, order: int, rule: ParamRule) -> Any:
-    """A preconditioner config that leaves the first dimension of tensors of this order alone."""
-    if hasattr(config, "ignored_basis_change_dims"):
-        ignored = {**config.ignored_basis_change_dims, order: [0]}
-        return replace(config, ignored_basis_change_dims=ignored)
-    if hasattr(config, "inverse_exponent_override"):
-        exponents = config.inverse_exponent_override.get(order, {})
-        if not isinstance(exponents, dict):
-            exponents = dict.fromkeys(range(order), exponents)
-        # What a matrix of the other dimensions would have.
-        default = dict.fromkeys(range(1, order), 1 / (2 * (order - 1)))
-        override = {**config.inverse_exponent_override, order: {**default, **exponents, 0: 0.0}}
-        return replace(config, inverse_exponent_override=override)
-    raise ValueError(
-        f"batch_first of the rule {rule.name!r} needs a preconditioner_config of Shampoo's family in "
-        f"its options or those of matrices, not {type(config).__name__}."
-    )
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -183,6 +154,8 @@ class ParamGroups(list[dict[str, Any]]):
     def __init__(self, groups: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
         super().__init__(groups)
         self.names = tuple(names)
+        # The optimizer works on the dicts that it is given.
+        self._as_given = [dict(group) for group in groups]
 
     def report(self, **options: Any) -> str:
         """What went where: tensors, scalars, blocks and bytes of state by group.
@@ -194,7 +167,7 @@ class ParamGroups(list[dict[str, Any]]):
             A table of one line for each group and its parameters.
         """
         lines = []
-        for name, group in zip(self.names, self, strict=True):
+        for name, group in zip(self.names, self._as_given, strict=True):
             numel = sum(param.numel() for _, param in group["params"])
             try:
                 rank = plan_optimizer([group], **options).ranks[0]
@@ -286,7 +259,7 @@ def param_groups(
         rule = next(rule for rule in (*rules, *defaults) if rule.takes(param, places))
         own = rule.options_for(name, param, options.get(rule.name, options["matrices"]))
         # One rule may need several groups, where its options follow from shapes.
-        key = (rule.name, (own.get("max_preconditioner_dim"), param.dim() * rule.batch_first))
+        key = (rule.name, own.get(ROW_PARTS))
         groups.setdefault(key, {**own, "params": []})["params"].append((name, param))
     if not groups:
         raise ValueError("model has no parameter that requires a gradient.")

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from dash_shampoo.base import (
     DISTRIBUTOR,
+    ROW_PARTS,
     SHAMPOO_PRECONDITIONER_LIST,
     CoupledHigherOrderConfig,
     CoupledNewtonConfig,
+    Distributor,
     EigenConfig,
     EigendecomposedKLShampooPreconditionerConfig,
     EigendecomposedShampooPreconditionerConfig,
@@ -256,6 +258,12 @@ class DashShampoo(ConsolidatingShampoo):
         preconditioner_config: PreconditionerConfig | None,
     ) -> Any:
         """The preconditioner list of a group: stacked where the config is known, else the base's own."""
+        distributor = state_lists[DISTRIBUTOR]
+        if group.get(ROW_PARTS) is not None and not isinstance(distributor, Distributor):
+            raise ValueError(
+                f"Invalid {ROW_PARTS}={group[ROW_PARTS]!r}: {type(group['distributed_config']).__name__} "
+                "can't cut parameters into parts of rows."
+            )
         for_base = _config_for_base(preconditioner_config)
         stacked_list = _STACKED_LISTS.get(type(for_base))
         if stacked_list is None:
@@ -275,7 +283,6 @@ class DashShampoo(ConsolidatingShampoo):
         if seam := missing_seam(base_list, stacked_list.block_seams, stacked_list.list_seams):
             return _fall_back(base_list, seam, method)
         warn_of_known_bad(preconditioner_config, group, base_list)
-        distributor = state_lists[DISTRIBUTOR]
         return stacked_list.adopt(
             base_list,
             block_list=distributor.local_blocked_params,

@@ -128,14 +128,18 @@ def test_rules_come_first_in_their_order_and_by_names_modules_and_dimensions() -
 def build(model: nn.Module, groups: list[dict[str, object]], **options: object) -> ds.DashShampoo:
     return ds.DashShampoo(
         groups,
-        lr=0.1,
-        betas=(0.9, 0.95),
-        epsilon=1e-8,
-        weight_decay=0.1,
-        max_preconditioner_dim=64,
-        precondition_frequency=1,
-        preconditioner_config=ds.RootInvShampooPreconditionerConfig(),
-        **options,  # type: ignore[arg-type]
+        **{
+            **dict(
+                lr=0.1,
+                betas=(0.9, 0.95),
+                epsilon=1e-8,
+                weight_decay=0.1,
+                max_preconditioner_dim=64,
+                precondition_frequency=1,
+                preconditioner_config=ds.RootInvShampooPreconditionerConfig(),
+            ),
+            **options,
+        },
     )
 
 
@@ -187,28 +191,29 @@ def test_all_but_matrices_are_trained_by_adam_and_vectors_without_decay() -> Non
 
 
 def test_fused_matrices_are_preconditioned_in_parts() -> None:
-    for row_parts in (3, (8, 8, 8)):
+    for row_parts, rows in ((3, (8, 8, 8)), ((16, 4, 4), (16, 4, 4))):
         model = Model()
         rule = ParamRule(name="qkv", names=("*.qkv.weight",), row_parts=row_parts)
-        groups = param_groups(model, rules=[rule])
-        optimizer = build(model, groups)
-        assert shapes_of_factors(optimizer, model.attention.qkv.weight) == [[8, 8]] * 3
-    grouped = ParamRule(name="qkv", names=("*.qkv.weight",), row_parts=(16, 4, 4))
-    assert param_groups(Model(), rules=[grouped])[0]["max_preconditioner_dim"] == 4
+        optimizer = build(model, param_groups(model, rules=[rule]), max_preconditioner_dim=16)
+        found = shapes_of_factors(optimizer, model.attention.qkv.weight)
+        assert found == [[number, 8] for number in rows]
 
 
-def test_one_rule_makes_a_group_for_every_size_of_part() -> None:
-    model = nn.Sequential(nn.Linear(4, 12, bias=False), nn.Linear(12, 6, bias=False))
-    rule = ParamRule(name="fused", names=("*",), row_parts=3)
+def test_one_rule_makes_a_group_for_every_number_of_matrices() -> None:
+    model = nn.ModuleList([Experts(2, 4), Experts(3, 4), Experts(2, 8)])
+    rule = ParamRule(name="experts", modules=(Experts,), batch_first=True)
     groups = param_groups(model, rules=[rule])
-    assert groups.names == ("fused", "fused")
-    assert [group["max_preconditioner_dim"] for group in groups] == [4, 2]
+    assert groups.names == ("experts", "experts")
+    assert [group["row_parts"] for group in groups] == [2, 3]
 
 
-@pytest.mark.parametrize("exponents", [{}, {3: 0.5}, {3: {1: 0.25, 2: 0.5}}])
-def test_experts_share_factors_of_their_matrices(exponents: dict[int, object]) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [ds.RootInvShampooPreconditionerConfig(), ds.EigenvalueCorrectedShampooPreconditionerConfig()],
+    ids=lambda config: type(config).__name__,
+)
+def test_every_expert_has_factors_of_its_own(config: ds.PreconditionerConfig) -> None:
     model = Model()
-    config = ds.RootInvShampooPreconditionerConfig(inverse_exponent_override=exponents)  # type: ignore[arg-type]
     rule = ParamRule(
         name="experts",
         modules=(Experts,),
@@ -216,28 +221,13 @@ def test_experts_share_factors_of_their_matrices(exponents: dict[int, object]) -
         options={"preconditioner_config": config},
     )
     groups = param_groups(model, rules=[rule])
-    override = groups[0]["preconditioner_config"].inverse_exponent_override[3]
-    expected = {(): {1: 0.25, 2: 0.25}, (3,): exponents.get(3)}[tuple(exponents)]
-    if isinstance(expected, float):
-        expected = {1: expected, 2: expected}
-    assert override == {0: 0.0, **expected}
-    optimizer = build(model, groups)
-    assert shapes_of_factors(optimizer, model.experts.weight) == [[8, 16]]
+    optimizer = build(model, groups, max_preconditioner_dim=16)
+    assert shapes_of_factors(optimizer, model.experts.weight) == [[8, 16]] * 3
     with_gradients(model)
     optimizer.step()
-
-
-def test_batches_of_matrices_of_soap_change_no_basis_of_the_first_dimension() -> None:
-    config = ds.EigenvalueCorrectedShampooPreconditionerConfig()
-    rule = ParamRule(
-        name="experts",
-        modules=(Experts,),
-        batch_first=True,
-        options={"preconditioner_config": config},
-    )
-    group = param_groups(Model(), rules=[rule])[0]
-    assert group["preconditioner_config"].ignored_basis_change_dims == {3: [0]}
-    assert config.ignored_basis_change_dims == {}
+    report = groups.report(max_preconditioner_dim=16)
+    assert "experts: 1 tensors, 384 scalars, 3 blocks, " in report
+    assert "    row_parts=3" in report
 
 
 def test_the_report_says_what_went_where_and_what_it_costs() -> None:
@@ -268,12 +258,14 @@ def test_a_model_on_the_meta_device_can_be_split() -> None:
         ([ParamRule(name="heads", max_dims=1)], "'heads' of a rule is taken"),
         ([ParamRule(name="x", max_dims=1)] * 2, "'x' of a rule is taken"),
         ([ParamRule(name="x", names=("*qkv.weight",), row_parts=5)], "row_parts=5.*24 rows.*qkv"),
-        ([ParamRule(name="x", names=("*qkv.weight",), row_parts=(8, 8))], r"row_parts=\(8, 8\)"),
+        (
+            [ParamRule(name="x", names=("*qkv.weight",), row_parts=(8, 8))],
+            r"row_parts=\(8, 8\).*24 rows",
+        ),
         (
             [ParamRule(name="x", names=("*qkv.weight",), batch_first=True)],
             r"3 dimensions.*\(24, 8\)",
         ),
-        ([ParamRule(name="x", modules=(Experts,), batch_first=True)], "family.*NoneType"),
     ],
 )
 def test_rules_that_do_not_fit_are_refused(rules: list[ParamRule], message: str) -> None:
@@ -288,6 +280,10 @@ def test_rules_that_do_not_fit_are_refused(rules: list[ParamRule], message: str)
         ({"names": "*.weight"}, "names='.*' in the rule 'x': must be a tuple"),
         ({"names": ("*",), "row_parts": 0}, "row_parts=0"),
         ({"names": ("*",), "row_parts": (4, 0)}, r"row_parts=\(4, 0\)"),
+        (
+            {"names": ("*",), "row_parts": 3, "batch_first": True},
+            "row_parts=3.*None with batch_first",
+        ),
         ({"names": ("*",), "options": {"params": []}}, "must not hold 'params'"),
     ],
 )

@@ -13,9 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from dash_shampoo.base.embedded.distributed_configs import assign_owners
-from dash_shampoo.base.embedded.distributor import BlockGrid, Distributor, GridBlocks
+from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.factories import own_distributor_class as _own_distributor_class
+from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
 from dash_shampoo.base.embedded.group_state import take_weights
+from dash_shampoo.base.embedded.keys import ROW_PARTS
+from dash_shampoo.base.embedded.parts import sizes_of_parts
 from dash_shampoo.base.embedded.state import native_config as _native_config
 
 _VARIABLE = "DASH_SHAMPOO_BASE"
@@ -40,6 +43,7 @@ META_ONLY = ("FSDPDistributedConfig", "HSDPDistributedConfig", "compile_fsdp_par
 # The same on both bases.
 _OURS = (
     "META_ONLY",
+    "ROW_PARTS",
     "BlockGrid",
     "Distributor",
     "GridBlocks",
@@ -47,6 +51,7 @@ _OURS = (
     "name",
     "native_config",
     "own_distributor_class",
+    "sizes_of_parts",
     "take_weights",
 )
 
@@ -76,6 +81,7 @@ __all__ = [
     "META_ONLY",
     "MOMENTUM_BUFFER_LIST",
     "PREVIOUS_GRAD_SELECTOR",
+    "ROW_PARTS",
     "SHAMPOO_PRECONDITIONER_LIST",
     "WEIGHT_BUFFER_LIST",
     "AdaGradPreconditionerConfig",
@@ -149,6 +155,7 @@ __all__ = [
     "name",
     "native_config",
     "own_distributor_class",
+    "sizes_of_parts",
     "take_weights",
 ]
 

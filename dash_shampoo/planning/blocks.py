@@ -34,6 +34,7 @@ from dash_shampoo.base import (
     SignDescentPreconditionerConfig,
     SingleDeviceDistributedConfig,
     SpectralDescentPreconditionerConfig,
+    own_distributor_class,
 )
 from dash_shampoo.buckets import BlockSpec
 from dash_shampoo.config import DashShampooPreconditionerConfig
@@ -208,6 +209,9 @@ def _on_the_base(config: PreconditionerConfig) -> PreconditionerConfig:
 
 class _Allocating(DistributedShampoo):
     """The base's optimizer, which allocates what it may be unable to compute itself."""
+
+    def _select_distributor_class(self, distributed_config: Any) -> Any:
+        return own_distributor_class(distributed_config)  # Meta's knows no parts of rows
 
     def _preconditioner_config_to_list_cls(
         self, state_lists: Any, group: dict[str, Any], preconditioner_config: Any

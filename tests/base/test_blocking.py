@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dash_shampoo.base.embedded import DistributedShampoo, keys
 from dash_shampoo.base.embedded.blocking import equal_grids, multi_dim_split
-from dash_shampoo.base.embedded.distributor import BlockGrid, GridBlocks
+from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
 from tests.base.cases import gradients, parameters, take_steps
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import compress
 from typing import Any
 
@@ -19,6 +18,8 @@ from dash_shampoo.base.embedded.blocking import (
 )
 from dash_shampoo.base.embedded.configs import DefaultShampooRuntimeConfig, ShampooRuntimeConfig
 from dash_shampoo.base.embedded.dtensors import is_dtensor
+from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
+from dash_shampoo.base.embedded.parts import parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,58 +68,16 @@ class BlockInfo:
         return block_state
 
 
-@dataclass(frozen=True, eq=False)
-class BlockGrid:
-    """A grid of blocks of this process.
-
-    Attributes:
-        positions: Their places among all blocks that have a gradient, ascending.
-        counts: How many there are along each dimension; () for one block.
-        target: The blocks of the parameter, (*counts, *block shape).
-    """
-
-    positions: tuple[int, ...]
-    counts: tuple[int, ...]
-    target: Tensor
-
-
-class GridBlocks(Sequence[Tensor]):
-    """Blocks that lie in grids, which are cut once somebody asks for a block.
-
-    Args:
-        grids: Which blocks there are.
-        tensors: For each grid the blocks, (*counts, *block shape).
-    """
-
-    def __init__(self, grids: Sequence[BlockGrid], tensors: Sequence[Tensor]) -> None:
-        self.grids = grids
-        self.tensors = tuple(tensors)
-
-    @cached_property
-    def _blocks(self) -> tuple[Tensor, ...]:
-        blocks: dict[int, Tensor] = {}
-        for grid, tensor in zip(self.grids, self.tensors, strict=True):
-            cut = [tensor]
-            for _ in grid.counts:
-                cut = [part for row in cut for part in row.unbind()]
-            blocks.update(zip(grid.positions, cut, strict=True))
-        return tuple(blocks[position] for position in range(len(blocks)))
-
-    def __len__(self) -> int:
-        return sum(len(grid.positions) for grid in self.grids)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._blocks[index]
-
-
 @dataclass(kw_only=True, eq=False)
-class _CutParam:
-    """How a parameter and its gradient are cut.
+class _Cut:
+    """How a parameter and its gradient are cut, or a part of them.
 
     Attributes:
         param: The parameter.
         index: Its number in the group.
-        merged_shape: Its shape with small dimensions merged.
+        rows: The rows that make the part; None for the whole.
+        merged_shape: The shape with small dimensions merged.
+        first_block: The number of its first block among those of the parameter.
         num_blocks: Into how many blocks it is cut.
         grids: Its blocks by grids of equal ones, each with its view of the parameter.
         local_selector: Which blocks are this process's.
@@ -127,7 +86,9 @@ class _CutParam:
 
     param: Tensor
     index: int
+    rows: slice | None
     merged_shape: tuple[int, ...]
+    first_block: int
     num_blocks: int
     grids: tuple[tuple[Grid, Tensor], ...]
     local_selector: tuple[bool, ...] = ()
@@ -173,15 +134,15 @@ class Distributor:
             dict(zip(map(id, params), names, strict=True)) if is_named else {}
         )
         self._staged: list[tuple[Tensor, Tensor]] = []
-        self._cuts: dict[int, _CutParam] = {}
+        self._cuts: list[_Cut] = []
         blocks: list[Tensor] = []
-        for param in self._select_params(params):
-            blocks.extend(self._cut_param(param))
+        for index, param in enumerate(self._select_params(params)):
+            blocks.extend(self._cut_param(param, index))
         self._global_blocked_params: tuple[Tensor, ...] = tuple(blocks)
 
         self._distributor_selector = self._assign_blocks()
         local_flags = iter(self._distributor_selector)
-        for cut in self._cuts.values():
+        for cut in self._cuts:
             cut.local_selector = tuple(next(local_flags) for _ in range(cut.num_blocks))
             cut.num_local = sum(cut.local_selector)
         self._local_blocked_params = tuple(
@@ -227,13 +188,15 @@ class Distributor:
         self.refresh_blocked_params()
         tensors: list[Tensor] = []
         active = []
-        for cut in self._cuts.values():
+        for cut in self._cuts:
             grad = self._local_gradient(cut.param)
             has_grad = grad is not None and grad.numel() > 0
             active.append(has_grad)
             if grad is None or not has_grad or not cut.num_local:
                 continue
             self._check_gradient(grad, cut)
+            if cut.rows is not None:
+                grad = grad[cut.rows]
             if grad.shape != cut.merged_shape:
                 grad = grad.reshape(cut.merged_shape)
             if self.gives_grids and cut.num_local == cut.num_blocks:
@@ -317,7 +280,7 @@ class Distributor:
         self._active_params = active_params
         self._global_grad_selector: tuple[bool, ...] = tuple(
             has_grad
-            for cut, has_grad in zip(self._cuts.values(), active_params, strict=True)
+            for cut, has_grad in zip(self._cuts, active_params, strict=True)
             for _ in range(cut.num_blocks)
         )
         self._local_grad_selector = tuple(
@@ -330,34 +293,57 @@ class Distributor:
 
     # ------------------------------------------------------------------------------ helpers
 
-    def _cut_param(self, param: Tensor) -> tuple[Tensor, ...]:
+    def _cut_param(self, param: Tensor, index: int) -> list[Tensor]:
+        """The blocks of a parameter, part by part."""
         local = self._local_tensor(param).detach()
+        blocks: list[Tensor] = []
+        for rows in parts_of(param, local, self._param_group.get(keys.ROW_PARTS)):
+            part = local if rows is None else local[rows]
+            # A single row of a tensor of matrices is a matrix.
+            is_matrix = rows is not None and part.dim() > 2 and part.shape[0] == 1
+            shape = part.shape[1:] if is_matrix else part.shape
+            blocks.extend(self._cut_part(param, index, rows, part, shape, len(blocks)))
+        return blocks
+
+    def _cut_part(
+        self,
+        param: Tensor,
+        index: int,
+        rows: slice | None,
+        part: Tensor,
+        shape: Sequence[int],
+        first_block: int,
+    ) -> tuple[Tensor, ...]:
         shape = merge_small_dims(
-            tuple(local.shape),
+            tuple(shape),
             self._max_dim,
             self._param_group[keys.DISTRIBUTED_CONFIG].target_parameter_dimensionality,
         )
         try:
-            merged = local.view(shape)
+            merged = part.view(shape)
         except RuntimeError:
             # The memory format (channels last, say) does not allow merged dimensions: the blocks
             # are then views of a contiguous copy, read before and written back after a step.
-            copy = local.clone(memory_format=torch.contiguous_format)
-            self._staged.append((local, copy))
+            copy = part.clone(memory_format=torch.contiguous_format)
+            self._staged.append((part, copy))
             merged = copy.view(shape)
         blocks = multi_dim_split(merged, self._max_dim)
-        self._cuts[id(param)] = _CutParam(
-            param=param,
-            index=len(self._cuts),
-            merged_shape=shape,
-            num_blocks=len(blocks),
-            grids=tuple((grid, grid.of(merged)) for grid in equal_grids(shape, self._max_dim)),
+        self._cuts.append(
+            _Cut(
+                param=param,
+                index=index,
+                rows=rows,
+                merged_shape=shape,
+                first_block=first_block,
+                num_blocks=len(blocks),
+                grids=tuple((grid, grid.of(merged)) for grid in equal_grids(shape, self._max_dim)),
+            )
         )
         return blocks
 
     def _active_grids(self, active_params: tuple[bool, ...]) -> Iterator[BlockGrid]:
         start = 0
-        for cut in compress(self._cuts.values(), active_params):
+        for cut in compress(self._cuts, active_params):
             if cut.num_local == cut.num_blocks:
                 for grid, target in cut.grids:
                     yield BlockGrid(tuple(start + n for n in grid.numbers), grid.counts, target)
@@ -367,22 +353,25 @@ class Distributor:
             start += cut.num_local
 
     def _make_block_infos(self) -> Iterator[BlockInfo]:
-        for cut in self._cuts.values():
+        for cut in self._cuts:
             name = self._names.get(id(cut.param))
-            for block_index in compress(range(cut.num_blocks), cut.local_selector):
+            for number in compress(range(cut.num_blocks), cut.local_selector):
                 yield self._make_block_info(
                     param=cut.param,
-                    composable_block_ids=(cut.index, self._block_key(block_index)),
+                    composable_block_ids=(
+                        cut.index,
+                        self._block_key(cut.first_block + number),
+                    ),
                     param_name=name,
                 )
 
-    def _name_of(self, cut: _CutParam) -> str:
+    def _name_of(self, cut: _Cut) -> str:
         return self._names.get(id(cut.param), f"parameter {cut.index}")
 
     def _local_gradient(self, param: Tensor) -> Tensor | None:
         return None if param.grad is None else self._local_tensor(param.grad)
 
-    def _check_gradient(self, grad: Tensor, cut: _CutParam) -> None:
+    def _check_gradient(self, grad: Tensor, cut: _Cut) -> None:
         if grad.is_sparse:
             raise RuntimeError(
                 f"Parameter {cut.index} of its group, of shape {tuple(cut.param.shape)}, has a "

@@ -91,7 +91,7 @@ class DDPDistributor(Distributor):
         """As the base class; the first time, all processes compare their parameters."""
         if self._is_to_be_compared:
             self._is_to_be_compared = False
-            params = [cut.param for cut in self._cuts.values()]
+            params = [cut.param for cut in self._cuts]
             if (rank := first_that_differs(params, self.replicas)) is not None:
                 logger.warning(
                     "The parameters of rank %d differ from those of the first of its replicas. Are "
@@ -163,8 +163,8 @@ class DDPDistributor(Distributor):
 
     def is_foreign_block(self, param: Tensor, key: str) -> bool:
         """Whether a key of the state is a block of the parameter that another process owns."""
-        cut = self._cuts.get(id(param))
-        return cut is not None and key in map(self._block_key, range(cut.num_blocks))
+        num_blocks = sum(cut.num_blocks for cut in self._cuts if cut.param is param)
+        return key in map(self._block_key, range(num_blocks))
 
     # ------------------------------------------------------- what other distributors override
 
@@ -191,7 +191,7 @@ class DDPDistributor(Distributor):
 
     def _assign_blocks(self) -> tuple[bool, ...]:
         self.replicas = self._find_replicas()
-        cuts = self._cuts.values()
+        cuts = self._cuts
         self._is_to_be_compared = check_same_parameters(
             [cut.param for cut in cuts], list(map(self._name_of, cuts)), self.replicas
         )

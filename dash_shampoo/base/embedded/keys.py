@@ -35,6 +35,8 @@ USE_BIAS_CORRECTION: Final = "use_bias_correction"
 USE_PIN_MEMORY: Final = "use_pin_memory"
 WEIGHT_DECAY: Final = "weight_decay"
 WEIGHT_DECAY_TYPE: Final = "weight_decay_type"
+# Ours, and optional: see `parts`.
+ROW_PARTS: Final = "row_parts"
 
 # Per-group lists of blocks and their state, never saved. A masked list holds the blocks that have a
 # gradient in this step.
