@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import EigendecompositionConfig
-from dash_shampoo.eigenbasis.orthogonality import cholesky_qr, restore_orthogonality
+from dash_shampoo.eigenbasis.orthogonality import (
+    cholesky_qr,
+    norm_from_below,
+    restore_orthogonality,
+)
 from dash_shampoo.eigenbasis.result import (
     EigenbasisResult,
     gather_columns,
@@ -30,6 +34,8 @@ Orthogonalization = Literal["rotation", "cholesky_qr", "householder"]
 _FLOOR = 1e-5
 # Bound of ‖K‖₂ up to which I + K + b·K² is near enough to orthogonal.
 _LARGEST_ROTATION = 0.5
+# Bound of a row of K: columns that are all noise must not keep the others from turning.
+_LARGEST_ROW = 0.5
 
 
 @dataclass(kw_only=True)
@@ -95,9 +101,9 @@ def orthogonal_iteration(
     (a Jacobi rotation has the difference in place of the maximum, which turns eigenvectors of close
     eigenvalues into one another at every noise). Q·(I + K + b·K²) with b = 1/2 + μ/8 + μ²/16 and
     μ = ‖K²‖_F²/‖K‖_F², about the largest squared angle, is orthogonal up to b²·max m(m - μ) over the
-    squared angles m: exactly so for a single one, where b = 1/2 would leave m²/4. K is shortened to a
-    norm of at most 0.5, measured by ‖K²‖_F^½; a block that drifts further in a refresh than that
-    follows over several.
+    squared angles m: exactly so for a single one, where b = 1/2 would leave m²/4. Rows of K
+    are shortened to a length of 0.5, then K to a norm of 0.5, by two power steps with K²; a block that
+    drifts further in a refresh than that follows over several.
 
     "cholesky_qr" and "householder" do it exactly, for A + 1e-5·λ_max·I and in the descending order, and
     put the columns back into their places.
@@ -114,7 +120,7 @@ def orthogonal_iteration(
         orthogonal to be repaired, or a Cholesky decomposition failed.
 
     Note:
-        Products of an iteration: "rotation" 4 (K² symmetric) and 10 passes over the stack;
+        Products of an iteration: "rotation" 4 (K² symmetric) and 12 passes over the stack;
         "cholesky_qr" 4 (two symmetric), two Cholesky decompositions and two triangular solves;
         "householder" 1 and a QR decomposition; with a tolerance 2 more for these two. The sketched
         test costs 16/N of a product, a step of Newton-Schulz 2: on the CPU for the blocks that need
@@ -154,14 +160,17 @@ def _rotate(A_BNN: Tensor, Q_BNN: Tensor, tolerance: float) -> tuple[Tensor, Ten
     keep_B = is_nearly_diagonal(E_BNN, tolerance) if tolerance > 0.0 else None
     K_BNN = E_BNN.mul_(_signed_weights(eigenvalues_BN))
     K_BNN.diagonal(dim1=-2, dim2=-1).zero_()
+    share_BN = (_LARGEST_ROW / torch.linalg.vector_norm(K_BNN, dim=-1)).clamp_max_(1.0)
+    K_BNN.mul_(torch.minimum(share_BN[:, :, None], share_BN[:, None, :]))
     square_BNN = torch.bmm(K_BNN, K_BNN)
-    norm_B = torch.linalg.vector_norm(square_BNN, dim=(-2, -1))
-    shrink_B = (_LARGEST_ROTATION / norm_B.sqrt()).clamp_max(1.0)
+    shrink_B = (_LARGEST_ROTATION / norm_from_below(square_BNN).sqrt()).clamp_max_(1.0)
     if keep_B is not None:
         shrink_B = shrink_B.masked_fill(keep_B, 0.0)
-    tiny = torch.finfo(norm_B.dtype).tiny
-    mu_B = norm_B / torch.linalg.vector_norm(K_BNN, dim=(-2, -1)).clamp_min(tiny) * shrink_B
-    mu_B = mu_B.square().clamp_max_(1.0)
+    # ‖K‖_F² is -tr K², but for round-off where K is nothing else.
+    norm_B = square_BNN.diagonal(dim1=-2, dim2=-1).sum(-1).neg_()
+    norm_B = norm_B.clamp_min_(torch.finfo(norm_B.dtype).tiny).sqrt_()
+    mu_B = torch.linalg.vector_norm(square_BNN, dim=(-2, -1)).mul_(shrink_B).div_(norm_B)
+    mu_B = mu_B.square_().clamp_max_(1.0)
     b_B = (0.0625 * mu_B + 0.125) * mu_B + 0.5
     R_BNN = K_BNN.mul_(shrink_B[:, None, None])
     R_BNN.addcmul_(square_BNN, (b_B * shrink_B.square())[:, None, None])

@@ -59,16 +59,24 @@ def qr(A: Tensor, Q: Tensor, config: QREigendecompositionConfig) -> EigenbasisRe
         # On the CPU the rows are those that iterate; on a device they are all, and masked.
         mask = None if can_look(A) else active[rows]
         P, R = torch.linalg.qr(E[rows])
-        Q = _with_rows(Q, rows, torch.bmm(Q[rows], P), mask)
-        if iteration + 1 == config.max_iterations:
+        is_last = iteration + 1 == config.max_iterations
+        if is_last:
             L = _with_rows(L, rows, (R * P.mT).sum(-1), mask)  # all that is needed of R·P
+        if is_last and mask is None and isinstance(rows, slice):  # P's columns are cheaper to sort
+            L, P, order = sort_columns(L, P)
+            return EigenbasisResult(torch.bmm(Q, P), L, _no_failures(A), order)
+        Q = _with_rows(Q, rows, torch.bmm(Q[rows], P), mask)
+        if is_last:
             break
         E = _with_rows(E, rows, torch.bmm(R, P), mask)
         L = _with_rows(L, rows, E[rows].diagonal(dim1=-2, dim2=-1), mask)
         active[rows] &= ~is_nearly_diagonal(E[rows], config.tolerance)
     L, Q, order = sort_columns(L, Q)
-    status = torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
-    return EigenbasisResult(Q, L, status, order)
+    return EigenbasisResult(Q, L, _no_failures(A), order)
+
+
+def _no_failures(A: Tensor) -> Tensor:
+    return torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
 
 
 def _rows_to_iterate(active: Tensor, iteration: int) -> Tensor | slice | None:

@@ -27,7 +27,7 @@ from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous
 
 # Blocks of a part: with what is made of them they should fit a core's cache.
-_PART_BYTES = 2**18
+_PART_BYTES = 2**19
 
 
 class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
