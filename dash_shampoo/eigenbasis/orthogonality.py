@@ -63,7 +63,8 @@ def norm_from_below(S: Tensor) -> Tensor:
     V_BKN = torch.bmm(_rows(S.shape[-1], S.dtype, S.device).expand(S.shape[0], -1, -1), S)
     tiny = torch.finfo(S.dtype).tiny
     V_BKN = V_BKN / torch.linalg.vector_norm(V_BKN, dim=-1, keepdim=True).clamp_min(tiny)
-    return torch.linalg.vector_norm(torch.bmm(V_BKN, S), dim=-1).amax(-1)
+    lengths_BK: Tensor = torch.linalg.vector_norm(torch.bmm(V_BKN, S), dim=-1)
+    return lengths_BK.amax(-1)
 
 
 @lru_cache(maxsize=64)
