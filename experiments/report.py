@@ -12,12 +12,14 @@ from plotly.offline import get_plotlyjs
 
 from experiments.command_line import Parser
 from experiments.plots import COLOURS
+from experiments.report_blocks import block_maps, failure_map
 from experiments.runs import Experiment, Run, experiments, find_runs, first_reached
 from experiments.settings import SettingsError
 from experiments.tables import spread
 
 _AXES = {"step": "steps", "seconds": "seconds of training", "tokens": "tokens"}
 _PHASES = {"forward_ms": "forward", "backward_ms": "backward", "optimizer_ms": "optimizer"}
+_ABOVE = {"orientation": "h", "y": 1.0, "yanchor": "bottom"}
 _CONFIG = {"responsive": True, "displayModeBar": False}
 _STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
@@ -30,11 +32,22 @@ td:first-child, .words { white-space: normal; overflow-wrap: anywhere; }
 .words { display: block; text-align: left; }
 .scroll { overflow-x: auto; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; }
+h3 { font-size: 1rem; margin-bottom: .3rem; }
+.pairs { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; }
 .pictures { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 1rem; }
-@media screen and (max-width: 50rem) { .pictures { grid-template-columns: minmax(0, 1fr); } }
+@media screen and (max-width: 50rem) {
+  body:not(.paper) :is(.pictures, .pairs) { grid-template-columns: minmax(0, 1fr); } }
 .note { color: #555; } @page { margin: 14mm; }
-@media print { body { margin: 0; max-width: none; font-size: 11px; } h2, .picture, tr { break-inside: avoid; }
-  .modebar { display: none; } }
+body.paper { margin: 0; padding: 0; width: 180mm; max-width: none; font-size: 11px; }
+.paper table { font-size: 9px; } .paper :is(th, td) { padding: .15rem .3rem; white-space: normal; }
+@media print { h2, h3 { break-after: avoid; } .picture, tr { break-inside: avoid; } }
+"""
+# A picture keeps the width that it was drawn in: for paper it is drawn anew, and again afterwards.
+_SCRIPT = """\
+const draw = (own) => document.querySelectorAll(".js-plotly-plot").forEach((plot) =>
+  Plotly.relayout(plot, {width: own ? plot.parentElement.clientWidth : null, autosize: !own}));
+addEventListener("beforeprint", () => { document.body.classList.add("paper"); draw(true); });
+addEventListener("afterprint", () => { document.body.classList.remove("paper"); draw(false); });
 """
 
 
@@ -103,7 +116,8 @@ def page(found: Sequence[Experiment]) -> str:
     best = [next(e for e in found if e.name == name) for name in names]
     curves = "".join(_picture(_losses(best, colours, axis)) for axis in _AXES)
     pictures = f'{_legend(best, colours)}<div class="pictures">{curves}</div>{_note(found, best)}'
-    failures = "".join(_picture(f) for e in best if (f := _failures(e)) is not None)
+    failures = "".join(_blocks(e, [f]) for e in best if (f := failure_map(e)) is not None)
+    blocks = "".join(_blocks(e, maps) for e in best if (maps := block_maps(e)))
     rates = _against_rate(found, colours)
     sections = [
         ("Summary", _summary(found, colours)),
@@ -111,6 +125,7 @@ def page(found: Sequence[Experiment]) -> str:
         ("Final loss by learning rate", _picture(rates) if rates else ""),
         ("Time of a step", _picture(_step_times(best))),
         ("Inverse roots that were not accepted", failures),
+        ("Blocks and roots", blocks),
         ("Settings", _settings(found)),
         ("Versions and hardware", _machines(found)),
     ]
@@ -120,16 +135,24 @@ def page(found: Sequence[Experiment]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>dash_shampoo: runs</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
-        f"<body><h1>{count} runs of dash_shampoo</h1>{body}</body></html>"
+        f"<body><h1>{count} runs of dash_shampoo</h1>{body}<script>{_SCRIPT}</script></body></html>"
     )
 
 
 def _picture(figure: go.Figure) -> str:
+    top = 40 if figure.layout.title.text or figure.layout.legend.y else 20
     figure.update_layout(
-        template="plotly_white", margin={"l": 55, "r": 15, "t": 20, "b": 45}, font={"size": 12}
+        template="plotly_white", margin={"l": 55, "r": 15, "t": top, "b": 45}, font={"size": 12}
     )
     text = figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)
     return f'<div class="picture">{text}</div>'
+
+
+def _blocks(experiment: Experiment, figures: Sequence[go.Figure]) -> str:
+    """Heat maps of an experiment, two in a row where there are several."""
+    pictures = "".join(map(_picture, figures))
+    layout = "pairs" if len(figures) > 1 else "single"
+    return f'<h3>{html.escape(experiment.label)}</h3><div class="{layout}">{pictures}</div>'
 
 
 def _losses(found: Sequence[Experiment], colours: dict[str, str], axis: str) -> go.Figure:
@@ -185,29 +208,9 @@ def _step_times(found: Sequence[Experiment]) -> go.Figure:
     for (key, name), colour in zip(_PHASES.items(), ("#bdbdbd", "#8c8c8c", "#0072b2"), strict=True):
         values = [e.mean(key) for e in found]
         figure.add_bar(y=labels, x=values, name=name, orientation="h", marker={"color": colour})
-    figure.update_layout(barmode="stack", height=120 + 32 * len(found), legend={"orientation": "h"})
+    figure.update_layout(barmode="stack", height=120 + 32 * len(found), legend=_ABOVE)
     figure.update_xaxes(title="milliseconds, mean over all steps but the first of a run")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    return figure
-
-
-def _failures(experiment: Experiment) -> go.Figure | None:
-    """New failures between two records by parameter, of the first seed that has any."""
-    for run in experiment.runs:
-        records = [r for r in run.records if r["event"] == "validation" and r.get("failures")]
-        if records:
-            break
-    else:
-        return None
-    names = list(dict.fromkeys(name for r in records for name in r["failures"]))
-    counts = [[r["failures"].get(name, 0) for r in records] for name in names]
-    new = [[b - a for a, b in zip([0, *row], row, strict=False)] for row in counts]
-    figure = go.Figure(
-        go.Heatmap(z=new, x=[r["step"] for r in records], y=names, colorscale="OrRd", zmin=0)
-    )
-    figure.update_layout(title=experiment.label, height=140 + 16 * len(names))
-    figure.update_xaxes(title="steps")
-    figure.update_yaxes(automargin=True)
     return figure
 
 
@@ -315,7 +318,10 @@ def _machines(found: Sequence[Experiment]) -> str:
 def _table(
     header: Sequence[str], rows: Sequence[Sequence[str]], shown: Callable[[str], str] = str
 ) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    head = "".join(
+        f'<th><span class="{"words" if cell == "what differs" else ""}">{html.escape(cell)}</span></th>'
+        for cell in header
+    )
     body = "".join(
         "<tr>" + "".join(f"<td>{shown(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )

@@ -1,5 +1,7 @@
 """``python -m experiments train``."""
 
+import contextlib
+import fcntl
 import itertools
 import os
 import re
@@ -7,6 +9,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -32,34 +35,60 @@ def run(config: DictConfig) -> int:
     """
     with process_group(config.parallelism, config.device) as process:
         output_dir = Path(process.from_first(str(_output_dir(config, process))))
-        if HydraConfig.get().mode == RunMode.MULTIRUN and config.resume != Resume.never:
-            run_before = read_run(output_dir)
-            if run_before is not None and run_before.is_done:
-                print(f"already done: {output_dir}")
-                return 0
-        trainer = Trainer(config, process, output_dir, optimizer_name(config))
-        if process.is_first:
-            changed = "".join(
-                f"  {k}: {a} -> {b}\n" for k, (a, b) in trainer.changed_settings.items()
-            )
-            if changed:
-                print(f"set otherwise than in {trainer.last_checkpoint}:\n{changed}", end="")
-            (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
-            print(
-                f"{trainer.num_parameters:,} parameters, {trainer.data.train.numel():,} training "
-                f"tokens ({trainer.data.name}), from step {trainer.step} to {trainer.last_step}, "
-                f"into {output_dir}"
-            )
-            if len(trainer.optimizer.param_groups) > 1:
-                print("\n".join(describe_groups(trainer.optimizer)))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            with contextlib.ExitStack() as claims:
+                is_ours = not process.is_first or claims.enter_context(_claim(output_dir))
+                if reason := _left_out(config, process, output_dir, is_ours):
+                    if process.is_first:
+                        print(f"{reason}: {output_dir}", flush=True)
+                    return 0
+                return _train(config, process, output_dir)
+        return _train(config, process, output_dir)
+
+
+@contextlib.contextmanager
+def _claim(folder: Path) -> Iterator[bool]:
+    """Whether this process, of several that go through the same sweep, has the run of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "running.lock").open("w") as file:
         try:
-            result = trainer.run()
-        except RunError as error:
-            return fail(str(error), 1)
-        finally:
-            trainer.close()
-        if process.is_first:
-            _tell(result, output_dir)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _left_out(config: DictConfig, process: Process, folder: Path, is_ours: bool) -> str:
+    """Why a run of a sweep is not this process's to do, or ""; the same on all ranks."""
+    if process.any(not is_ours):
+        return "another worker is at it"
+    run_before = read_run(folder) if config.resume != Resume.never else None
+    return "already done" if run_before is not None and run_before.is_done else ""
+
+
+def _train(config: DictConfig, process: Process, output_dir: Path) -> int:
+    trainer = Trainer(config, process, output_dir, optimizer_name(config))
+    if process.is_first:
+        changed = "".join(f"  {k}: {a} -> {b}\n" for k, (a, b) in trainer.changed_settings.items())
+        if changed:
+            print(f"set otherwise than in {trainer.last_checkpoint}:\n{changed}", end="")
+        (output_dir / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+        print(
+            f"{trainer.num_parameters:,} parameters, {trainer.data.train.numel():,} training "
+            f"tokens ({trainer.data.name}), from step {trainer.step} to {trainer.last_step}, "
+            f"into {output_dir}"
+        )
+        if len(trainer.optimizer.param_groups) > 1:
+            print("\n".join(describe_groups(trainer.optimizer)))
+    try:
+        result = trainer.run()
+    except RunError as error:
+        return fail(str(error), 1)
+    finally:
+        trainer.close()
+    if process.is_first:
+        _tell(result, output_dir)
     return 0 if result.signal_number is None else 128 + result.signal_number
 
 

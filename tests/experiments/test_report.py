@@ -4,6 +4,7 @@ import re
 import pytest
 
 from experiments.main import main
+from experiments.report_blocks import block_maps
 from experiments.runs import experiments, find_runs, first_reached
 
 pytest.importorskip("plotly", reason="plotly is not installed")
@@ -77,6 +78,51 @@ def test_the_page_has_everything_in_it(runs, capsys):
     without_b = runs / "a1"
     assert main(["report", str(without_b), "--out", str(runs / "one.html")]) == 0
     assert "not accepted" not in (runs / "one.html").read_text()
+
+
+def test_blocks_are_maps_by_parameter_and_step(runs):
+    def block(name, condition, update):
+        numbers = {"residual": 0.1, "factor_norm": 1.0, "root_norm": 1.0}
+        factor = {"condition": condition, "steps_since_good_root": 0, **numbers}
+        return {"parameter": name, "block": "0", "update_to_weight": update, "factors": [factor]}
+
+    path = runs / "b" / "b1" / "metrics.jsonl"
+    for step in (1, 2):
+        blocks = [block("one<w>", 10.0**step, 0.01), block("one<w>", 5.0, None)]
+        record = {
+            "event": "diagnostics",
+            "step": step,
+            "blocks": [*blocks, block("two", None, 0.1)],
+        }
+        path.write_text(path.read_text() + json.dumps(record) + "\n")
+    (experiment, *_) = experiments(find_runs([runs / "b"]))
+    maps = {f.layout.title.text: f.data[0] for f in block_maps(experiment)}
+    condition = maps["condition of the factor matrices"]
+    assert condition.y == ("one<w>",)  # of the other there is none
+    assert [list(row) for row in condition.z] == [[1.0, 2.0]]  # the worst block's power of ten
+    assert condition.x == ("1", "2")
+    assert maps["size of the update beside the weights"].y == ("one<w>", "two")
+    assert len(maps) == 4
+    assert main(["report", str(runs)]) == 0
+    page = (runs / "report.html").read_text()
+    assert "Blocks and roots</h2>" in page
+    assert "<w>" not in page
+
+
+def test_workers_share_a_sweep(tiny, tmp_path, capfd):
+    words = ["optimizer=adamw", "optimizer.lr=0.001,0.002,0.004,0.008"]
+    assert sweep(tiny, tmp_path, *words, "--workers", "2") == 0
+    out = capfd.readouterr().out
+    assert len(find_runs([tmp_path])) == 4
+    trained = [line for line in out.splitlines() if "training tokens" in line]
+    assert len(trained) == 4  # each by one of the workers
+    passed = [
+        line for line in out.splitlines() if "another worker" in line or "already done" in line
+    ]
+    assert len(passed) == 4
+    assert len([line for line in out.splitlines() if line.startswith("| ")]) == 6
+    assert sweep(tiny, tmp_path, *words, "--workers", "none") == 2
+    assert "--workers=none must be at least 1" in capfd.readouterr().err
 
 
 def test_a_sweep_compares_and_goes_on_where_it_was(tiny, tmp_path, capsys):
