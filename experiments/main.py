@@ -1,6 +1,7 @@
 """``python -m experiments``: which command, with which words."""
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
@@ -33,6 +34,12 @@ _EXTRA = (
     "plotly",
     "sklearn",
     "mnist1d",
+)
+# Of Hydra's command line; for anything else it would print a page.
+_FLAGS = (
+    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "--resolve", "-p", "--package"),
+    *("-r", "--run", "-m", "--multirun", "-sc", "--shell-completion", "-cp", "--config-path"),
+    *("-cn", "--config-name", "-cd", "--config-dir", "--experimental-rerun", "-i", "--info"),
 )
 # What is not in it: some gigabytes less.
 _ON_DEMAND = ("datasets", "huggingface_hub")
@@ -114,6 +121,11 @@ def through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) -
         if statuses[-1] >= 128:
             sys.exit(statuses[-1])
 
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if odd := [flag for flag in flags if flag not in _FLAGS]:
+        near = difflib.get_close_matches(odd[0], _FLAGS, n=1, cutoff=0.75)
+        hint = f" Did you mean {near[0]}?" if near else " Settings are given as KEY=VALUE."
+        return fail(f"{command} has no option {odd[0]}.{hint}", 2)
     settings.register()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     start = hydra.main(version_base="1.3", config_path=str(settings.CONFIGS), config_name=command)

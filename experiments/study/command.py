@@ -1,12 +1,12 @@
 """The command line of the study."""
 
-import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from experiments.command_line import Parser
 from experiments.settings import SettingsError
 from experiments.study import answers
 from experiments.study.questions import QUESTIONS, TASKS
@@ -26,7 +26,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         SettingsError: If a question, a task or a seed is not one.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments study",
         description="Trains small models with many optimizers and settings, each at its own learning "
         "rate, and writes a page of tables and pictures. Runs that were done are not done again, so "

@@ -1,0 +1,43 @@
+"""Every command's wrong use ends in one sentence that says what to do."""
+
+import pytest
+
+from experiments.main import COMMANDS, main
+
+WRONG = {
+    "trian": "unknown command 'trian'; one of train, ",
+    "--steps 3": "'--steps' comes before a command",
+    "train --steps 3": "train has no option --steps. Settings are given as KEY=VALUE",
+    "train --multirum": "train has no option --multirum. Did you mean --multirun",
+    "train steps": "'steps' is not of the form key=value",
+    "train model=null": "Config group override must be a string or a list",
+    "train optimizer=adam": "Could not find 'optimizer/adam'. Available options",
+    "train data.train=/nowhere": "data.train: no file matches '/nowhere'",
+    "train device=tpu": "device=tpu",
+    "train schedule.warmup_fraction=2": "schedule.warmup_fraction=2 must be in [0, 1]",
+    "train resume_from=/nowhere": "resume_from=/nowhere: there is no checkpoint",
+    "sweep steps=1,2": "output_dir=... must be given",
+    "sweep --workers 0 output_dir=x": "--workers=0 must be at least 1",
+    "plan hardware=B300": "hardware=B300 must be one of A100, H100, H200",
+    "demo runs=null": "runs is empty",
+    "report": "the following arguments are required: RUNS",
+    "data text": "the following arguments are required: files, --out",
+    "bench --blocks 0": "argument --blocks: 0 must be a whole number of at least 1",
+    "paper --only best": "--only best: one of base, layer_wise, whole",
+    "study --tsaks x": "--tsaks",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_use_ends_in_one_sentence(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("experiments: error: ")
+    assert captured.err.count("\n") == 1
+    assert WRONG[line] in captured.err
+
+
+def test_no_command_is_left_out():
+    assert {line.split()[0] for line in WRONG} >= set(COMMANDS)
