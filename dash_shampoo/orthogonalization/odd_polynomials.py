@@ -1,4 +1,4 @@
-"""X ← aX + bX(XᵀX) + cX(XᵀX)², the step that all odd polynomial iterations share.
+"""X ← aX + b(XXᵀ)X + c(XXᵀ)²X, the step that all odd polynomial iterations share.
 
 Shape suffixes: X_KMN is a stack of K matrices of M×N.
 """
@@ -12,6 +12,9 @@ from torch import Tensor
 
 Quintic = tuple[float, float, float]
 
+# Between these, squares of the entries that count are in the range of float32.
+_SMALLEST_SAFE, _LARGEST_SAFE = 1e-12, 1e18
+
 
 def normalized(G: Tensor, smallest_norm: float | None = None) -> Tensor:
     """G/max(‖G‖_F, smallest_norm) of each matrix, so that no singular value is above 1.
@@ -23,7 +26,12 @@ def normalized(G: Tensor, smallest_norm: float | None = None) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
         return G / norm.clamp_min(smallest_norm)
     G = G if G.dtype == torch.float64 else G.float()
-    norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
+    is_safe = (norm > _SMALLEST_SAFE) & (norm < _LARGEST_SAFE)
+    # On the CPU, where looking waits for nothing, double precision is slow.
+    if G.device.type != "cpu" or not bool(is_safe.all()):
+        exact = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        norm = torch.where(is_safe, norm, exact)
     return G * norm.reciprocal().clamp_max_(torch.finfo(G.dtype).max).to(G.dtype)
 
 
@@ -41,10 +49,10 @@ def iterate_quintics(X: Tensor, quintics: Sequence[Quintic]) -> Tensor:
         For each step 2 products of the large with the small dimension, one of them symmetric, and
         1 symmetric one of the small dimension with itself.
     """
-    is_wide = X.shape[-2] < X.shape[-1]
-    X_KMN = X.mT if is_wide else X
+    is_tall = X.shape[-2] > X.shape[-1]
+    X_KMN = X.mT if is_tall else X
     for a, b, c in quintics:
-        B_KNN = torch.bmm(X_KMN.mT, X_KMN)
-        B_KNN = torch.baddbmm(B_KNN, B_KNN, B_KNN, beta=b, alpha=c)
-        X_KMN = torch.baddbmm(X_KMN, X_KMN, B_KNN, beta=a)
-    return X_KMN.mT if is_wide else X_KMN
+        B_KMM = torch.bmm(X_KMN, X_KMN.mT)  # of rows, which lie in memory one after the other
+        B_KMM = torch.baddbmm(B_KMM, B_KMM, B_KMM, beta=b, alpha=c)
+        X_KMN = torch.baddbmm(X_KMN, B_KMM, X_KMN, beta=a)
+    return X_KMN.mT if is_tall else X_KMN
