@@ -80,6 +80,9 @@ from dash_shampoo.base import (
 )
 from dash_shampoo.checkpoint import safe_globals
 from dash_shampoo.config import (
+    DashEigendecomposedKLShampooPreconditionerConfig,
+    DashEigendecomposedShampooPreconditionerConfig,
+    DashKLShampooPreconditionerConfig,
     DashShampooPreconditionerConfig,
     DefaultDashConfig,
     SafetyConfig,
@@ -108,7 +111,13 @@ from dash_shampoo.orthogonalization import (
     match_rms_adamw,
     muon_original,
 )
-from dash_shampoo.preconditioners import DashSOAPPreconditionerConfig, DefaultDashSOAPConfig
+from dash_shampoo.preconditioners import (
+    DashSOAPPreconditionerConfig,
+    DefaultDashSOAPConfig,
+    ScalarAdaGradPreconditionerConfig,
+    ScalarAdamPreconditionerConfig,
+    ScalarRMSpropPreconditionerConfig,
+)
 
 try:
     __version__ = _version("dash-shampoo")
@@ -131,6 +140,9 @@ __all__ = [
     "CoupledNewtonConfig",
     "DDPDistributedConfig",
     "DashDDPDistributedConfig",
+    "DashEigendecomposedKLShampooPreconditionerConfig",
+    "DashEigendecomposedShampooPreconditionerConfig",
+    "DashKLShampooPreconditionerConfig",
     "DashSOAPPreconditionerConfig",
     "DashShampoo",
     "DashShampooPreconditionerConfig",
@@ -192,6 +204,9 @@ __all__ = [
     "SGDPreconditionerConfig",
     "SVDOrthogonalizationConfig",
     "SafetyConfig",
+    "ScalarAdaGradPreconditionerConfig",
+    "ScalarAdamPreconditionerConfig",
+    "ScalarRMSpropPreconditionerConfig",
     "ScaledCoupledNewtonConfig",
     "ScalingConfig",
     "ScheduleFreeConfig",

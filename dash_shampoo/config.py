@@ -12,11 +12,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dash_shampoo.base import RootInvShampooPreconditionerConfig
+from dash_shampoo.base import (
+    EigendecomposedKLShampooPreconditionerConfig,
+    EigendecomposedShampooPreconditionerConfig,
+    RootInvKLShampooPreconditionerConfig,
+    RootInvShampooPreconditionerConfig,
+)
 from dash_shampoo.inverse_root import MinimaxConfig
 from dash_shampoo.inverse_root.fields import check_field, is_int
 
-__all__ = ["DashShampooPreconditionerConfig", "DefaultDashConfig", "GradientPolicy", "SafetyConfig"]
+__all__ = [
+    "DashEigendecomposedKLShampooPreconditionerConfig",
+    "DashEigendecomposedShampooPreconditionerConfig",
+    "DashKLShampooPreconditionerConfig",
+    "DashShampooPreconditionerConfig",
+    "DefaultDashConfig",
+    "GradientPolicy",
+    "SafetyConfig",
+    "StackedConfig",
+    "base_class_of",
+]
 
 SafetyPolicy = Literal["repair", "keep", "raise"]
 GradientPolicy = Literal["skip_block", "skip_step", "raise"]
@@ -71,30 +86,106 @@ class SafetyConfig:
 
 
 @dataclass(kw_only=True)
-class DashShampooPreconditionerConfig(RootInvShampooPreconditionerConfig):
-    """`RootInvShampooPreconditionerConfig` with the options of the stacked computation.
-
-    The plain config is stacked too, with the defaults of this one. Choose this to set a cap on the
-    solver's memory, or how bad blocks are handled.
+class StackedConfig:
+    """The options of the stacked computation, to be put before a config of the base.
 
     Attributes:
         max_workspace_bytes (int): Cap in bytes on the temporaries of one batched solve; a larger stack is
             solved in chunks, with the same result. (Default: 2**30)
         safety (SafetyConfig | None): How inverse roots are checked and bad blocks handled; None keeps
             the base's rules. (Default: None)
+        use_dimension_normalization (bool): Whether an outer product is divided by the number of its
+            terms, F_k ← beta2·F_k + w·G₍ₖ₎G₍ₖ₎ᵀ / (numel / d_k), so that factor matrices of blocks of all
+            shapes are of one size, and epsilon is the same for all. Where exponents sum to 1/2, an
+            update without grafting is then about as long as Adam's. (Default: False)
     """
 
     max_workspace_bytes: int = 2**30
     safety: SafetyConfig | None = None
+    use_dimension_normalization: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]  # the base's config
         check_field(
             self,
             "max_workspace_bytes",
             is_int(self.max_workspace_bytes) and self.max_workspace_bytes >= 1,
             "an integer of at least 1",
         )
+
+
+def base_class_of(config: object) -> type:
+    """The base's class of a config, whose lists and state it has: its own where it is not one of ours.
+
+    Args:
+        config: A config.
+
+    Returns:
+        The class.
+
+    Examples:
+        >>> base_class_of(DefaultDashConfig).__name__
+        'RootInvShampooPreconditionerConfig'
+    """
+    return next(cls for cls in type(config).__mro__ if not issubclass(cls, StackedConfig))
+
+
+@dataclass(kw_only=True)
+class DashShampooPreconditionerConfig(StackedConfig, RootInvShampooPreconditionerConfig):
+    """`RootInvShampooPreconditionerConfig` with the options of the stacked computation.
+
+    The plain config is stacked too, with the defaults of this one. Choose this to set a cap on the
+    solver's memory, or how bad blocks are handled.
+
+    The other configs of the base have one like it: `DashKLShampooPreconditionerConfig`,
+    `DashEigendecomposedShampooPreconditionerConfig`, `DashEigendecomposedKLShampooPreconditionerConfig`,
+    `DashSOAPPreconditionerConfig`.
+
+    Attributes:
+        max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
+        safety (SafetyConfig | None): As there. (Default: None)
+        use_dimension_normalization (bool): As there. (Default: False)
+    """
+
+
+@dataclass(kw_only=True)
+class DashKLShampooPreconditionerConfig(StackedConfig, RootInvKLShampooPreconditionerConfig):
+    """`RootInvKLShampooPreconditionerConfig` with the options of the stacked computation.
+
+    KL-Shampoo divides by the other dimensions (arXiv 2509.03378, equation 5): that is
+    `use_dimension_normalization=True`, which the base's config lacks.
+
+    Attributes:
+        max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
+        safety (SafetyConfig | None): As there. (Default: None)
+        use_dimension_normalization (bool): As there. (Default: False)
+    """
+
+
+@dataclass(kw_only=True)
+class DashEigendecomposedShampooPreconditionerConfig(
+    StackedConfig, EigendecomposedShampooPreconditionerConfig
+):
+    """`EigendecomposedShampooPreconditionerConfig` with the options of the stacked computation.
+
+    Attributes:
+        max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
+        safety (SafetyConfig | None): As there. (Default: None)
+        use_dimension_normalization (bool): As there. (Default: False)
+    """
+
+
+@dataclass(kw_only=True)
+class DashEigendecomposedKLShampooPreconditionerConfig(
+    StackedConfig, EigendecomposedKLShampooPreconditionerConfig
+):
+    """`EigendecomposedKLShampooPreconditionerConfig` with the options of the stacked computation.
+
+    Attributes:
+        max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
+        safety (SafetyConfig | None): As there. (Default: None)
+        use_dimension_normalization (bool): As there. (Default: False)
+    """
 
 
 DefaultDashConfig = DashShampooPreconditionerConfig(
@@ -108,6 +199,7 @@ DefaultDashConfig = DashShampooPreconditionerConfig(
 The exponent is 1/2 for every dimension of a tensor (arXiv 2406.17748), which trained better than the
 base's 1/(2·order) in the project's measurements and needs fewer products; roots come from five
 squarings of `MinimaxConfig` at its relative damping of 1e-4, which train as well as nine there, and are
-tested against what five squarings promise, bad blocks redone; state is kept unpacked, for speed. Use it with grafting:
+tested against what five squarings promise, bad blocks redone; state is kept unpacked, for speed. Use it with
+grafting:
 ``DashShampoo(..., grafting_config=AdamPreconditionerConfig(), preconditioner_config=DefaultDashConfig)``.
 """

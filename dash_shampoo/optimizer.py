@@ -34,7 +34,7 @@ from dash_shampoo.base import (
     SVDOrthogonalizationConfig,
 )
 from dash_shampoo.base import name as base_name
-from dash_shampoo.config import DashShampooPreconditionerConfig, GradientPolicy
+from dash_shampoo.config import GradientPolicy, base_class_of
 from dash_shampoo.consolidation import ConsolidatingShampoo
 from dash_shampoo.diagnostics import HISTORY, BlockDiagnostics, diagnose, observe
 from dash_shampoo.distribution import share_late_error, shares_errors
@@ -46,7 +46,7 @@ from dash_shampoo.planning import (
     plan_optimizer,
 )
 from dash_shampoo.preconditioners import (
-    DashSOAPPreconditionerConfig,
+    ScalarAdaGradPreconditionerConfig,
     StackedEigendecomposedKLShampooPreconditionerList,
     StackedEigendecomposedShampooPreconditionerList,
     StackedEigenvalueCorrectedShampooPreconditionerList,
@@ -57,6 +57,7 @@ from dash_shampoo.preconditioners import (
     StackedSignDescentPreconditionerList,
     StackedSpectralDescentPreconditionerList,
     missing_seam,
+    scalar_list,
     warn_of_known_bad,
 )
 from dash_shampoo.safety import settle_together
@@ -84,11 +85,6 @@ _STACKED_LISTS: dict[type, type[StackedPreconditionerList]] = {
     ),
     SpectralDescentPreconditionerConfig: StackedSpectralDescentPreconditionerList,
     SignDescentPreconditionerConfig: StackedSignDescentPreconditionerList,
-}
-# Ours, each with the config of the base that it adds options to.
-_OURS: dict[type, type[PreconditionerConfig]] = {
-    DashShampooPreconditionerConfig: RootInvShampooPreconditionerConfig,
-    DashSOAPPreconditionerConfig: EigenvalueCorrectedShampooPreconditionerConfig,
 }
 _METHODS_OF_BASE = (
     CoupledHigherOrderConfig,
@@ -264,6 +260,8 @@ class DashShampoo(ConsolidatingShampoo):
                 f"Invalid {ROW_PARTS}={group[ROW_PARTS]!r}: {type(group['distributed_config']).__name__} "
                 "can't cut parameters into parts of rows."
             )
+        if isinstance(preconditioner_config, ScalarAdaGradPreconditionerConfig):
+            return scalar_list(preconditioner_config, self.state, distributor)
         for_base = _config_for_base(preconditioner_config)
         stacked_list = _STACKED_LISTS.get(type(for_base))
         if stacked_list is None:
@@ -381,10 +379,11 @@ def _explanation(seam: str) -> str:
 
 def _config_for_base(config: PreconditionerConfig | None) -> PreconditionerConfig | None:
     """The config without our options; the base looks its lists up by exact type."""
-    cls = _OURS.get(type(config))
-    if cls is None:
+    cls = base_class_of(config)
+    if config is None or cls is type(config):
         return config
-    return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
+    plain: PreconditionerConfig = cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
+    return plain
 
 
 def _method_of(config: PreconditionerConfig | None) -> MatrixFunctionConfig | None:

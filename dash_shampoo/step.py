@@ -43,7 +43,7 @@ from dash_shampoo.buckets import (
 )
 from dash_shampoo.buckets.layout import MAX_KEPT_SELECTIONS
 from dash_shampoo.config import GradientPolicy
-from dash_shampoo.preconditioners import StackedPreconditionerList
+from dash_shampoo.preconditioners import ScalarAdagradPreconditionerList, StackedPreconditionerList
 from dash_shampoo.safety import GradientGuard, is_asynchronous, slot_norms
 
 BUCKETS = "dash_buckets"
@@ -65,8 +65,12 @@ _BUFFERS = {
     MOMENTUM_BUFFER_LIST: MASKED_MOMENTUM_BUFFER_LIST,
     WEIGHT_BUFFER_LIST: MASKED_WEIGHT_BUFFER_LIST,
 }
-# Lists of the base whose arithmetic is elementwise: they are given bucket tensors as they are.
-_ELEMENTWISE_LISTS = (AdagradPreconditionerList, SGDPreconditionerList)
+# Lists whose arithmetic is elementwise, or by slots: they are given bucket tensors as they are.
+_ELEMENTWISE_LISTS = (
+    AdagradPreconditionerList,
+    ScalarAdagradPreconditionerList,
+    SGDPreconditionerList,
+)
 # What the base adds to a norm before it divides by it.
 _SMALLEST_NORM = 1e-16
 

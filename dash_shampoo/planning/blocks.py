@@ -37,26 +37,31 @@ from dash_shampoo.base import (
     own_distributor_class,
 )
 from dash_shampoo.buckets import BlockSpec
-from dash_shampoo.config import DashShampooPreconditionerConfig
+from dash_shampoo.config import base_class_of
 from dash_shampoo.inverse_root import check_supported
-from dash_shampoo.preconditioners import DashSOAPPreconditionerConfig
+from dash_shampoo.preconditioners import (
+    ScalarAdaGradPreconditionerConfig,
+    ScalarAdamPreconditionerConfig,
+    ScalarRMSpropPreconditionerConfig,
+    scalar_list,
+)
 
 _PARAMS = ("params", "param_names")
-# Each with the config of the base that has its state.
-_SHAMPOO: dict[type, type[BaseShampooPreconditionerConfig]] = {
-    RootInvShampooPreconditionerConfig: RootInvShampooPreconditionerConfig,
-    RootInvKLShampooPreconditionerConfig: RootInvKLShampooPreconditionerConfig,
-    DashShampooPreconditionerConfig: RootInvShampooPreconditionerConfig,
-    EigendecomposedShampooPreconditionerConfig: EigendecomposedShampooPreconditionerConfig,
-    EigendecomposedKLShampooPreconditionerConfig: EigendecomposedKLShampooPreconditionerConfig,
-    EigenvalueCorrectedShampooPreconditionerConfig: EigenvalueCorrectedShampooPreconditionerConfig,
-    DashSOAPPreconditionerConfig: EigenvalueCorrectedShampooPreconditionerConfig,
-}
+_SHAMPOO = (
+    RootInvShampooPreconditionerConfig,
+    RootInvKLShampooPreconditionerConfig,
+    EigendecomposedShampooPreconditionerConfig,
+    EigendecomposedKLShampooPreconditionerConfig,
+    EigenvalueCorrectedShampooPreconditionerConfig,
+)
 # No factor matrices.
 _OTHERS = (
     AdaGradPreconditionerConfig,
     AdamPreconditionerConfig,
     RMSpropPreconditionerConfig,
+    ScalarAdaGradPreconditionerConfig,
+    ScalarAdamPreconditionerConfig,
+    ScalarRMSpropPreconditionerConfig,
     SGDPreconditionerConfig,
     SignDescentPreconditionerConfig,
     SpectralDescentPreconditionerConfig,
@@ -181,7 +186,7 @@ def profile_groups(
 
 def _preconditioner_config(options: Mapping[str, Any]) -> PreconditionerConfig:
     config = options.get("preconditioner_config", RootInvShampooPreconditionerConfig())
-    if type(config) not in (*_SHAMPOO, *_OTHERS):
+    if base_class_of(config) not in (*_SHAMPOO, *_OTHERS):
         known = ", ".join(cls.__name__ for cls in (*_SHAMPOO, *_OTHERS))
         raise ValueError(
             f"preconditioner_config={type(config).__name__} can't be planned: it must be one of "
@@ -193,9 +198,9 @@ def _preconditioner_config(options: Mapping[str, Any]) -> PreconditionerConfig:
 
 def _on_the_base(config: PreconditionerConfig) -> PreconditionerConfig:
     """The same state with a solver that every base has; the solver leaves no trace in the state."""
-    cls = _SHAMPOO.get(type(config))
-    if cls is None:
+    if not isinstance(config, BaseShampooPreconditionerConfig):
         return config
+    cls: Any = base_class_of(config)
     plain = {field.name: getattr(config, field.name) for field in fields(cls)}
     if isinstance(config, RootInvShampooPreconditionerConfig):
         solver = config.amortized_computation_config
@@ -204,7 +209,8 @@ def _on_the_base(config: PreconditionerConfig) -> PreconditionerConfig:
         if isinstance(repair, PseudoInverseConfig):  # demands another epsilon
             eigen = replace(eigen, rank_deficient_stability_config=repair)
         plain["amortized_computation_config"] = eigen
-    return cls(**plain)
+    on_base: PreconditionerConfig = cls(**plain)
+    return on_base
 
 
 class _Allocating(DistributedShampoo):
@@ -216,6 +222,8 @@ class _Allocating(DistributedShampoo):
     def _preconditioner_config_to_list_cls(
         self, state_lists: Any, group: dict[str, Any], preconditioner_config: Any
     ) -> Any:
+        if isinstance(preconditioner_config, ScalarAdaGradPreconditionerConfig):
+            return scalar_list(preconditioner_config, self.state, state_lists[DISTRIBUTOR])
         lists = super()._preconditioner_config_to_list_cls(
             state_lists, group, preconditioner_config
         )

@@ -13,6 +13,13 @@ from dash_shampoo.preconditioners.root_inverse import (
     StackedRootInvKLShampooPreconditionerList,
     StackedRootInvShampooPreconditionerList,
 )
+from dash_shampoo.preconditioners.scalar import (
+    ScalarAdaGradPreconditionerConfig,
+    ScalarAdagradPreconditionerList,
+    ScalarAdamPreconditionerConfig,
+    ScalarRMSpropPreconditionerConfig,
+    scalar_list,
+)
 from dash_shampoo.preconditioners.seams import missing_seam
 from dash_shampoo.preconditioners.sign_descent import StackedSignDescentPreconditionerList
 from dash_shampoo.preconditioners.soap_config import (
@@ -26,6 +33,10 @@ __all__ = [
     "BucketView",
     "DashSOAPPreconditionerConfig",
     "DefaultDashSOAPConfig",
+    "ScalarAdaGradPreconditionerConfig",
+    "ScalarAdagradPreconditionerList",
+    "ScalarAdamPreconditionerConfig",
+    "ScalarRMSpropPreconditionerConfig",
     "StackedEigendecomposedKLShampooPreconditionerList",
     "StackedEigendecomposedShampooPreconditionerList",
     "StackedEigenvalueCorrectedShampooPreconditionerList",
@@ -36,5 +47,6 @@ __all__ = [
     "StackedSignDescentPreconditionerList",
     "StackedSpectralDescentPreconditionerList",
     "missing_seam",
+    "scalar_list",
     "warn_of_known_bad",
 ]

@@ -8,12 +8,12 @@ from dash_shampoo.base import (
     EigendecompositionConfig,
     EigenvalueCorrectedShampooPreconditionerConfig,
 )
-from dash_shampoo.config import DashShampooPreconditionerConfig, SafetyConfig
+from dash_shampoo.config import SafetyConfig, StackedConfig
 from dash_shampoo.eigenbasis import OrthogonalIterationConfig
 
 
 @dataclass(kw_only=True)
-class DashSOAPPreconditionerConfig(EigenvalueCorrectedShampooPreconditionerConfig):
+class DashSOAPPreconditionerConfig(StackedConfig, EigenvalueCorrectedShampooPreconditionerConfig):
     """`EigenvalueCorrectedShampooPreconditionerConfig` with a start and a basis that do no harm.
 
     The base's, with its QR iterations, without grafting and with a small epsilon, is known to explode: in
@@ -35,6 +35,7 @@ class DashSOAPPreconditionerConfig(EigenvalueCorrectedShampooPreconditionerConfi
             every one of a method that sorts its columns. (Default: True)
         max_workspace_bytes (int): As of `DashShampooPreconditionerConfig`. (Default: 2**30)
         safety (SafetyConfig | None): As there. (Default: None)
+        use_dimension_normalization (bool): As there. (Default: False)
     """
 
     amortized_computation_config: EigendecompositionConfig = field(
@@ -42,15 +43,6 @@ class DashSOAPPreconditionerConfig(EigenvalueCorrectedShampooPreconditionerConfi
     )
     skip_first_step: bool = True
     align_second_moment: bool = True
-    max_workspace_bytes: int = 2**30
-    safety: SafetyConfig | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        # The checks of the shared options are that config's.
-        DashShampooPreconditionerConfig(
-            max_workspace_bytes=self.max_workspace_bytes, safety=self.safety
-        )
 
 
 DefaultDashSOAPConfig = DashSOAPPreconditionerConfig(

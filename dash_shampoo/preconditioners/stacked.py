@@ -344,16 +344,16 @@ class StackedPreconditionerList(_ShampooList):
 
     def _update_factor_matrices(self, masked_grad_list: Sequence[Tensor]) -> None:
         """F ← beta2·F + w·G₍ₖ₎G₍ₖ₎ᵀ for every piece and preconditioned dimension k."""
+        is_normalized = self._options.use_dimension_normalization
         for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
             for number, factor in enumerate(piece.bucket.factors):
                 operand = self._contraction_operand(grads, piece, number)
                 unfolded = unfold(operand, factor.dimension)
                 rows = piece.factor_rows(factor)
                 stack = self._factors[factor.stack]
+                weight = self._weighting_factor / (unfolded.shape[-1] if is_normalized else 1)
                 for part in self._chunks(unfolded) if stack.packed else (slice(0, len(unfolded)),):
-                    stack.accumulate_outer_(
-                        subset(rows, part), unfolded[part], self._beta2, self._weighting_factor
-                    )
+                    stack.accumulate_outer_(subset(rows, part), unfolded[part], self._beta2, weight)
 
     def _chunks(self, unfolded: Tensor) -> tuple[slice, ...]:
         """Rows in chunks that keep what a packed stack needs, products and triangles, under the cap."""

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import dash_shampoo as ds
-from tests.preconditioners.list_table import LISTS, Row, build, gradients, parameters
+from tests.preconditioners.list_table import ROWS, Row, build, gradients, parameters
 
-each_row = pytest.mark.parametrize("row", LISTS, ids=str)
+each_row = pytest.mark.parametrize("row", ROWS, ids=str)
 # A parameter, its parts, and the shapes of those.
 CASES = {
     "experts": ((3, 9, 7), 3, ((9, 7),) * 3),
@@ -56,7 +56,7 @@ def split(tensor: Tensor, row_parts: int | tuple[int, ...]) -> tuple[Tensor, ...
 
 
 def test_the_memory_format_of_parts_does_not_matter() -> None:
-    row = LISTS[0]
+    row = ROWS[0]
     values = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
     grads = [[torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(1))]]
     plain = torch.nn.Parameter(values.clone())

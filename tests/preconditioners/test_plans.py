@@ -9,10 +9,10 @@ import torch
 
 import dash_shampoo as ds
 from dash_shampoo.planning.solver_cost import eigenbasis_cost
-from tests.preconditioners.list_table import LISTS, Row, build, flat, parameters
+from tests.preconditioners.list_table import ROWS, Row, build, flat, parameters
 
 
-@pytest.mark.parametrize("row", LISTS, ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=str)
 def test_the_state_is_priced_to_the_byte(row: Row) -> None:
     params = parameters(row.shapes, torch.float32)
     optimizer = build(row, params, torch.float32)
