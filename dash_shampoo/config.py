@@ -153,7 +153,8 @@ class DashKLShampooPreconditionerConfig(StackedConfig, RootInvKLShampooPrecondit
     """`RootInvKLShampooPreconditionerConfig` with the options of the stacked computation.
 
     KL-Shampoo divides by the other dimensions (arXiv 2509.03378, equation 5): that is
-    `use_dimension_normalization=True`, which the base's config lacks.
+    `use_dimension_normalization=True`, which the base's config lacks. Choose this for that, or to set how
+    bad blocks are handled.
 
     Attributes:
         max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
@@ -168,6 +169,8 @@ class DashEigendecomposedShampooPreconditionerConfig(
 ):
     """`EigendecomposedShampooPreconditionerConfig` with the options of the stacked computation.
 
+    Choose this to set a cap on memory, or how bad blocks are handled.
+
     Attributes:
         max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
         safety (SafetyConfig | None): As there. (Default: None)
@@ -180,6 +183,8 @@ class DashEigendecomposedKLShampooPreconditionerConfig(
     StackedConfig, EigendecomposedKLShampooPreconditionerConfig
 ):
     """`EigendecomposedKLShampooPreconditionerConfig` with the options of the stacked computation.
+
+    Choose this to set a cap on memory, or how bad blocks are handled.
 
     Attributes:
         max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)

@@ -18,6 +18,8 @@ from dash_shampoo.inverse_root.fields import check_field
 class ScalarAdaGradPreconditionerConfig(PreconditionerConfig):
     """G / (√v + epsilon), where v is the sum over the steps of the mean of G²: AdaGrad by blocks.
 
+    Choose this where gradients do not die out, as in sparse or online problems.
+
     A block keeps the direction of its gradient, and has the length that AdaGrad would give it on
     average; the state is one number for each block. As grafting it costs no memory beside Shampoo's. As
     `preconditioner_config` of a group it is normalised gradient descent.
@@ -42,6 +44,9 @@ class ScalarAdaGradPreconditionerConfig(PreconditionerConfig):
 @dataclass(kw_only=True)
 class ScalarRMSpropPreconditionerConfig(ScalarAdaGradPreconditionerConfig):
     """As `ScalarAdaGradPreconditionerConfig`, with v a moving average.
+
+    Choose this to follow RMSprop: v begins at zero and is not corrected for that, so that the first
+    steps are longer than those of `ScalarAdamPreconditionerConfig`.
 
     Attributes:
         epsilon (float): Damping, positive. (Default: 1e-10)
