@@ -152,7 +152,7 @@ class DashShampoo(ConsolidatingShampoo):
                 names = self._block_names(state_lists[DISTRIBUTOR].local_block_info_list)
                 safety = getattr(group["preconditioner_config"], "safety", None)
                 policy: GradientPolicy = "raise" if safety is None else safety.gradients
-                state_lists[BUCKETS] = BucketStep(state_lists, names, policy, run)
+                state_lists[BUCKETS] = BucketStep(state_lists, group, names, policy, run)
 
     def _reconstruct(self, steps: Mapping[Tensor, int], what: str) -> None:
         # The books are the lists', which are built anew.
@@ -205,6 +205,20 @@ class DashShampoo(ConsolidatingShampoo):
         for state_lists in self._lists_of_groups():
             if BUCKETS in state_lists:
                 yield state_lists[BUCKETS]
+
+    def _check_gradients(self) -> None:
+        # One group alone checks its own, in whose step nothing has happened by then.
+        if len(self._per_group_state_lists) > 1:
+            for state_lists in self._lists_of_groups():
+                if BUCKETS in state_lists and not _is_shared(state_lists):
+                    infos = state_lists[DISTRIBUTOR].local_block_info_list
+                    state_lists[BUCKETS].gradient_guard.check([info.param for info in infos])
+
+    def _has_refused_gradients(self, state_lists: dict[str, Any]) -> bool:
+        # Where others wait, they have stepped.
+        if BUCKETS not in state_lists or _is_shared(state_lists):
+            return False
+        return bool(state_lists[BUCKETS].gradient_guard.has_refused)
 
     @shares_errors
     def _compute_search_directions(
@@ -361,6 +375,11 @@ class DashShampoo(ConsolidatingShampoo):
         """
         present = (step.gradient_guard.counts() for step in self._bucket_steps())
         return _sum([self._earlier_failures[1], *present])
+
+
+def _is_shared(state_lists: Mapping[str, Any]) -> bool:
+    """Whether other processes wait for this one's directions."""
+    return bool(getattr(state_lists[DISTRIBUTOR], "is_shared", False))
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

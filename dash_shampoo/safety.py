@@ -27,6 +27,7 @@ _MEANING = {
     InverseRootStatus.FAILED: "the solver failed",
     InverseRootStatus.INACCURATE: "the result is inaccurate",
 }
+_BAD = "has nan or inf entries, or a sum of squares that overflows."
 _ADVICE = (
     "Check the inputs and gradients for nan or inf, lower the learning rate, or raise the epsilon of "
     "the optimizer or of the grafting method; DashShampooPreconditionerConfig(safety=SafetyConfig()) "
@@ -47,14 +48,11 @@ def slot_norms(tensor: Tensor) -> Tensor:
     return norms
 
 
-def _are_finite(grads: Sequence[Tensor]) -> bool:
+def _is_finite(grad: Tensor) -> bool:
     """Whether no sum of squares over a piece, and so over a block, overflows."""
-    for tensor in grads:
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        norm = float(torch.linalg.vector_norm(tensor, dtype=dtype))
-        if not norm * norm <= torch.finfo(dtype).max:
-            return False
-    return True
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    norm = float(torch.linalg.vector_norm(grad, dtype=dtype))
+    return norm * norm <= torch.finfo(dtype).max
 
 
 class BlockFactors(Protocol):
@@ -100,6 +98,34 @@ class GradientGuard:
         self._counts = torch.zeros(len(self._blocks), dtype=torch.int64, device=self._device)
         # What `settle` has seen of the counts.
         self._known = torch.zeros(len(self._blocks), dtype=torch.int64)
+        self._is_checked = False
+        self.has_refused = False
+
+    def check(self, params: Sequence[Tensor]) -> None:
+        """Refuses bad gradients before the step, where that raises and reading does not wait.
+
+        Args:
+            params: For each block its parameter.
+
+        Raises:
+            PreconditionerValueError: Naming the first parameter with a bad gradient.
+        """
+        if self._policy != "raise" or is_asynchronous(self._device):
+            return
+        seen = None
+        for block, param in enumerate(params):
+            grad = getattr(param.grad, "_local_tensor", param.grad)
+            if param is seen or grad is None or grad.layout != torch.strided or _is_finite(grad):
+                seen = param
+                continue
+            slot = self._blocks.index(block)
+            self._counts[slot] += 1
+            self._known[slot] += 1
+            raise PreconditionerValueError(
+                f"The gradient of {self._block_names[block]} {_BAD} No state was changed by it. "
+                f"{_ADVICE}"
+            )
+        self._is_checked = True
 
     def mask_(self, grads: Sequence[Tensor], pieces: Sequence[Piece]) -> bool:
         """Sets bad blocks to zero and counts them.
@@ -117,7 +143,11 @@ class GradientGuard:
         """
         # On an accelerator nobody looks unless the policy needs it: masks and counts are kernels.
         looks = not is_asynchronous(self._device) or self._policy == "skip_step"
-        if looks and not is_asynchronous(self._device) and _are_finite(grads):
+        self.has_refused = False
+        is_checked, self._is_checked = self._is_checked, False
+        if is_checked or (
+            looks and not is_asynchronous(self._device) and all(map(_is_finite, grads))
+        ):
             return True
         found_bad = False
         for tensor, piece in zip(grads, pieces, strict=True):
@@ -129,6 +159,7 @@ class GradientGuard:
             self._counts[first + piece.start : first + piece.stop].add_(is_bad)
             tensor.masked_fill_(is_bad.view(-1, *[1] * (tensor.dim() - 1)), 0.0)
         if looks and found_bad and self._policy == "raise":
+            self.has_refused = True
             self.settle()
         return not (looks and found_bad and self._policy == "skip_step")
 
@@ -160,9 +191,8 @@ class GradientGuard:
         if bool(is_new.any()):
             block = min(self._blocks[i] for i in is_new.nonzero().flatten().tolist())
             raise PreconditionerValueError(
-                f"The gradient of block {self._block_labels[block]} of {self._block_names[block]} has "
-                f"nan or inf entries, or a sum of squares that overflows. No state was changed by it. "
-                f"{_ADVICE}"
+                f"The gradient of block {self._block_labels[block]} of {self._block_names[block]} {_BAD} "
+                f"No state was changed by it. {_ADVICE}"
             )
 
     def counts(self) -> dict[str, int]:

@@ -48,6 +48,8 @@ from dash_shampoo.safety import GradientGuard, is_asynchronous, slot_norms
 
 BUCKETS = "dash_buckets"
 """Key of a group's lists under which its `BucketStep` lies."""
+STEP = "step"
+"""Key of a group's lists under which the base has its step count."""
 
 # The base's methods that are overridden, each with the parameters that are read.
 _STEP_SEAMS = {
@@ -119,6 +121,7 @@ class BucketStep:
 
     Args:
         state_lists: The group's lists, complete; such that `can_serve` them.
+        group: The parameter group.
         block_names: For each block the name of its parameter.
         gradient_policy: What a gradient that is not finite leads to.
         run: Calls what must stay out of a compiled step.
@@ -127,6 +130,7 @@ class BucketStep:
     def __init__(
         self,
         state_lists: Mapping[str, Any],
+        group: Mapping[str, Any],
         block_names: Sequence[str],
         gradient_policy: GradientPolicy,
         run: Callable[..., Any],
@@ -135,6 +139,7 @@ class BucketStep:
         self._gives_grids = isinstance(distributor, Distributor)  # and not Meta's
         distributor.gives_grids = self._gives_grids
         self.run = run
+        self._group = group
         self._shampoo = state_lists[SHAMPOO_PRECONDITIONER_LIST]
         self._layout = (
             self._shampoo.layout
@@ -188,6 +193,12 @@ class BucketStep:
     def nothing(self, state_lists: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Directions of zeros for the active blocks."""
         return tuple(torch.zeros_like(param) for param in state_lists[MASKED_BLOCKED_PARAMS])
+
+    def limit_(self, directions: Sequence[Tensor], step: int) -> None:
+        """Shortens directions without grafting that no gradient can have, once there are roots."""
+        is_stacked = isinstance(self._shampoo, StackedPreconditionerList)
+        if is_stacked and step >= self._group["start_preconditioning_step"]:
+            self._shampoo.limit_(directions)
 
     def to_blocks(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
         """Directions of the pieces as views per active block."""
@@ -317,6 +328,8 @@ def precondition_and_graft(
         for direction, target in zip(directions, grafted, strict=True):
             scale = slot_norms(target) / (slot_norms(direction) + _SMALLEST_NORM)
             direction.mul_(scale.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
+    else:
+        lists[BUCKETS].limit_(directions, int(lists[STEP]))
     return directions
 
 

@@ -77,13 +77,17 @@ class MatrixStack:
         stored = self.data[rows]
         return unpack(stored, self.size) if self.packed else stored
 
-    def are_zero(self, rows: Rows) -> Tensor:
-        """(K,) bool: which of the matrices, positive semi-definite ones, are zero: the diagonal is."""
+    def diagonals(self, rows: Rows) -> Tensor:
+        """(K, N): a view for a slice of a full stack, otherwise a copy."""
         stored = self.data[rows]
         if not self.packed:
-            return stored.diagonal(dim1=-2, dim2=-1).any(-1).logical_not_()
+            return stored.diagonal(dim1=-2, dim2=-1)
         places = _packing(self.size, stored.device)[1].view(self.size, self.size).diagonal()
-        return stored.index_select(1, places).any(-1).logical_not_()
+        return stored.index_select(1, places)
+
+    def are_zero(self, rows: Rows) -> Tensor:
+        """(K,) bool: which of the matrices, positive semi-definite ones, are zero: the diagonal is."""
+        return self.diagonals(rows).any(-1).logical_not_()
 
     def write_(self, rows: Rows, matrices: Tensor) -> None:
         """Writes matrices (K, N, N), of which a packed stack takes the upper triangles, casting them."""

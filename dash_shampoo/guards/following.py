@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from dash_shampoo.base import LR_CPU_PINNED, PREVIOUS_GRAD_SELECTOR, DistributedShampoo
-from dash_shampoo.base import name as base_name
+from dash_shampoo.base import (
+    LR_CPU_PINNED,
+    PREVIOUS_GRAD_SELECTOR,
+    DistributedShampoo,
+    PreconditionerValueError,
+)
 from dash_shampoo.guards import settings
 from dash_shampoo.guards.cohorts import PARAMS, options_of
 from dash_shampoo.guards.missing import explain_missing_gradients
 from dash_shampoo.guards.reconstruction import ReconstructibleShampoo
 from dash_shampoo.guards.settings import GroupSettings
+from dash_shampoo.guards.trees import LR_SUM, STEP
 
 # Taken before torch can have wrapped it for hooks: these run around our own step.
 _BASE_STEP = DistributedShampoo.step
@@ -50,9 +56,29 @@ class FollowingShampoo(ReconstructibleShampoo):
             self._follow()
             if self._cohorts:
                 with self._inside():
+                    self._check_gradients()
                     _BASE_STEP(self)
                 self._look_for_gradients()
         return loss
+
+    def _check_gradients(self) -> None:
+        """Refuses gradients before any group has stepped."""
+
+    def _has_refused_gradients(self, state_lists: Any) -> bool:
+        """Whether a group's step ended before a gradient had entered any state."""
+        del state_lists
+        return False
+
+    def _group_step_body(self, state_lists: Any, *args: Any) -> None:
+        counted = [state_lists[key] for key in (STEP, LR_SUM) if key in state_lists]
+        before = [count.clone() for count in counted]
+        try:
+            super()._group_step_body(state_lists, *args)
+        except PreconditionerValueError:
+            if self._has_refused_gradients(state_lists):
+                for count, value in zip(counted, before, strict=True):
+                    count.copy_(value)
+            raise
 
     def _look_for_gradients(self) -> None:
         if self._has_warned or any(
@@ -128,9 +154,7 @@ class FollowingShampoo(ReconstructibleShampoo):
             return
         self._without_gradient.difference_update(first)
         steps = self._steps()
-        late = []
-        if base_name == "embedded":
-            late = [param for param in first if steps[param] >= _LATE]
+        late = [param for param in first if steps[param] >= _LATE]
         if born or late:
             steps.update(dict.fromkeys([*born, *late], 0))
             self._reconstruct(steps, "Parameters have their first gradient")

@@ -13,6 +13,7 @@ from dash_shampoo.buckets import bind_, row_of
 Path = tuple[str, ...]
 # One tensor for all parameters of a cohort.
 STEP = "step"
+LR_SUM = "lr_sum"
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:

@@ -12,6 +12,7 @@ from dash_shampoo.buckets import Piece, Rows, stack_, subset
 from dash_shampoo.eigenbasis import EigenbasisResult
 from dash_shampoo.inverse_root.eigen import inverse_power
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
+from dash_shampoo.preconditioners.limits import limit_
 
 
 class StackedEigendecomposedShampooPreconditionerList(
@@ -36,6 +37,7 @@ class StackedEigendecomposedShampooPreconditionerList(
         "factor_matrices_eigenvalues",
     )
     _eigenvalues: tuple[Tensor, ...]
+    _is_kl = False
 
     def _adopt_state(self) -> None:
         super()._adopt_state()
@@ -58,6 +60,10 @@ class StackedEigendecomposedShampooPreconditionerList(
             self._apply_roots(grads, piece)
             for grads, piece in zip(masked_grad_list, self._active.pieces, strict=True)
         )
+
+    def limit_(self, directions: Sequence[Tensor]) -> None:
+        """Shortens what a root of round-off made of gradients; see `limits`."""
+        limit_(self, directions, lambda number, rows: self._epsilon, self._is_kl)
 
     def _apply_roots(self, grads: Tensor, piece: Piece, skipped: int | None = None) -> Tensor:
         """U over the preconditioned dimensions except factor number `skipped`."""
@@ -102,6 +108,8 @@ class StackedEigendecomposedKLShampooPreconditionerList(
     StackedEigendecomposedShampooPreconditionerList
 ):
     """KL-Shampoo: the outer products are taken of gradients preconditioned in all other dimensions."""
+
+    _is_kl = True
 
     def _contraction_operand(self, grads: Tensor, piece: Piece, number: int) -> Tensor:
         return self._apply_roots(grads, piece, skipped=number)

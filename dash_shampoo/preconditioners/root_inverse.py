@@ -19,6 +19,7 @@ from dash_shampoo.inverse_root import (
     repair,
     solve_stack,
 )
+from dash_shampoo.preconditioners.limits import limit_
 from dash_shampoo.preconditioners.measures import FactorMeasures, measure_roots
 from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
@@ -40,6 +41,7 @@ class StackedRootInvShampooPreconditionerList(
     """
 
     block_seams = (*BLOCK_SEAMS, "inv_factor_matrices")
+    _is_kl = False
     _inverse_factors: tuple[MatrixStack, ...]
     _num_refreshes: int
 
@@ -89,6 +91,15 @@ class StackedRootInvShampooPreconditionerList(
         return tuple(
             self._apply_inverse_roots(grads, piece)
             for grads, piece in zip(masked_grad_list, self._active.pieces, strict=True)
+        )
+
+    def limit_(self, directions: Sequence[Tensor]) -> None:
+        """Shortens what a root of round-off made of gradients; see `limits`."""
+        limit_(
+            self,
+            directions,
+            lambda number, rows: self._dampings[number][rows].clamp(min=self._epsilon),
+            self._is_kl,
         )
 
     def _apply_inverse_roots(
@@ -175,6 +186,8 @@ class StackedRootInvShampooPreconditionerList(
 
 class StackedRootInvKLShampooPreconditionerList(StackedRootInvShampooPreconditionerList):
     """KL-Shampoo: the outer products are taken of gradients preconditioned in all other dimensions."""
+
+    _is_kl = True
 
     def _contraction_operand(self, grads: Tensor, piece: Piece, number: int) -> Tensor:
         return self._apply_inverse_roots(grads, piece, skipped=number)

@@ -191,6 +191,13 @@ class StackedPreconditionerList(_ShampooList):
         """
         raise NotImplementedError
 
+    def limit_(self, directions: Sequence[Tensor]) -> None:
+        """Shortens directions that no gradient can have; for lists with factor matrices of gradients.
+
+        Args:
+            directions: (K, *shape) of each piece; modified.
+        """
+
     def _contraction_operand(self, grads: Tensor, piece: Piece, number: int) -> Tensor:
         """The tensor (K, *shape) whose outer products the factors number `number` accumulate."""
         del piece, number

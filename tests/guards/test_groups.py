@@ -168,7 +168,6 @@ def test_a_thawed_parameter_starts_its_own_bias_correction(config):
     assert torch.equal(values(model[0]), values(alone[0]))
 
 
-@pytest.mark.skipif(ds.base.name == "meta", reason="Meta's step count is the group's")
 def test_a_first_gradient_that_comes_late(config):
     """The size of a first update does not depend on how long the others have trained."""
     sizes = []

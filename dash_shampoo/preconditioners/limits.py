@@ -1,0 +1,77 @@
+"""Directions without grafting, where a root is that of round-off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.buckets import Piece, Rows
+from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
+from dash_shampoo.safety import is_asynchronous, slot_norms
+
+# F is quadratic in G: with exponents that sum to 1/2 a direction's size is free of the gradient's scale.
+_NEUTRAL_EXPONENT = 0.5
+
+
+@torch.no_grad()
+def limit_(
+    lists: StackedPreconditionerList,
+    directions: Sequence[Tensor],
+    damping_of: Callable[[int, Rows], Tensor | float],
+    is_kl: bool = False,
+) -> None:
+    """Shortens directions that no gradient in the factor matrices could have, of undamped blocks.
+
+    With exponents that sum to 1/2, whatever has entered F ← β₂F + w·GGᵀ with weight w gets a direction of
+    at most √(numel/w). What has not entered it (F is of lower rank, and its root some steps old) is
+    multiplied by damping^(-1/p): meant so where the damping is above the round-off of F, and else by
+    whatever eigenvalues the round-off has, 10⁶ and more with the base's default epsilon. Only directions
+    that are too long *and* of such a block are changed.
+
+    Args:
+        lists: The list that made them.
+        directions: (K, *shape) of each piece; modified.
+        damping_of: What was added to the diagonals of rows of a stack.
+        is_kl: Whether outer products are taken of gradients preconditioned in all other dimensions.
+            (Default: False)
+    """
+    # Trace scaling makes directions of any size; without an epsilon a pseudo-inverse truncates.
+    if lists._options.use_trace_scaling or lists._epsilon == 0.0:
+        return
+    bias_correction = float(lists._bias_correction2)
+    weight = lists._weighting_factor / bias_correction
+    for direction, piece in zip(directions, lists._active.pieces, strict=True):
+        factors = piece.bucket.factors
+        exponent = sum(1 / lists.layout.stacks[factor.stack].root for factor in factors)
+        if is_kl and len(factors) > 1:
+            continue
+        if not factors or not math.isclose(exponent, _NEUTRAL_EXPONENT, abs_tol=1e-6):
+            continue
+        longest = math.sqrt(direction[0].numel() / weight)
+        norms = slot_norms(direction)
+        # Reading a value on the CPU costs nothing.
+        if not is_asynchronous(direction.device) and bool((norms <= longest).all()):
+            continue
+        scales = (longest / norms).clamp_(max=1.0)
+        scales = torch.where(_are_undamped(lists, piece, damping_of), scales, 1.0)
+        direction.mul_(scales.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
+
+
+def _are_undamped(
+    lists: StackedPreconditionerList,
+    piece: Piece,
+    damping_of: Callable[[int, Rows], Tensor | float],
+) -> Tensor:
+    """(K,) bool: for which blocks a damping is below the round-off of its factor matrix."""
+    are_undamped: list[Tensor] = []
+    for factor in piece.bucket.factors:
+        stack, rows = lists._factors[factor.stack], piece.factor_rows(factor)
+        traces = stack.diagonals(rows).sum(-1) / float(lists._bias_correction2)
+        # A lower dtype's is above what damping its users give, and is meant by them.
+        dtype = torch.promote_types(stack.data.dtype, torch.float32)
+        round_off = traces * torch.finfo(dtype).eps
+        are_undamped.append(damping_of(factor.stack, rows) < round_off)
+    return torch.stack(are_undamped).any(0)
