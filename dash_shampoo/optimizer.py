@@ -38,6 +38,7 @@ from dash_shampoo.config import GradientPolicy, base_class_of
 from dash_shampoo.consolidation import ConsolidatingShampoo
 from dash_shampoo.diagnostics import HISTORY, BlockDiagnostics, diagnose, observe
 from dash_shampoo.distribution import share_late_error, shares_errors
+from dash_shampoo.gradients import settle_together
 from dash_shampoo.planning import (
     Device,
     OptimizerPlan,
@@ -60,12 +61,14 @@ from dash_shampoo.preconditioners import (
     scalar_list,
     warn_of_known_bad,
 )
-from dash_shampoo.safety import settle_together
 from dash_shampoo.step import (
     BUCKETS,
     BucketLists,
     BucketStep,
     call,
+    check_gradients,
+    has_refused_gradients,
+    is_time_to_look,
     missing_step_seam,
     precondition_and_graft,
 )
@@ -186,7 +189,7 @@ class DashShampoo(ConsolidatingShampoo):
     def _settle(self) -> None:
         """Reads for all groups at once, after a refresh, what an accelerator has not told yet."""
         waiting = [lists for lists in self._stacked_lists() if lists.waits_for_settlement]
-        if waiting:
+        if waiting or is_time_to_look(self._lists_of_groups()):
             guards = [step.gradient_guard for step in self._bucket_steps()]
             settle_together([lists.ledger for lists in waiting], guards)
             for lists in waiting:
@@ -207,18 +210,10 @@ class DashShampoo(ConsolidatingShampoo):
                 yield state_lists[BUCKETS]
 
     def _check_gradients(self) -> None:
-        # One group alone checks its own, in whose step nothing has happened by then.
-        if len(self._per_group_state_lists) > 1:
-            for state_lists in self._lists_of_groups():
-                if BUCKETS in state_lists and not _is_shared(state_lists):
-                    infos = state_lists[DISTRIBUTOR].local_block_info_list
-                    state_lists[BUCKETS].gradient_guard.check([info.param for info in infos])
+        check_gradients(self._lists_of_groups())
 
     def _has_refused_gradients(self, state_lists: dict[str, Any]) -> bool:
-        # Where others wait, they have stepped.
-        if BUCKETS not in state_lists or _is_shared(state_lists):
-            return False
-        return bool(state_lists[BUCKETS].gradient_guard.has_refused)
+        return has_refused_gradients(state_lists)
 
     @shares_errors
     def _compute_search_directions(
@@ -375,11 +370,6 @@ class DashShampoo(ConsolidatingShampoo):
         """
         present = (step.gradient_guard.counts() for step in self._bucket_steps())
         return _sum([self._earlier_failures[1], *present])
-
-
-def _is_shared(state_lists: Mapping[str, Any]) -> bool:
-    """Whether other processes wait for this one's directions."""
-    return bool(getattr(state_lists[DISTRIBUTOR], "is_shared", False))
 
 
 def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

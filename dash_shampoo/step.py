@@ -43,8 +43,9 @@ from dash_shampoo.buckets import (
 )
 from dash_shampoo.buckets.layout import MAX_KEPT_SELECTIONS
 from dash_shampoo.config import GradientPolicy
+from dash_shampoo.gradients import GradientGuard
 from dash_shampoo.preconditioners import ScalarAdagradPreconditionerList, StackedPreconditionerList
-from dash_shampoo.safety import GradientGuard, is_asynchronous, slot_norms
+from dash_shampoo.safety import is_asynchronous, slot_norms
 
 BUCKETS = "dash_buckets"
 """Key of a group's lists under which its `BucketStep` lies."""
@@ -73,6 +74,7 @@ _ELEMENTWISE_LISTS = (
     ScalarAdagradPreconditionerList,
     SGDPreconditionerList,
 )
+_STEPS_BETWEEN_LOOKS = 100
 # What the base adds to a norm before it divides by it.
 _SMALLEST_NORM = 1e-16
 
@@ -274,6 +276,48 @@ class BucketStep:
         return tuple(
             stack_([blocks[index] for index in bucket.blocks]) for bucket in self._layout.buckets
         )
+
+
+def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses bad gradients before the first of several groups steps; one alone checks its own.
+
+    Args:
+        groups: The lists of each group.
+
+    Raises:
+        PreconditionerValueError: Where the group's policy is to raise.
+    """
+    for state_lists in groups if len(groups) > 1 else ():
+        if BUCKETS in state_lists and not _is_shared(state_lists):
+            infos = state_lists[DISTRIBUTOR].local_block_info_list
+            state_lists[BUCKETS].gradient_guard.check([info.param for info in infos])
+
+
+def has_refused_gradients(state_lists: Mapping[str, Any]) -> bool:
+    """Whether a group's step ended before a gradient had entered any state, of any process."""
+    if BUCKETS not in state_lists or _is_shared(state_lists):
+        return False
+    return bool(state_lists[BUCKETS].gradient_guard.has_refused)
+
+
+def is_time_to_look(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether to wait for the counts of bad gradients where no refresh ever reads them.
+
+    Groups without roots (Adam's) on an accelerator; every 100 steps, so that waiting costs nothing.
+    """
+    return any(
+        BUCKETS in lists
+        and lists[BUCKETS].gradient_guard.waits
+        and int(lists[STEP]) % _STEPS_BETWEEN_LOOKS == 0
+        # Where others would wait for an error of this process alone, only when they listen.
+        and (not _is_shared(lists) or lists[DISTRIBUTOR].is_late())
+        for lists in groups
+    )
+
+
+def _is_shared(state_lists: Mapping[str, Any]) -> bool:
+    """Whether other processes wait for this one's directions."""
+    return bool(getattr(state_lists[DISTRIBUTOR], "is_shared", False))
 
 
 def missing_step_seam() -> str | None:

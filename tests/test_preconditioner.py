@@ -317,6 +317,18 @@ def test_two_groups_with_bad_gradients_leave_no_error_for_a_later_step(monkeypat
     assert optimizer.gradient_failure_counts() == {"parameter 1": 1, "parameter 2": 1}
 
 
+def test_bad_gradients_of_groups_without_roots_are_told_of_in_time(monkeypatch):
+    as_an_accelerator(monkeypatch)
+    params = [torch.nn.Parameter(torch.ones(4, 4))]
+    optimizer = ds.DashShampoo(params, preconditioner_config=ds.AdamPreconditionerConfig())
+    for seed in range(99):
+        step(optimizer, params, seed, spoil={0} if seed == 3 else ())
+    with pytest.raises(ds.PreconditionerValueError, match="parameter 0"):
+        step(optimizer, params)
+    assert torch.isfinite(params[0]).all()
+    step(optimizer, params)
+
+
 def test_counts_survive_what_constructs_the_base_anew(monkeypatch):
     monkeypatch.setattr(SOLVE, inaccurate([0]))
     optimizer, params = build(safe("keep"), **SQUARES)
@@ -372,7 +384,7 @@ def test_a_factor_of_zeros_keeps_its_root(config, packing):
 
 def as_an_accelerator(monkeypatch):
     """Lets the CPU stand in for a device whose values the host has to wait for."""
-    for module in ("safety", "preconditioners.stacked", "preconditioners.root_inverse"):
+    for module in ("gradients", "preconditioners.stacked", "preconditioners.root_inverse"):
         monkeypatch.setattr(f"dash_shampoo.{module}.is_asynchronous", lambda device: True)
 
 
