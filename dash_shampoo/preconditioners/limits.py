@@ -38,8 +38,10 @@ def limit_(
         is_kl: Whether outer products are taken of gradients preconditioned in all other dimensions.
             (Default: False)
     """
-    # Trace scaling makes directions of any size; without an epsilon a pseudo-inverse truncates.
-    if lists._options.use_trace_scaling or lists._epsilon == 0.0:
+    options = lists._options
+    # Scaled factor matrices make directions of any size; without an epsilon a pseudo-inverse truncates.
+    is_scaled = options.use_trace_scaling or options.use_dimension_normalization
+    if is_scaled or lists._epsilon == 0.0:
         return
     bias_correction = float(lists._bias_correction2)
     weight = lists._weighting_factor / bias_correction
