@@ -4,6 +4,7 @@ Everything is deterministic. Which files are held out is decided by a hash of th
 every machine and every optimizer sees the same data.
 """
 
+import fnmatch
 import hashlib
 import io
 import itertools
@@ -131,7 +132,7 @@ def read_files(sources: str | Sequence[str] | None, key: str) -> Files:
         folder, pattern = _split(Path(source).expanduser())
         found = sorted(
             (path.relative_to(folder).as_posix(), path)
-            for path in folder.glob(pattern)
+            for path in _matching(folder, pattern)
             if path.is_file() and not _is_skipped(path.relative_to(folder))
         )
         if not found:
@@ -148,6 +149,17 @@ def _split(path: Path) -> tuple[Path, str]:
     parts = path.parts
     first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts) - 1)
     return Path(*parts[:first]), str(Path(*parts[first:]))
+
+
+def _matching(folder: Path, pattern: str) -> Iterator[Path]:
+    """What a glob pattern finds; it does not look into folders whose files are skipped anyhow."""
+    if not pattern.startswith("**/") or "/" in pattern.removeprefix("**/"):
+        yield from folder.glob(pattern)
+        return
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_skipped(Path(name))]
+        for name in fnmatch.filter(names, pattern.removeprefix("**/")):
+            yield Path(place, name)
 
 
 def _is_skipped(relative: Path) -> bool:
