@@ -177,7 +177,7 @@ def _report(
     plot_losses(curves, losses, f"{subject}, {first.data.name}")
     plot_step_times(curves, times, f"{subject}: time of a training step")
     machine = environment(process.device)
-    notes = [_baseline_note(curves), _settings_note(runs)]
+    notes = [baseline_note(curves), _settings_note(runs)]
     if not [word for word in overrides() if not word.startswith(_HARMLESS)]:
         notes.append(str(config.note).strip())
     text = "\n".join(
@@ -205,9 +205,22 @@ def _table_of(text: str) -> str:
     return "\n".join(line for line in text.splitlines() if line.startswith("|"))
 
 
-def _baseline_note(curves: Sequence[Curve]) -> str:
+def baseline_note(curves: Sequence[Curve]) -> str:
+    """What the last two columns of the table tell.
+
+    Args:
+        curves: The runs; the first is the baseline.
+
+    Returns:
+        A sentence.
+    """
     if curves[0].diverged:
         return f"{curves[0].label} diverged, so there is no baseline to reach."
+    if not curves[0].learned:
+        return (
+            f"{curves[0].label} ended at {curves[0].losses[-1]:.3f}, above the {curves[0].losses[0]:.3f} "
+            "of the untrained model, so there is no baseline to reach."
+        )
     return (
         f"The last two columns tell when a run first reached the final loss of {curves[0].label}, "
         f"{curves[0].losses[-1]:.3f}, on straight lines between validations."
@@ -247,7 +260,7 @@ def demo_table(curves: Sequence[Curve], learning_rates: Sequence[float]) -> str:
     Returns:
         The table.
     """
-    target = -math.inf if curves[0].diverged else curves[0].losses[-1]
+    target = curves[0].losses[-1] if curves[0].learned else -math.inf
     rows = []
     for curve, lr in zip(curves, learning_rates, strict=True):
         steps = _crossing(curve.steps, curve.losses, target)

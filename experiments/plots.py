@@ -50,6 +50,11 @@ class Curve:
     colour: str = COLOURS[0]
     diverged: bool = False
 
+    @property
+    def learned(self) -> bool:
+        """Whether it ended below the loss of the untrained model."""
+        return not self.diverged and self.losses[-1] < self.losses[0]
+
 
 def plot_losses(curves: Sequence[Curve], path: Path, title: str) -> None:
     """Validation loss against steps, and against seconds of training.
@@ -103,7 +108,7 @@ def loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
 
     The first, steep part is left out where what follows has room for it: it would squeeze the
     differences between the runs into a few pixels. At least three points of each curve are seen,
-    and nothing above the loss of the untrained model.
+    and nothing above the loss of the untrained model, unless no run got below it: then everything is.
 
     Args:
         curves: The runs.
@@ -111,6 +116,10 @@ def loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
     Returns:
         Lower and upper end.
     """
+    if not any(curve.learned for curve in curves):
+        losses = [loss for curve in curves for loss in curve.losses]
+        margin = 0.06 * max(max(losses) - min(losses), 1e-3)
+        return min(losses) - margin, max(losses) + margin
     shown = [loss for curve in curves for loss in curve.losses[min(2, len(curve.losses) // 4) :]]
     untrained = max(curve.losses[0] for curve in curves)
     bottom, top = min(shown), min(max(shown), untrained)

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from experiments.demo import demo_table, typical
+from experiments.demo import baseline_note, demo_table, typical
 from experiments.main import main
 from experiments.metrics import read_metrics
 from experiments.plots import Curve, loss_range
@@ -72,9 +72,23 @@ def test_the_picture_shows_the_curves(count, slope):
     assert bottom < top
     for one in shown[:2]:
         inside = [loss for loss in one.losses if bottom <= loss <= top]
-        expected = min(count, 3) if slope <= 0 else 1  # what rises above the start is cut off
-        assert len(inside) >= expected
-        assert slope > 0 or bottom <= one.losses[-1] <= top
+        assert len(inside) >= min(count, 3)
+        assert bottom <= one.losses[-1] <= top
+
+
+def test_of_several_a_run_that_rises_leaves_the_picture_at_its_top():
+    bottom, top = loss_range(
+        [curve("A", [5.0, 4.0, 3.0], range(3)), curve("B", [5.0, 9.0, 90.0], range(3))]
+    )
+    assert bottom < 3.0
+    assert 5.0 < top < 6.0
+
+
+def test_where_the_baseline_learned_nothing_none_is_reached():
+    curves = [curve("A", [5.0, 8.0, 7.0], [0, 1, 2]), curve("B", [5.0, 6.0, 5.5], [0, 1, 2])]
+    *_, a, b = demo_table(curves, [0.3, 0.3]).splitlines()
+    assert [line.split("|")[-3].strip() for line in (a, b)] == ["-", "-"]
+    assert "A ended at 7.000, above the 5.000 of the untrained model" in baseline_note(curves)
 
 
 def test_a_run_that_diverges_leaves_the_others_be(tiny, tmp_path, capsys):
