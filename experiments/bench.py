@@ -26,7 +26,7 @@ from benchmarks.cases import Case, make_gradients, make_parameters, set_gradient
 from benchmarks.peers import BETAS, EPSILON, GRAFTING_EPSILON, LR, PEERS, Steppable, of_groups
 from benchmarks.phases import phase_milliseconds
 from benchmarks.rank_share import blocks_of_rank
-from benchmarks.step_time import CONFIGS, Variant, run_case
+from benchmarks.step_time import CONFIGS, Config, Variant, run_case
 from experiments.bench_report import write
 from experiments.builders import build_model
 from experiments.command_line import Parser, positive
@@ -43,6 +43,27 @@ examples:
   python -m experiments bench --paper --device cuda
   torchrun --nproc-per-node 8 -m experiments bench --paper --device cuda
 """
+
+
+# The embedded base itself computes inverse roots alone.
+_HAS_ALL = ds.base.name == "meta"
+# What can be measured: the inverse roots of every solver, and the other lists.
+_KINDS: dict[str, Config] = {
+    **CONFIGS,
+    "kl": Config(
+        lambda: ds.RootInvKLShampooPreconditionerConfig(use_symmetric_packing=False), _HAS_ALL
+    ),
+    "eigendecomposed": Config(
+        lambda: ds.EigendecomposedShampooPreconditionerConfig(use_symmetric_packing=False), _HAS_ALL
+    ),
+    "soap": Config(
+        lambda: ds.EigenvalueCorrectedShampooPreconditionerConfig(use_symmetric_packing=False),
+        _HAS_ALL,
+    ),
+    "dash_soap": Config(lambda: ds.DefaultDashSOAPConfig),
+    "spectral_descent": Config(ds.SpectralDescentPreconditionerConfig, _HAS_ALL),
+    "sign_descent": Config(ds.SignDescentPreconditionerConfig, _HAS_ALL),
+}
 
 
 @dataclass
@@ -122,7 +143,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     add(
         "--lists", nargs="+", choices=LISTS, default=list(LISTS), help="how blocks are put together"
     )
-    add("--solvers", nargs="+", choices=list(CONFIGS), default=["eigen", "newton_db", "default"])
+    default = ["eigen", "newton_db", "default"]
+    add("--solvers", nargs="+", choices=list(_KINDS), default=default, help="solvers and lists")
     add("--blocks", nargs="+", type=positive, help="largest blocks (64; with --paper 1024 2048)")
     add("--precisions", nargs="+", default=["fp32"], help="of products inside of inverse roots")
     add("--frequencies", nargs="+", type=positive, default=[1, 10], help="steps between refreshes")
@@ -166,8 +188,8 @@ def _settings(options: argparse.Namespace, process: Process) -> list[Setting]:
     found = {}
     for solver in options.solvers:
         for precision in options.precisions:
-            config, name = in_precision(CONFIGS[solver].make(), solver, precision)
-            base = config if CONFIGS[solver].on_base else None
+            config, name = in_precision(_KINDS[solver].make(), solver, precision)
+            base = config if _KINDS[solver].on_base else None
             found[name] = Setting(name, config, base, tuple(options.frequencies), solver)
     return list(found.values())
 
@@ -233,7 +255,11 @@ def _make(
         for number, parameter in zip(numbers, parameters, strict=True):
             by_layer.setdefault(number, []).append(parameter)
         groups = [{"params": layer} for layer in by_layer.values()]
-    alone = ds.DefaultSingleDeviceDistributedConfig
+    order: dict[str, Any] = {}
+    if isinstance(config, ds.SpectralDescentPreconditionerConfig):
+        order["target_parameter_dimensionality"] = 2
+        groups = [g for group in groups for g in _by_order(group["params"])]
+    alone = ds.SingleDeviceDistributedConfig(**order)
     optimizer_class = ds.DistributedShampoo if name == "base" else ds.DashShampoo
     optimizer = optimizer_class(
         groups,
@@ -244,9 +270,18 @@ def _make(
         precondition_frequency=1,
         grafting_config=ds.AdamPreconditionerConfig(beta2=BETAS[1], epsilon=GRAFTING_EPSILON),
         preconditioner_config=config,
-        distributed_config=ds.DDPDistributedConfig() if world_size > 1 else alone,
+        distributed_config=ds.DDPDistributedConfig(**order) if world_size > 1 else alone,
     )
     return of_groups(optimizer)
+
+
+def _by_order(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """Matrices, and a group of the rest with Adam's direction."""
+    matrices = [p for p in parameters if p.ndim == 2]
+    others = [p for p in parameters if p.ndim != 2]
+    adam = ds.AdamPreconditionerConfig(beta2=BETAS[1], epsilon=GRAFTING_EPSILON)
+    rest = {"params": others, "preconditioner_config": adam, "grafting_config": None}
+    return [group for group in ({"params": matrices}, rest) if group["params"]]
 
 
 def _phases(variant: Variant, case: Case, frequency: int, process: Process) -> dict[str, float]:

@@ -81,7 +81,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in _ON_DEMAND:
-            return fail(f"the module {missing} is missing: pip install {missing}", 2)
+            return fail(f"the module {missing} is missing: pip install -e '.[data]'", 2)
         if missing not in _EXTRA:
             raise
         return fail(f"the module {missing} is missing: pip install -e '.[dev]'", 2)

@@ -131,3 +131,17 @@ def test_two_ranks_give_one_result(tmp_path):
 def test_mistakes_are_named(words, message, capsys):
     assert main(["bench", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_list_can_be_measured(tmp_path):
+    kinds = ["kl", "eigendecomposed", "soap", "dash_soap", "spectral_descent", "sign_descent"]
+    words = [*QUICK, "--solvers", *kinds, "--blocks", "128", "--out", str(tmp_path)]
+    assert main(["bench", *words, "--lists", "base", "whole"]) == 0
+    found = [(x["setting"].split()[0], x["name"]) for x in results(tmp_path)]
+    has_all = dash_shampoo.base.name == "meta"  # the embedded base itself has inverse roots alone
+    assert found == [
+        (kind, name)
+        for kind in kinds
+        for name in ("base", "whole")
+        if name == "whole" or (has_all and kind != "dash_soap")
+    ]

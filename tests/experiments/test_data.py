@@ -116,4 +116,4 @@ def test_token_files_of_the_hub_get_sidecars(hub, capsys):
 def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert data("hf", "text", "--out", tmp_path) == 2
-    assert "the module datasets is missing: pip install datasets" in capsys.readouterr().err
+    assert "the module datasets is missing: pip install -e '.[data]'" in capsys.readouterr().err
