@@ -45,7 +45,7 @@ def test_wheel_requires_torch_alone(wheel):
     requires = message.get_all("Requires-Dist")
     required = [line for line in requires if "extra ==" not in line]
     assert [re.match(r"[\w-]+", line)[0] for line in required] == ["torch"]
-    assert set(message.get_all("Provides-Extra")) == {"dev", "triton"}
+    assert set(message.get_all("Provides-Extra")) == {"data", "dev", "triton"}
     assert message["License-Expression"] == "BSD-3-Clause"
     assert message["Description-Content-Type"] == "text/markdown"
 
