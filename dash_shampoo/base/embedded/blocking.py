@@ -137,6 +137,13 @@ def _upper_triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
+@cache
+def packed_diagonal(size: int, device: torch.device) -> Tensor:
+    """Where the diagonal of an (N, N) matrix lies in its packed upper triangle."""
+    rows, columns = _upper_triangle(size, device)
+    return (rows == columns).nonzero().flatten()
+
+
 def pack_upper_triangular(matrix: Tensor) -> Tensor:
     """The upper triangle of an (N, N) matrix row by row, as (N(N+1)/2,)."""
     rows, columns = _upper_triangle(matrix.shape[0], matrix.device)

@@ -1,7 +1,7 @@
 """Blocks of a parameter group: which there are, which are this process's, how they are updated."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
+from dash_shampoo.base.embedded.block_info import BlockInfo
 from dash_shampoo.base.embedded.blocking import (
     Grid,
     equal_grids,
@@ -22,50 +23,6 @@ from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
 from dash_shampoo.base.embedded.parts import parts_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, eq=False)
-class BlockInfo:
-    """Where a block belongs and how its state is allocated.
-
-    Attributes:
-        param: The parameter that contains the block.
-        composable_block_ids: Index of the parameter in its group, key of the block in the state.
-        param_name: Name of the parameter, where the group has names. (Default: None)
-    """
-
-    param: Tensor
-    composable_block_ids: tuple[int, str]
-    param_name: str | None = None
-
-    def allocate_zeros_tensor(
-        self, size: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """Zeros for the optimizer's state."""
-        return torch.zeros(tuple(size), dtype=dtype, device=device)
-
-    def allocate_ones_tensor(
-        self, size: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """Ones for the optimizer's state."""
-        tensor = self.allocate_zeros_tensor(size=size, dtype=dtype, device=device)
-        self.get_tensor(tensor).fill_(1.0)
-        return tensor
-
-    def allocate_eye_tensor(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An identity for the optimizer's state."""
-        tensor = self.allocate_zeros_tensor(size=(n, n), dtype=dtype, device=device)
-        self.get_tensor(tensor).fill_diagonal_(1.0)
-        return tensor
-
-    def get_tensor(self, tensor: Tensor) -> Tensor:
-        """The local tensor of an allocated one."""
-        return tensor
-
-    def block_state(self, state: Mapping[Tensor, Any]) -> dict[str, Any]:
-        """The block's part of the optimizer's state."""
-        block_state: dict[str, Any] = state[self.param][self.composable_block_ids[1]]
-        return block_state
 
 
 @dataclass(kw_only=True, eq=False)
@@ -109,7 +66,11 @@ class Distributor:
         keeps_a_part: Whether other processes have state that this one lacks.
         is_shared: Whether other processes wait for this one's directions in `update_params`.
         gives_grids: Whether gradients are given as `GridBlocks`, for who can take them.
-        grids: The blocks of this process that have a gradient in this step.
+        local_blocked_params: The blocks of this process.
+        local_block_info_list: What is known of each.
+        local_grad_selector: Which of them have a gradient in this step.
+        local_masked_blocked_params: Those that have.
+        grids: The same by grids.
         step: The group's step count, once there is one.
     """
 
@@ -145,32 +106,12 @@ class Distributor:
         for cut in self._cuts:
             cut.local_selector = tuple(next(local_flags) for _ in range(cut.num_blocks))
             cut.num_local = sum(cut.local_selector)
-        self._local_blocked_params = tuple(
+        self.local_blocked_params = tuple(
             compress(self._global_blocked_params, self._distributor_selector)
         )
-        self._local_block_info_list: tuple[BlockInfo, ...] = tuple(self._make_block_infos())
+        self.local_block_info_list: tuple[BlockInfo, ...] = tuple(self._make_block_infos())
         self._active_params: tuple[bool, ...] | None = None
         self._select_active((True,) * len(self._cuts))
-
-    @property
-    def local_blocked_params(self) -> tuple[Tensor, ...]:
-        """The blocks of this process."""
-        return self._local_blocked_params
-
-    @property
-    def local_masked_blocked_params(self) -> tuple[Tensor, ...]:
-        """The blocks of this process that have a gradient in this step."""
-        return self._local_masked_blocked_params
-
-    @property
-    def local_grad_selector(self) -> tuple[bool, ...]:
-        """Which blocks of this process have a gradient in this step."""
-        return self._local_grad_selector
-
-    @property
-    def local_block_info_list(self) -> tuple[BlockInfo, ...]:
-        """One per block of this process."""
-        return self._local_block_info_list
 
     def is_foreign_block(self, param: Tensor, key: str) -> bool:
         """Whether a key of the parameter's state is a block that is kept by another process."""
@@ -283,11 +224,11 @@ class Distributor:
             for cut, has_grad in zip(self._cuts, active_params, strict=True)
             for _ in range(cut.num_blocks)
         )
-        self._local_grad_selector = tuple(
+        self.local_grad_selector = tuple(
             compress(self._global_grad_selector, self._distributor_selector)
         )
-        self._local_masked_blocked_params = tuple(
-            compress(self._local_blocked_params, self._local_grad_selector)
+        self.local_masked_blocked_params = tuple(
+            compress(self.local_blocked_params, self.local_grad_selector)
         )
         self.grids = tuple(self._active_grids(active_params))
 
@@ -349,7 +290,7 @@ class Distributor:
                     yield BlockGrid(tuple(start + n for n in grid.numbers), grid.counts, target)
             else:  # blocks of other processes lie between
                 for position in range(start, start + cut.num_local):
-                    yield BlockGrid((position,), (), self._local_masked_blocked_params[position])
+                    yield BlockGrid((position,), (), self.local_masked_blocked_params[position])
             start += cut.num_local
 
     def _make_block_infos(self) -> Iterator[BlockInfo]:
@@ -388,7 +329,7 @@ class Distributor:
         self, blocked_search_directions: Sequence[Tensor], use_masked_tensors: bool
     ) -> tuple[Tensor, ...]:
         params = (
-            self._local_masked_blocked_params if use_masked_tensors else self._local_blocked_params
+            self.local_masked_blocked_params if use_masked_tensors else self.local_blocked_params
         )
         if len(params) != len(blocked_search_directions):
             raise ValueError(

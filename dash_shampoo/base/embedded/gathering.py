@@ -18,13 +18,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dash_shampoo.base.embedded import keys
+from dash_shampoo.base.embedded.block_info import BlockInfo
 from dash_shampoo.base.embedded.distributed_configs import (
     AlignedMemoryCostModel,
     DDPDistributedConfig,
     HybridShardDistributedConfig,
     assign_owners,
 )
-from dash_shampoo.base.embedded.distributor import BlockInfo, Distributor
+from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.dtensors import is_dtensor, local_tensor
 from dash_shampoo.base.embedded.replicas import (
     check_same_parameters,
@@ -141,7 +142,7 @@ class DDPDistributor(Distributor):
             if params:
                 torch._foreach_add_(params, directions)
             if self._local_buffers:
-                torch._foreach_copy_(self._local_buffers, self._local_blocked_params)
+                torch._foreach_copy_(self._local_buffers, self.local_blocked_params)
             self._gather()
             selector = self._global_grad_selector if use_masked_tensors else None
             self._receive(selector)
@@ -150,7 +151,7 @@ class DDPDistributor(Distributor):
             # equal even if they disagree on which parameters have a gradient.
             buffers = self._local_buffers
             if use_masked_tensors:
-                buffers = tuple(compress(self._local_buffers, self._local_grad_selector))
+                buffers = tuple(compress(self._local_buffers, self.local_grad_selector))
             if len(params) < len(self._local_buffers):
                 torch._foreach_zero_(self._local_buffers)
             if params:

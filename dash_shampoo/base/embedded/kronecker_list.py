@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import compress
 from typing import Any, ClassVar
 
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
-from dash_shampoo.base.embedded.blocking import pack_upper_triangular
+from dash_shampoo.base.embedded.block_info import BlockInfo
+from dash_shampoo.base.embedded.blocking import pack_upper_triangular, packed_diagonal
 from dash_shampoo.base.embedded.configs import BaseShampooPreconditionerConfig
-from dash_shampoo.base.embedded.distributor import BlockInfo
 from dash_shampoo.base.embedded.matrix_function_configs import MatrixFunctionConfig
 from dash_shampoo.base.embedded.preconditioner_list import PreconditionerList
 
@@ -58,11 +57,6 @@ class KroneckerFactors:
         torch._foreach_add_(self.factor_matrices, outer_products, alpha=weight)
 
 
-def _identity(size: int, is_packed: bool, device: torch.device) -> Tensor:
-    identity = torch.eye(size, device=device)
-    return pack_upper_triangular(identity) if is_packed else identity
-
-
 class Allocator:
     """Allocates the state of one block.
 
@@ -70,20 +64,12 @@ class Allocator:
         block: The block.
         info: Where its state belongs.
         use_symmetric_packing: Whether symmetric matrices are packed.
-        identity: Makes an identity of a size, packed or not, on a device.
     """
 
-    def __init__(
-        self,
-        block: Tensor,
-        info: BlockInfo,
-        use_symmetric_packing: bool,
-        identity: Callable[[int, bool, torch.device], Tensor],
-    ) -> None:
+    def __init__(self, block: Tensor, info: BlockInfo, use_symmetric_packing: bool) -> None:
         self._device = block.device
         self._info = info
         self._is_packed = use_symmetric_packing
-        self._identity = identity
 
     def zeros(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Zeros of a shape."""
@@ -91,9 +77,11 @@ class Allocator:
 
     def ones(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Ones of a shape."""
-        tensor = self.zeros(size, dtype)
-        self._info.get_tensor(tensor).fill_(1.0)
-        return tensor
+        return self._info.allocate_ones_tensor(size=size, dtype=dtype, device=self._device)
+
+    def identity(self, size: int, dtype: torch.dtype) -> Tensor:
+        """An N×N identity that is never packed."""
+        return self._info.allocate_eye_tensor(n=size, dtype=dtype, device=self._device)
 
     def symmetric_zeros(self, size: int, dtype: torch.dtype) -> Tensor:
         """An N×N matrix of zeros, packed where symmetric matrices are."""
@@ -101,16 +89,11 @@ class Allocator:
 
     def symmetric_identity(self, size: int, dtype: torch.dtype) -> Tensor:
         """An N×N identity, packed where symmetric matrices are."""
+        if not self._is_packed:
+            return self.identity(size, dtype)
         tensor = self.symmetric_zeros(size, dtype)
         local = self._info.get_tensor(tensor)
-        local.copy_(self._identity(size, self._is_packed, local.device))
-        return tensor
-
-    def identity(self, size: int, dtype: torch.dtype) -> Tensor:
-        """An N×N identity that is never packed."""
-        tensor = self.zeros((size, size), dtype)
-        local = self._info.get_tensor(tensor)
-        local.copy_(self._identity(size, False, local.device))
+        local.index_fill_(0, packed_diagonal(size, local.device), 1.0)
         return tensor
 
 
@@ -155,9 +138,8 @@ class BaseShampooPreconditionerList(PreconditionerList):
         self._local_preconditioned_dims_selector_list: tuple[tuple[bool, ...], ...] = tuple(
             self._selector(len(dims)) for dims in self._dims_list
         )
-        identity = cache(_identity)  # one for all blocks: thousands cost seconds
         self._local_kronecker_factors_unwrapped: tuple[Any, ...] = tuple(
-            self._allocate(block, info, selector, state, identity)
+            self._allocate(block, info, selector, state)
             for block, info, selector in zip(
                 block_list,
                 block_info_list,
@@ -252,11 +234,10 @@ class BaseShampooPreconditionerList(PreconditionerList):
         info: BlockInfo,
         selector: tuple[bool, ...],
         state: Mapping[Tensor, Any],
-        identity: Callable[[int, bool, torch.device], Tensor],
     ) -> KroneckerFactors:
         config = self._preconditioner_config
         sizes = list(compress(block.shape, selector))
-        allocate = Allocator(block, info, config.use_symmetric_packing, identity)
+        allocate = Allocator(block, info, config.use_symmetric_packing)
         tensors: dict[str, list[Tensor] | Tensor] = {
             keys.FACTOR_MATRICES: [
                 allocate.symmetric_zeros(size, config.factor_matrix_dtype) for size in sizes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
-from dash_shampoo.base.embedded.distributor import BlockInfo
+from dash_shampoo.base.embedded.block_info import BlockInfo
 
 
 class PreconditionerValueError(ValueError):

@@ -96,8 +96,8 @@ class ShampooStep:
         # Filtered gradient, with a beta of its own for this step (as Lion and NAdam have):
         #   G_bar <- beta3 * G_tilde + (1 - beta3) * G,   G_tilde <- beta1 * G_tilde + (1 - beta1) * G
         if beta1 != 0.0:
-            averages = state_lists[keys.MASKED_FILTERED_GRAD_LIST]
             correction = 1.0 - beta3 * beta1 ** (step - 1) if use_bias_correction else None
+            averages = state_lists[keys.MASKED_FILTERED_GRAD_LIST]
             grads = _filter(averages, grads, beta1, beta3, correction)
 
         #   P <- R_1 x G_bar x R_2 ..., with the norm of the grafting's direction
@@ -125,11 +125,9 @@ class ShampooStep:
 
         #   P <- (1 - mu_x * mu_y) * P + (1 - mu_x) * (Z - W),   Z <- Z - lr * P
         if iterate_averaging_enabled:
-            if not state_lists[keys.TRAIN_MODE]:
-                raise RuntimeError("The optimizer is in eval mode: call its train() before step().")
-            buffers = state_lists[keys.MASKED_WEIGHT_BUFFER_LIST]
+            # Looked up here: gathering them breaks a compiled graph, which must not be an inlined one.
             params = state_lists[keys.MASKED_BLOCKED_PARAMS]
-            _average(buffers, directions, params, eval_interp_coeff, train_interp_coeff)
+            _average(state_lists, directions, params, eval_interp_coeff, train_interp_coeff)
         return directions
 
     def _update_preconditioners(
@@ -225,12 +223,15 @@ def _apply_momentum(
 
 
 def _average(
-    buffers: tuple[Tensor, ...],
+    state_lists: Any,
     directions: tuple[Tensor, ...],
     params: tuple[Tensor, ...],
     mu_x: Tensor,
     mu_y: Tensor,
 ) -> None:
+    if not state_lists[keys.TRAIN_MODE]:
+        raise RuntimeError("The optimizer is in eval mode: call its train() before step().")
+    buffers = state_lists[keys.MASKED_WEIGHT_BUFFER_LIST]
     # Z - W with the Z from before this step.
     differences = torch._foreach_sub(buffers, params)
     torch._foreach_add_(buffers, directions)
