@@ -40,7 +40,7 @@ class Peer:
 
     Attributes:
         package (str): The module that it needs.
-        solver (str): Name of our config that computes the same; empty if none does.
+        solver (str): Name of our config that computes the same, or `rival` of several; empty if none does.
         make (Callable): make(block size, parameters) refreshes its roots in every step.
     """
 
@@ -119,7 +119,14 @@ def _dash_gpu(method: str) -> Callable[[int, Parameters], Steppable]:
 def _soap(block: int, parameters: Parameters) -> Steppable:
     module = import_module("pytorch_optimizer.optimizer.soap")
     options = dict(precondition_frequency=1, eps=GRAFTING_EPSILON)
-    return of_groups(module.SOAP(parameters, lr=LR, betas=BETAS, weight_decay=0.0, **options))
+    optimizer = module.SOAP(parameters, lr=LR, betas=BETAS, weight_decay=0.0, **options)
+
+    def set_frequency(frequency: int) -> None:
+        of_groups(optimizer).set_frequency(frequency)
+        for state in optimizer.state.values():  # which keeps what it began with
+            state["precondition_frequency"] = frequency
+
+    return Steppable(optimizer.step, set_frequency)
 
 
 def _muon(block: int, parameters: Parameters) -> Steppable:
@@ -157,6 +164,6 @@ PEERS: dict[str, Peer] = {
         for solver, method in {"eigen": "eigh", "newton_db": "newton_db"}.items()
     },
     "pytorch_optimizer.SOAP": Peer("pytorch_optimizer", "soap", _soap),
-    "Muon": Peer("torch.optim", "", _muon),
+    "Muon": Peer("torch.optim", "muon", _muon),
     "AdamW": Peer("torch.optim", "", _adamw),
 }

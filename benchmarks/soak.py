@@ -29,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dash_shampoo as ds
 from benchmarks.cases import Case, make_gradients, make_parameters, set_gradients
-from benchmarks.step_time import CONFIGS
+from benchmarks.ours import CONFIGS
 
 CASE = Case("soak", [((48, 32), 4), ((32, 32), 4), ((32, 24), 2), ((32,), 5)], 16)
 NUM_GRADIENTS = 8

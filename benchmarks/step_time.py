@@ -34,45 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dash_shampoo as ds
 from benchmarks.cases import CASES, Case, make_gradients, make_parameters, set_gradients
 from benchmarks.memory import memory_of
-from benchmarks.peers import (
-    BETAS,
-    EPSILON,
-    GRAFTING_EPSILON,
-    LR,
-    NEVER,
-    PEERS,
-    Steppable,
-    of_groups,
-)
+from benchmarks.ours import CONFIGS, shampoo
+from benchmarks.peers import NEVER, PEERS, Steppable
 
 DEFAULT_CASES = ("256x64", "64x256", "146-of-64")
-
-
-@dataclass(frozen=True)
-class Config:
-    """One of our configs; `on_base` where the base's own list can compute it too."""
-
-    make: Callable[[], ds.PreconditionerConfig]
-    on_base: bool = False
-
-
-def _solver(make: Callable[[], ds.RootInvConfig]) -> Callable[[], ds.PreconditionerConfig]:
-    return lambda: ds.RootInvShampooPreconditionerConfig(
-        amortized_computation_config=make(), use_symmetric_packing=False
-    )
-
-
-CONFIGS = {
-    "eigen": Config(_solver(ds.EigenConfig), on_base=True),
-    "coupled_newton": Config(
-        _solver(lambda: ds.CoupledNewtonConfig(max_iterations=10)), on_base=True
-    ),
-    "newton_db": Config(_solver(ds.NewtonDBConfig)),
-    "newton_schulz": Config(_solver(ds.NewtonSchulzRootInvConfig)),
-    "chebyshev": Config(_solver(ds.ChebyshevConfig)),
-    "minimax": Config(_solver(ds.MinimaxConfig)),
-    "default": Config(lambda: ds.DefaultDashConfig),
-}
 
 
 @dataclass
@@ -81,7 +46,7 @@ class Variant:
 
     Attributes:
         name (str): Its name in the table.
-        solver (str): What it computes, by the name of our config; "" if we have none for it.
+        solver (str): What it computes, by the name of our config or of its rivals.
         kind (str): "ours", "base" or "peer".
         make (Callable): Constructs it.
         times (dict): Milliseconds of a step, by how often roots are refreshed and round.
@@ -100,34 +65,14 @@ class Variant:
     peak_bytes: int = 0
 
 
-def shampoo(
-    optimizer_class: type[ds.DistributedShampoo], config: ds.PreconditionerConfig, block: int
-) -> Callable[[Sequence[torch.nn.Parameter]], Steppable]:
-    """Ours, or the base's class."""
-    return lambda parameters: of_groups(
-        optimizer_class(
-            parameters,
-            lr=LR,
-            betas=BETAS,
-            epsilon=EPSILON,
-            max_preconditioner_dim=block,
-            precondition_frequency=1,
-            grafting_config=ds.AdamPreconditionerConfig(beta2=BETAS[1], epsilon=GRAFTING_EPSILON),
-            preconditioner_config=config,
-        )
-    )
-
-
 def make_variants(block: int, configs: Sequence[str], peers: Sequence[str]) -> list[Variant]:
     """The optimizers of a case: ours, the base's where it can, and those of others."""
     variants: list[Variant] = []
-    make: Callable[[Sequence[torch.nn.Parameter]], Steppable]
     for name in configs:
-        config = CONFIGS[name].make()
-        variants.append(
-            Variant(f"ours/{name}", name, "ours", shampoo(ds.DashShampoo, config, block))
-        )
-        if CONFIGS[name].on_base:
+        config = CONFIGS[name]
+        make = shampoo(ds.DashShampoo, config, block)
+        variants.append(Variant(f"ours/{name}", name, "ours", make))
+        if config.on_base:
             make = shampoo(ds.DistributedShampoo, config, block)
             variants.append(Variant(f"base/{name}", name, "base", make))
     for name in peers:
@@ -238,21 +183,22 @@ def absolute_table(variants: Sequence[Variant], frequencies: Sequence[int]) -> s
 
 def ratio_table(variants: Sequence[Variant], frequencies: Sequence[int]) -> str:
     """Ours over the base, over the fastest of the others with the same solver, and over the rest."""
-    others = [v for v in variants if v.kind == "peer" and not v.solver]
+    others = [v for v in variants if v.kind == "peer" and v.name in ("Muon", "AdamW")]
     header = ["Ours", "refresh", "÷ base", "÷ fastest peer of that solver", "which"]
     header += [f"÷ {other.name}" for other in others]
     rows = []
     for ours in (v for v in variants if v.kind == "ours"):
         for frequency in frequencies:
             time = ours.times[frequency]
-            rivals = [v for v in variants if v.solver == ours.solver and v.kind == "peer"]
+            rival = CONFIGS[ours.solver].rival or ours.solver
+            rivals = [v for v in variants if v.solver == rival and v.kind == "peer"]
             rivals.sort(key=lambda v: statistics.median(v.times[frequency]))
             bases = [v for v in variants if v.solver == ours.solver and v.kind == "base"]
             cells = [ratio(time, v.times[frequency]) for v in (*bases, *rivals[:1])]
             base = cells.pop(0) if bases else "–"
-            rival = [*cells, rivals[0].name.split("/")[0]] if rivals else ["–", "–"]
+            which = [*cells, rivals[0].name.split("/")[0]] if rivals else ["–", "–"]
             cells = [ratio(time, other.times[frequency]) for other in others]
-            rows.append([ours.solver, every(frequency), base, *rival, *cells])
+            rows.append([ours.solver, every(frequency), base, *which, *cells])
     return table(header, rows)
 
 
@@ -280,7 +226,8 @@ def preface(options: argparse.Namespace) -> str:
         ),
         f"- Medians of {options.rounds} interleaved rounds after {options.warmup}, time by {options.clock}; "
         "ratios are medians of the rounds' ratios, with quartiles: below 1, ours is faster. fp32, Adam "
-        "grafting, every optimizer with its solver's defaults.",
+        "grafting where Shampoo's family takes any (SOAP, spectral and sign descent have none), every "
+        "optimizer with its solver's defaults.",
         *([f"- Not importable here: {'; '.join(missing)}."] if missing else []),
         *(f"- `{name}`: {CONFIGS[name].make()}" for name in options.solvers),
         "",

@@ -23,10 +23,11 @@ from torch import nn
 
 import dash_shampoo as ds
 from benchmarks.cases import Case, make_gradients, make_parameters, set_gradients
+from benchmarks.ours import CONFIGS, Config
 from benchmarks.peers import BETAS, EPSILON, GRAFTING_EPSILON, LR, PEERS, Steppable, of_groups
 from benchmarks.phases import phase_milliseconds
 from benchmarks.rank_share import blocks_of_rank
-from benchmarks.step_time import CONFIGS, Config, Variant, run_case
+from benchmarks.step_time import Variant, run_case
 from experiments.bench_report import write
 from experiments.builders import build_model
 from experiments.command_line import Parser, positive

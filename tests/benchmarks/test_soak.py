@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.ours import CONFIGS
 from benchmarks.soak import (
     REFRESH_EVERY,
     Soak,
@@ -15,7 +16,6 @@ from benchmarks.soak import (
     soak,
     state_tensors,
 )
-from benchmarks.step_time import CONFIGS
 
 
 @pytest.mark.parametrize("name", ["default", "newton_db"])

@@ -11,9 +11,12 @@ import dash_shampoo as ds
 from benchmarks import step_time
 from benchmarks.cases import CASES, Case, llama, make_gradients, make_parameters
 from benchmarks.memory import memory_of
+from benchmarks.ours import CONFIGS
 from benchmarks.peers import PEERS
-from benchmarks.step_time import CONFIGS, main, make_variants, measure_memory
+from benchmarks.step_time import main, make_variants, measure_memory
+from dash_shampoo.config import base_class_of
 from dash_shampoo.inverse_root.registry import SOLVERS
+from dash_shampoo.optimizer import _STACKED_LISTS
 from tests.state_bytes import real_bytes
 
 
@@ -59,8 +62,14 @@ def test_every_solver_of_ours_has_a_row():
     assert len(ours) >= 4
     # With its defaults this one is the base's coupled Newton, which has a row.
     ours.discard(ds.ScaledCoupledNewtonConfig)
-    solvers = {type(config.make().amortized_computation_config) for config in CONFIGS.values()}
+    configs = [config.make() for config in CONFIGS.values()]
+    solvers = {type(getattr(config, "amortized_computation_config", None)) for config in configs}
     assert ours <= solvers
+
+
+def test_every_list_has_a_row():
+    lists = {base_class_of(config.make()) for config in CONFIGS.values()}
+    assert lists == set(_STACKED_LISTS)
 
 
 def test_a_refresh_interval_is_timed_as_a_whole(monkeypatch):
@@ -124,7 +133,7 @@ def test_peers_take_steps(name, tiny):
     for old, new in zip(before, parameters, strict=True):
         assert new.isfinite().all()
         assert not torch.equal(old, new)
-    assert peer.solver in {"", "soap", *CONFIGS}
+    assert peer.solver in {"", "soap", "muon", *CONFIGS}
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
