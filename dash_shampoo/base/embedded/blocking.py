@@ -140,8 +140,9 @@ def _upper_triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @cache
 def packed_diagonal(size: int, device: torch.device) -> Tensor:
     """Where the diagonal of an (N, N) matrix lies in its packed upper triangle."""
-    rows, columns = _upper_triangle(size, device)
-    return (rows == columns).nonzero().flatten()
+    # In closed form, for devices without values (meta) too.
+    row = torch.arange(size, device=device)
+    return row * size - row * (row - 1) // 2
 
 
 def pack_upper_triangular(matrix: Tensor) -> Tensor:
