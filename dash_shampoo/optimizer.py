@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -19,22 +18,15 @@ from dash_shampoo.base import (
     CoupledNewtonConfig,
     Distributor,
     EigenConfig,
-    EigendecomposedKLShampooPreconditionerConfig,
-    EigendecomposedShampooPreconditionerConfig,
-    EigenvalueCorrectedShampooPreconditionerConfig,
     EighEigendecompositionConfig,
     MatrixFunctionConfig,
     NewtonSchulzOrthogonalizationConfig,
     PreconditionerConfig,
     QREigendecompositionConfig,
-    RootInvKLShampooPreconditionerConfig,
-    RootInvShampooPreconditionerConfig,
-    SignDescentPreconditionerConfig,
-    SpectralDescentPreconditionerConfig,
     SVDOrthogonalizationConfig,
 )
 from dash_shampoo.base import name as base_name
-from dash_shampoo.config import GradientPolicy, base_class_of
+from dash_shampoo.config import GradientPolicy
 from dash_shampoo.consolidation import ConsolidatingShampoo
 from dash_shampoo.diagnostics import HISTORY, BlockDiagnostics, diagnose, observe
 from dash_shampoo.distribution import share_late_error, shares_errors
@@ -48,17 +40,13 @@ from dash_shampoo.planning import (
 )
 from dash_shampoo.preconditioners import (
     ScalarAdaGradPreconditionerConfig,
-    StackedEigendecomposedKLShampooPreconditionerList,
-    StackedEigendecomposedShampooPreconditionerList,
-    StackedEigenvalueCorrectedShampooPreconditionerList,
     StackedOptions,
     StackedPreconditionerList,
-    StackedRootInvKLShampooPreconditionerList,
-    StackedRootInvShampooPreconditionerList,
-    StackedSignDescentPreconditionerList,
-    StackedSpectralDescentPreconditionerList,
+    config_for_base,
+    method_of,
     missing_seam,
     scalar_list,
+    stacked_list_of,
     warn_of_known_bad,
 )
 from dash_shampoo.step import (
@@ -77,18 +65,6 @@ logger = logging.getLogger(__name__)
 
 _TESTED_COMMIT = "f606606"
 
-# By exact type: a subclass in the base is another method.
-_STACKED_LISTS: dict[type, type[StackedPreconditionerList]] = {
-    RootInvShampooPreconditionerConfig: StackedRootInvShampooPreconditionerList,
-    RootInvKLShampooPreconditionerConfig: StackedRootInvKLShampooPreconditionerList,
-    EigendecomposedShampooPreconditionerConfig: StackedEigendecomposedShampooPreconditionerList,
-    EigendecomposedKLShampooPreconditionerConfig: StackedEigendecomposedKLShampooPreconditionerList,
-    EigenvalueCorrectedShampooPreconditionerConfig: (
-        StackedEigenvalueCorrectedShampooPreconditionerList
-    ),
-    SpectralDescentPreconditionerConfig: StackedSpectralDescentPreconditionerList,
-    SignDescentPreconditionerConfig: StackedSignDescentPreconditionerList,
-}
 _METHODS_OF_BASE = (
     CoupledHigherOrderConfig,
     CoupledNewtonConfig,
@@ -271,8 +247,8 @@ class DashShampoo(ConsolidatingShampoo):
             )
         if isinstance(preconditioner_config, ScalarAdaGradPreconditionerConfig):
             return scalar_list(preconditioner_config, self.state, distributor)
-        for_base = _config_for_base(preconditioner_config)
-        stacked_list = _STACKED_LISTS.get(type(for_base))
+        for_base = config_for_base(preconditioner_config)
+        stacked_list = stacked_list_of(for_base)
         if stacked_list is None:
             if preconditioner_config is group["preconditioner_config"]:
                 logger.info(
@@ -283,7 +259,7 @@ class DashShampoo(ConsolidatingShampoo):
                 state_lists, group, preconditioner_config
             )
 
-        method = _method_of(for_base)
+        method = method_of(for_base)
         # The base swallows an unknown method as a failed computation, so it must be refused here.
         stacked_list.check_method(method)
         base_list = super()._preconditioner_config_to_list_cls(state_lists, group, for_base)
@@ -384,24 +360,6 @@ def _explanation(seam: str) -> str:
         f"This version of Distributed Shampoo (base {base_name!r}) lacks {seam}, which DashShampoo was "
         f"tested with at commit {_TESTED_COMMIT} of facebookresearch/optimizers."
     )
-
-
-def _config_for_base(config: PreconditionerConfig | None) -> PreconditionerConfig | None:
-    """The config without our options; the base looks its lists up by exact type."""
-    cls = base_class_of(config)
-    if config is None or cls is type(config):
-        return config
-    plain: PreconditionerConfig = cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
-    return plain
-
-
-def _method_of(config: PreconditionerConfig | None) -> MatrixFunctionConfig | None:
-    """What a preconditioner computes of matrices, where it computes anything."""
-    for name in ("amortized_computation_config", "orthogonalization_config"):
-        if hasattr(config, name):
-            method: MatrixFunctionConfig = getattr(config, name)
-            return method
-    return None
 
 
 def _fall_back(base_list: Any, seam: str, method: MatrixFunctionConfig | None) -> Any:

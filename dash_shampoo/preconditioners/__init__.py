@@ -8,6 +8,7 @@ from dash_shampoo.preconditioners.eigenvalue_corrected import (
     StackedEigenvalueCorrectedShampooPreconditionerList,
 )
 from dash_shampoo.preconditioners.known_bad import warn_of_known_bad
+from dash_shampoo.preconditioners.of_config import config_for_base, method_of, stacked_list_of
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.preconditioners.root_inverse import (
     StackedRootInvKLShampooPreconditionerList,
@@ -46,7 +47,10 @@ __all__ = [
     "StackedRootInvShampooPreconditionerList",
     "StackedSignDescentPreconditionerList",
     "StackedSpectralDescentPreconditionerList",
+    "config_for_base",
+    "method_of",
     "missing_seam",
     "scalar_list",
+    "stacked_list_of",
     "warn_of_known_bad",
 ]
