@@ -79,8 +79,7 @@ def _train(config: DictConfig, process: Process, output_dir: Path) -> int:
             f"tokens ({trainer.data.name}), from step {trainer.step} to {trainer.last_step}, "
             f"into {output_dir}"
         )
-        if len(trainer.optimizer.param_groups) > 1:
-            print("\n".join(describe_groups(trainer.optimizer)))
+        print("\n".join(describe_groups(trainer.optimizer)))
     try:
         result = trainer.run()
     except RunError as error:
