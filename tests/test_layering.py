@@ -61,7 +61,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "preconditioners",
         "step",
     },
-    "planning": {"base", "buckets", "config", "eigenbasis", "inverse_root", "preconditioners"},
+    "planning": {
+        "base",
+        "buckets",
+        "config",
+        "eigenbasis",
+        "inverse_root",
+        "orthogonalization",
+        "preconditioners",
+    },
     "drop_in": {"optimizer"},
     "grouping": {"base", "planning"},
     "dash_shampoo": {

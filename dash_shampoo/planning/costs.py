@@ -17,15 +17,23 @@ import torch
 
 from dash_shampoo.base import (
     BaseShampooPreconditionerConfig,
+    EigendecomposedKLShampooPreconditionerConfig,
     EigendecomposedShampooPreconditionerConfig,
     EigenvalueCorrectedShampooPreconditionerConfig,
     RootInvConfig,
+    RootInvKLShampooPreconditionerConfig,
     RootInvShampooPreconditionerConfig,
 )
 from dash_shampoo.planning.blocks import BlockCost, GroupProfile
 from dash_shampoo.planning.devices import Device, precision_of
-from dash_shampoo.planning.solver_cost import SolverCost, eigenbasis_cost, measure_solver
+from dash_shampoo.planning.solver_cost import (
+    SolverCost,
+    eigenbasis_cost,
+    measure_solver,
+    orthogonalization_flops,
+)
 
+_KL = (RootInvKLShampooPreconditionerConfig, EigendecomposedKLShampooPreconditionerConfig)
 FACTOR_KINDS = ("factor_matrices", "inv_factor_matrices", "factor_matrices_eigenvectors")
 
 
@@ -36,9 +44,9 @@ class StepCost:
     Attributes:
         factor_update_flops: Matmul FLOPs of the outer products, F ← βF + w·GGᵀ.
         inverse_root_flops: Matmul FLOPs of the inverse roots, amortised.
-        eigendecomposition_flops: FLOPs of eigendecompositions in the inverse roots, amortised; far
-            from peak rates on a GPU.
-        precondition_flops: Matmul FLOPs of G ×₁ R₁ ×₂ R₂ ….
+        eigendecomposition_flops: FLOPs of eigendecompositions in the inverse roots, amortised, and of
+            singular value decompositions; far from peak rates on a GPU.
+        precondition_flops: Matmul FLOPs of G ×₁ R₁ ×₂ R₂ …, or of the orthogonalisation.
         factor_update_seconds: Roofline of the device, 0 if none was named; the same for the others.
         inverse_root_seconds: Of the inverse roots, with eigendecompositions at the peak rate.
         precondition_seconds: Of the preconditioning.
@@ -92,6 +100,11 @@ class GroupCost:
         is_wide = config.factor_matrix_dtype == torch.float64
         compute_dtype = torch.float64 if is_wide else torch.float32
         self._inverse_dtype, self._num_passes = _application(config)
+        # KL-Shampoo takes outer products of gradients preconditioned in all other dimensions.
+        self._is_kl = isinstance(config, _KL)
+        self._orthogonalization = getattr(
+            profile.options["preconditioner_config"], "orthogonalization_config", None
+        )
         self._compute_itemsize = compute_dtype.itemsize
         precision = str(getattr(solver, "matmul_precision", "fp32"))
         self._solver_precision = precision_of(compute_dtype) if precision == "fp32" else precision
@@ -118,10 +131,14 @@ class GroupCost:
         # G₍ₖ₎G₍ₖ₎ᵀ of an N×M unfolding is 2N²M, and so is each mode product; N·M is the block.
         outer = sum(2.0 * size * numel for size in sizes)
         mode = self._num_passes * outer
+        if self._is_kl:
+            outer += max(len(sizes) - 1, 0) * mode
         root_flops = sum(cost.matmul_flops(n) for cost, n in solves) / frequency
         eigh_flops = sum(cost.eigendecomposition_flops(n) for cost, n in solves) / frequency
         moved = self._compute_itemsize * sum(cost.elements_moved(n) for cost, n in solves)
         moved += factor_bytes + inverse_bytes
+        if self._orthogonalization is not None:
+            mode, eigh_flops = orthogonalization_flops(self._orthogonalization, *spec.shape)
         flops = StepCost(
             factor_update_flops=outer,
             inverse_root_flops=root_flops,

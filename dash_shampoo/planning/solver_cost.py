@@ -9,9 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-from dash_shampoo.base import EigendecompositionConfig, QREigendecompositionConfig, RootInvConfig
+from dash_shampoo.base import (
+    EigendecompositionConfig,
+    NewtonSchulzOrthogonalizationConfig,
+    OrthogonalizationConfig,
+    QREigendecompositionConfig,
+    RootInvConfig,
+    SVDOrthogonalizationConfig,
+)
 from dash_shampoo.eigenbasis import OrthogonalIterationConfig
 from dash_shampoo.inverse_root import num_products
+from dash_shampoo.orthogonalization import GramOrthogonalizationConfig, MinimaxPolarConfig
 
 REFERENCE_CONDITION_NUMBER = 1e6
 """Solvers with a stopping rule are counted on eigenvalues spread evenly, in their logarithm, over
@@ -117,6 +125,38 @@ def eigenbasis_cost(config: EigendecompositionConfig) -> SolverCost:
             products = 2.0 + steps * (1.0 + 4 / 3) + max(steps - 1, 0)
             return SolverCost(products, 0.0, 0.0, 0.0, config.tolerance > 0.0)
     return SolverCost(0.0, 0.0, 0.0, 1.0, config.tolerance > 0.0)
+
+
+def orthogonalization_flops(
+    config: OrthogonalizationConfig, num_rows: int, num_columns: int
+) -> tuple[float, float]:
+    """What the methods' docstrings say that the nearest orthogonal matrix costs.
+
+    Args:
+        config: How it is computed.
+        num_rows: Of the matrix.
+        num_columns: Of the matrix.
+
+    Returns:
+        FLOPs of products, and of a decomposition.
+
+    References:
+        Golub and Van Loan, Matrix Computations, 4th edition, section 8.6.4 (singular values).
+
+    Examples:
+        >>> orthogonalization_flops(NewtonSchulzOrthogonalizationConfig(num_iterations=1), 8, 4)
+        (640.0, 0.0)
+    """
+    n, m = sorted((num_rows, num_columns))
+    match config:
+        case SVDOrthogonalizationConfig():
+            return 2.0 * m * n**2, 14.0 * m * n**2 + 8.0 * n**3
+        case GramOrthogonalizationConfig():
+            root = measure_solver(config.root_inv_config, 2, 0.0, torch.float32)
+            return 4.0 * m * n**2 + root.matmul_flops(n), root.eigendecomposition_flops(n)
+        case NewtonSchulzOrthogonalizationConfig() | MinimaxPolarConfig():
+            return config.num_iterations * (4.0 * m * n**2 + 2.0 * n**3), 0.0
+    raise ValueError(f"{type(config).__name__} can't be planned: its cost is not known.")
 
 
 def _count(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import dash_shampoo as ds
-from experiments.study.sides import AdamW, Muon, PackageSOAP, Shampoo, Side, root
+from experiments.study.sides import AdamW, Muon, PackageSOAP, Routing, Shampoo, Side, root
 from experiments.tasks import DigitsConvTask, DigitsTask, LlamaTask, Mnist1dTask, Task
 
 
@@ -114,6 +114,11 @@ def _dims(count: float) -> dict[str, Any]:
     }
 
 
+_ROUTINGS: dict[str, Routing] = {
+    "everything": "all",
+    "all matrices": "matrices",
+    "hidden matrices": "hidden",
+}
 _EXACT = root(ds.EigenConfig(), {}, ds.RootInvShampooPreconditionerConfig)
 _BASE_SOAP = ds.EigenvalueCorrectedShampooPreconditionerConfig(
     amortized_computation_config=ds.EighEigendecompositionConfig()
@@ -228,5 +233,18 @@ QUESTIONS = {
                 as_matrices=True,
             ),
         },
+    ),
+    "soap": Question(
+        "Does our SOAP reach that of pytorch_optimizer?",
+        {
+            "SOAP (pytorch_optimizer)": PackageSOAP(),
+            **{
+                f"SOAP, {what}": Shampoo(
+                    ds.DefaultDashSOAPConfig, grafts=False, lr=0.004, epsilon=1e-8, routing=routing
+                )
+                for what, routing in _ROUTINGS.items()
+            },
+        },
+        ("mlp", "conv2d"),
     ),
 }

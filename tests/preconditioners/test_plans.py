@@ -46,6 +46,37 @@ def test_products_are_counted_by_method() -> None:
     assert flops(ds.EigendecomposedShampooPreconditionerConfig()) == (2, 4, 0, 18)
     assert flops(ds.EigenvalueCorrectedShampooPreconditionerConfig())[1:] == (6, 0, 18)
     assert flops(ds.SignDescentPreconditionerConfig()) == (0, 0, 0, 0)
+    # Beside its own outer product each factor has one product with the other's root, or two.
+    assert flops(ds.RootInvKLShampooPreconditionerConfig())[:2] == (4, 2)
+    assert flops(ds.EigendecomposedKLShampooPreconditionerConfig())[:2] == (6, 4)
+
+
+def test_orthogonalisations_are_priced_by_their_products() -> None:
+    def flops(method: ds.OrthogonalizationConfig) -> tuple[float, float]:
+        config = ds.SpectralDescentPreconditionerConfig(orthogonalization_config=method)
+        step = (
+            ds.plan_optimizer(
+                [torch.nn.Parameter(torch.zeros(128, 64))],
+                preconditioner_config=config,
+                max_preconditioner_dim=math.inf,
+                distributed_config=ds.SingleDeviceDistributedConfig(
+                    target_parameter_dimensionality=2
+                ),
+            )
+            .ranks[0]
+            .step
+        )
+        assert step.factor_update_flops == step.inverse_root_flops == 0.0
+        return step.precondition_flops / (2 * 64**3), step.eigendecomposition_flops / 64**3
+
+    # For 128×64 a step is two products of 4·64³ flops and one of 2·64³.
+    assert flops(ds.MuonOrthogonalizationConfig()) == (5 * 5, 0)
+    assert flops(ds.MinimaxPolarConfig(num_iterations=4)) == (5 * 4, 0)
+    assert flops(ds.SVDOrthogonalizationConfig()) == (2, 14 * 2 + 8)
+    squares = ds.GramOrthogonalizationConfig(root_inv_config=ds.MinimaxConfig(num_squarings=5))
+    products, decompositions = flops(squares)
+    assert 4 + 5 <= products < 4 + 10
+    assert decompositions == 0
 
 
 def test_methods_of_eigenbases_cost_what_their_docstrings_say() -> None:
