@@ -12,6 +12,8 @@ _GIB, _MIB, _MILLI = 2**30, 2**20, 1e-3
 # What a step allocates for a time, in bytes of the blocks that the rank owns: copies of gradients, both
 # directions, their products. Counted by benchmarks/memory.py, as for torch's AdamW.
 _STEP_COPIES, _ADAMW_COPIES = 5, 1
+# What a solver holds beside a stack, in stacks; the cap on its memory bounds it where stacks are large.
+_SOLVER_STACKS = 16
 # AdamW reads parameter, gradient and two moments, and writes all but the gradient.
 _ADAMW_PASSES = 7
 # Of the device's memory for CUDA's context, kernels' workspaces and what the allocator can't use.
@@ -98,6 +100,7 @@ def fits(
         share = rank.total_state_bytes / max(sum(r.total_state_bytes for r in plan.ranks), 1)
         copies = 1 if parallelism.is_gathered else parallelism.num_replicas
         owned = memory.gradients * min(share * copies, 1.0)
+        stacks = rank.state_bytes.get("factor_matrices", 0)
         rows.append(
             Fit(
                 name,
@@ -105,7 +108,7 @@ def fits(
                 gradients,
                 rank.total_state_bytes + rank.buffer_bytes,
                 common[0],
-                _STEP_COPIES * owned + min(max_workspace_bytes, rank.total_state_bytes),
+                _STEP_COPIES * owned + min(max_workspace_bytes, _SOLVER_STACKS * stacks),
                 plan.seconds,
                 max(r.received_bytes for r in plan.ranks),
                 common[1],

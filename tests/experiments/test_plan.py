@@ -103,7 +103,7 @@ def test_every_split_into_groups_can_be_planned(capsys, name):
     plan = record(capsys, *SMALL, "world_size=4", f"parameter_groups={name}")
     one = record(capsys, *SMALL, "world_size=4")
     assert plan["num_parameters"] == one["num_parameters"]
-    assert (plan["total_flops"] < one["total_flops"]) == (name != "one")
+    assert (plan["total_flops"] < one["total_flops"]) == (name == "adam_for_embeddings")
 
 
 def test_every_shampoo_can_be_planned(capsys):
