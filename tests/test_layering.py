@@ -90,6 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # What is imported by everyone is torch; the rest by these rooms (or files) alone.
 THIRD_PARTY: dict[str, set[str]] = {
+    "products": {"triton"},
     "experiments": {
         "hydra",
         "omegaconf",

@@ -76,6 +76,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _FACTORS:
             left, right = args[_FACTORS[name] : _FACTORS[name] + 2]
             self._add(left, right)
+        elif name == "symmetric_square_":
+            self._add(args[1], args[1])
         elif name == "_linalg_eigh":
             self._count.num_eigendecompositions += _num_matrices(args[0]) / self._num_blocks
         return func(*args, **(kwargs or {}))

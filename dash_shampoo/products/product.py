@@ -10,6 +10,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from dash_shampoo.products.fused import can_use_fused, fused_square_
 from dash_shampoo.products.precision import (
     SPLIT_SCALE,
     MatmulPrecision,
@@ -106,28 +107,54 @@ class Products:
         out: Tensor | None = None,
         alpha: float = 1.0,
         addend: Tensor | None = None,
-        beta: float = 1.0,
+        beta: float | Tensor = 1.0,
         shift: float = 0.0,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """alpha·S² + beta·addend + shift·I of symmetric blocks.
+        """scale·(alpha·S² + beta·addend + shift·I) of symmetric blocks.
 
-        In fp32 it is one pass; a large square on the CPU is computed as one triangle. In "tf32", "fp16"
+        Where `can_use_fused` says so, on CUDA and below fp32, it is one kernel. Elsewhere a square in fp32 is
+        one pass, and a large one on the CPU is computed as one triangle. In "tf32", "fp16"
         and "bf16" the mean μ of the diagonal is taken out before rounding, S = μI + D, and
         S² = D² + 2μS - μ²I is put together in fp32: near a multiple of the identity, rounding then
         loses a part of D instead of a part of μ.
 
         Args:
             S: (B, N, N) symmetric stack; in "fp16" its entries should be of size 1.
-            out: (B, N, N) tensor to write to; must not overlap `S`, may be `addend`. Default: a new one.
+            out: (B, N, N) contiguous tensor to write to; must not overlap `S`, may be `addend`. Default: a
+                new one.
             alpha: Factor of the square.
-            addend: (B, N, N) symmetric stack. Default: none.
-            beta: Factor of the addend.
+            addend: (B, N, N) symmetric stack, or several as (R, B·N·N) with contiguous rows. Default: none.
+            beta: Factor of the addend, or of several (R,).
             shift: Added to the diagonals.
+            scale: (B,) factors of the results. Default: 1.
 
         Returns:
-            `out`, as symmetric as the device's product of a matrix by itself.
+            `out`, as symmetric as the device's product of a matrix by itself; exactly by the fused kernel.
         """
         out = torch.empty_like(S) if out is None else out
+        if self.can_fuse(S):
+            weights = beta if isinstance(beta, Tensor) else None
+            factor = 1.0 if isinstance(beta, Tensor) else beta
+            fused_square_(out, S, addend, weights, scale, self.precision, alpha, factor, shift)
+            return out
+        return self._reference_square(S, out, alpha, addend, beta, shift, scale)
+
+    def _reference_square(
+        self,
+        S: Tensor,
+        out: Tensor,
+        alpha: float,
+        addend: Tensor | None,
+        beta: float | Tensor,
+        shift: float,
+        scale: Tensor | None,
+    ) -> Tensor:
+        """`square` by torch's products."""
+        if isinstance(beta, Tensor):
+            assert addend is not None
+            torch.mv(addend.mT, beta, out=out.view(-1))
+            addend, beta = out, 1.0
         if self.precision == "fp32" and can_use_triangle(S):
             triangular_square_(out, S, alpha, addend, beta)
         elif self.precision == "fp32":
@@ -143,7 +170,11 @@ class Products:
             out.copy_(square)
         if shift != 0.0:
             out.diagonal(dim1=-2, dim2=-1).add_(shift)
-        return out
+        return out if scale is None else out.mul_(scale[:, None, None])
+
+    def can_fuse(self, S: Tensor) -> bool:
+        """Whether `square` is one kernel for a stack, and its result exactly symmetric."""
+        return can_use_fused(S, self.precision)
 
     def power(self, A: Tensor, exponent: int) -> Tensor:
         """A^exponent of symmetric blocks by repeated squaring.
@@ -221,3 +252,19 @@ def _split_product(A: Tensor, B: Tensor) -> Tensor:
     B_high, B_low = split(B)
     cross = multiply(A_high, B_low).add_(multiply(A_low, B_high))
     return multiply(A_high, B_high).add_(cross, alpha=1.0 / SPLIT_SCALE)
+
+
+@torch.library.impl("dash_shampoo::symmetric_square_", "CPU")
+def _square_on_cpu(
+    out: Tensor,
+    S: Tensor,
+    addends: Tensor | None,
+    weights: Tensor | None,
+    scale: Tensor | None,
+    precision: MatmulPrecision,
+    alpha: float,
+    beta: float,
+    shift: float,
+) -> None:
+    factor = beta if weights is None else weights
+    Products(precision)._reference_square(S, out, alpha, addends, factor, shift, scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from fractions import Fraction
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dash_shampoo as ds
+from benchmarks.device_counts import DeviceCounts
 from dash_shampoo.inverse_root import InverseRootStatus, check_supported, inverse_root
-from dash_shampoo.inverse_root.minimax.solve import table_of
+from dash_shampoo.inverse_root.minimax.solve import minimax, table_of
 from dash_shampoo.inverse_root.minimax.tables import ROOTS, find_table, tables_of
 from dash_shampoo.products import count_products
 
@@ -326,3 +328,23 @@ def test_of_2400_random_stacks_no_wrong_root_is_accepted():
     assert worst_missed <= 0.3
     assert missed <= 0.1 * wrong
     assert false_alarms <= 0.06 * right
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the fused square needs triton")
+@pytest.mark.parametrize("precision", ["fp16x3", "tf32", "fp16", "bf16"])
+def test_passes_beside_fused_products_on_an_accelerator(precision):
+    A = torch.eye(64).expand(4, 64, 64).contiguous()
+    config = ds.MinimaxConfig(relative_epsilon=1e-4, num_squarings=5, matmul_precision=precision)
+    with DeviceCounts({}, default="solver") as device:
+        device.place([A])
+        minimax(A, Fraction(2), config, 0.0)  # the weights come from the host once
+        device.reset()
+        solution = minimax(A, Fraction(2), config, 0.0)
+        counts = device.counts
+    assert counts.operations["solver", "symmetric_square_"] == 5
+    # A to T, the norm of T², T to M, the second rung; the rest is numbers per block and diagonals.
+    assert round(counts.elements["solver"] / A.numel(), 1) == 4.1
+    assert not counts.waits
+    assert solution.is_symmetric
+    assert solution.scale is None
+    assert (solution.X - torch.eye(64)).abs().max() < 0.43

@@ -196,8 +196,8 @@ def minimax(A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float) ->
         epsilon = 0.
 
     Note:
-        k matmuls, all of them squares, and five elementwise passes. No host sync. The workspace is k stacks
-        beside the root.
+        k matmuls, all of them squares, and four passes beside them; where the squares are not fused, the sum
+        of the rungs and the scale are two more. No host sync. The workspace is k stacks beside the root.
 
     References:
         Polar Express, arXiv 2505.16932 (minimax polynomials, composed with each other and for the
@@ -236,36 +236,50 @@ def minimax(A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float) ->
     diagonal(basis[1]).add_(poly.constant)
     diagonal(T).add_(poly.lower)
 
-    _climb(flat, basis, X, poly, products)
     damping_B = relative_epsilon * bound_B * size_B + epsilon
     scale_B = (stretch_B / size_B).masked_fill_(is_zero_B, poly.lower)
+    scale_B = scale_B.pow_(1.0 / float(root)).to(dtype)
+    is_fused = products.can_fuse(A)
+    _climb(flat, basis, X, poly, products, scale_B if is_fused else None)
     return Solution(
         X,
         damping=damping_B.masked_fill_(is_zero_B, 1.0).to(dtype),
-        scale=scale_B.pow_(1.0 / float(root)).to(dtype),
-        is_symmetric=A.device.type == "cpu",
+        scale=None if is_fused else scale_B,
+        is_symmetric=is_fused or A.device.type == "cpu",
     )
 
 
 def _climb(
-    flat: Tensor, basis: list[Tensor], X: Tensor, poly: _Coefficients, products: Products
+    flat: Tensor,
+    basis: list[Tensor],
+    X: Tensor,
+    poly: _Coefficients,
+    products: Products,
+    scale_B: Tensor | None,
 ) -> None:
-    """Write f(M) to X.
+    """Write f(M), times a scale, to X.
 
     Args:
-        flat: (k, B·N·N) workspace, so that one pass sums the rungs.
+        flat: (k, B·N·N) workspace, so that one pass, or the last product, sums the rungs.
         basis: Its k stacks (B, N, N), the first two of which hold M and S_2.
         X: (B, N, N) is overwritten.
         poly: f.
         products: Products.
+        scale_B: (B,) factors of the results, where they cost no pass. Default: 1.
     """
     M = basis[0]
     for j, (a, b, c) in enumerate(poly.rungs, start=2):
         products.square(basis[j - 1], alpha=a, addend=M, beta=b, shift=c, out=basis[j])
     weights = _weights(poly.weights, M.dtype, M.device)
-    torch.mv(flat.mT, weights, out=X.view(-1))
-    diagonal(X).add_(poly.shift)
-    products.square(basis[-1], alpha=poly.last, addend=X, out=X)
+    products.square(
+        basis[-1],
+        alpha=poly.last,
+        addend=flat,
+        beta=weights,
+        shift=poly.shift,
+        scale=scale_B,
+        out=X,
+    )
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,213 @@
+"""The fused symmetric square on CUDA: an operator of torch, the predicate that chooses it, its tiles.
+
+The operator `dash_shampoo::symmetric_square_` is one kernel launch. Being an operator, it is seen by dispatch
+modes (counting, fake tensors); on the CPU, where nobody calls it but they, it is the reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TABLE = Path(__file__).with_name("tiles.json")
+"""Tiles by device and precision; `tools/tune.py` measures and writes it."""
+
+FUSED_PRECISIONS = ("fp16x3", "tf32", "fp16", "bf16")
+# Tensor cores for TF32 and bf16 came with it.
+_LEAST_CAPABILITY = (8, 0)
+# Places in a matrix are counted in 32 bits.
+_MAX_SIZE = 46340
+
+_library = torch.library.Library("dash_shampoo", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "symmetric_square_(Tensor(a!) out, Tensor S, Tensor? addends, Tensor? weights, Tensor? scale, "
+    "str precision, float alpha, float beta, float shift) -> ()"
+)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel cuts its matrices.
+
+    Attributes:
+        max_size (int): The largest N that it is for; 0 for any.
+        tile (int): Rows and columns of a tile of the result.
+        step (int): Columns of the operands that are multiplied at a time.
+        num_warps (int): Warps of a program.
+        num_stages (int): Steps that are in flight.
+    """
+
+    max_size: int
+    tile: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+@lru_cache(maxsize=1)
+def tile_table() -> dict[str, dict[str, list[Tiles]]]:
+    """The committed table: tiles by "sm_90" and precision, ordered by size."""
+    rows = json.loads(TABLE.read_text())["square"]
+    return {
+        device: {name: [Tiles(*row) for row in tiles] for name, tiles in of_device.items()}
+        for device, of_device in rows.items()
+    }
+
+
+@lru_cache(maxsize=1024)
+def find_tiles(capability: tuple[int, int], precision: str, size: int) -> Tiles:
+    """The tiles of the newest device in the table that is no newer than this one.
+
+    Args:
+        capability: Compute capability, at least 8.0.
+        precision: One of `FUSED_PRECISIONS`.
+        size: N.
+
+    Returns:
+        The tiles.
+
+    Examples:
+        >>> find_tiles((8, 6), "fp16", 32) == find_tiles((8, 0), "fp16", 32)
+        True
+    """
+    number = 10 * capability[0] + capability[1]
+    known = {int(name.removeprefix("sm_")): name for name in tile_table()}
+    device = known[max(n for n in known if n <= number)]
+    rows = tile_table()[device][precision]
+    return next(tiles for tiles in rows if tiles.max_size == 0 or size <= tiles.max_size)
+
+
+def can_use_fused(S: Tensor, precision: str) -> bool:
+    """Whether the fused kernel squares a stack: on CUDA from compute capability 8.0, where Triton is.
+
+    Args:
+        S: (B, N, N) stack.
+        precision: Precision of the operands.
+
+    Returns:
+        False also for "fp32", which has no tensor cores, and for stacks that are not contiguous float32.
+    """
+    return (
+        precision in FUSED_PRECISIONS
+        and S.is_cuda
+        and S.dtype == torch.float32
+        and S.is_contiguous()
+        and S.shape[-1] <= _MAX_SIZE
+        and _has_triton()
+        and torch.cuda.get_device_capability(S.device) >= _LEAST_CAPABILITY
+    )
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
+
+
+def fused_square_(
+    out: Tensor,
+    S: Tensor,
+    addends: Tensor | None,
+    weights: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+    alpha: float,
+    beta: float,
+    shift: float,
+) -> None:
+    """Out ← scale·(alpha·S² + Σ_r w_r·addend_r + shift·I) of symmetric blocks, in one launch.
+
+    Args:
+        out: (B, N, N) contiguous; exactly symmetric afterwards. May be an addend, must not overlap `S`.
+        S: (B, N, N) symmetric, contiguous float32.
+        addends: (R, B·N·N) with contiguous rows, or (B, N, N) contiguous; symmetric. Default: none.
+        weights: (R,) w, on the device; without them there is one addend, times `beta`.
+        scale: (B,) factors of the results. Default: 1.
+        precision: One of `FUSED_PRECISIONS`.
+        alpha: Factor of the square.
+        beta: Factor of the addend, without weights.
+        shift: Added to the diagonals.
+    """
+    torch.ops.dash_shampoo.symmetric_square_(
+        out, S, addends, weights, scale, precision, alpha, beta, shift
+    )
+
+
+def launch_square(
+    kernel: Any,
+    tiles: Tiles,
+    out: Tensor,
+    S: Tensor,
+    addends: Tensor | None,
+    weights: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+    alpha: float,
+    beta: float,
+    shift: float,
+) -> None:
+    """Launch the kernel with given tiles: what the operator does, and what tests and `tools/tune.py` do.
+
+    Args:
+        kernel: `kernels.symmetric_square`.
+        tiles: How it cuts.
+        out: As of `fused_square_`, and so are the others.
+        S: See there.
+        addends: See there.
+        weights: See there.
+        scale: See there.
+        precision: See there.
+        alpha: See there.
+        beta: See there.
+        shift: See there.
+    """
+    num_blocks, size, _ = S.shape
+    num_rows = -(-size // tiles.tile)
+    num_tiles = num_rows * (num_rows + 1) // 2
+    num_addends = 0
+    if addends is not None:
+        num_addends = 1 if weights is None else weights.shape[0]
+    kernel[(num_blocks * num_tiles,)](
+        out,
+        S,
+        out if addends is None else addends,
+        out if weights is None else weights,
+        out if scale is None else scale,
+        size,
+        num_tiles,
+        num_addends,
+        0 if addends is None else addends.stride(0),
+        int(weights is not None),
+        int(scale is not None),
+        alpha,
+        beta,
+        shift,
+        PRECISION=precision,
+        TILE=tiles.tile,
+        STEP=tiles.step,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+@torch.library.impl(_library, "symmetric_square_", "CUDA")
+def _on_cuda(out: Tensor, S: Tensor, *arguments: Any) -> None:
+    from dash_shampoo.products import kernels  # Triton is imported by the first launch
+
+    if S.numel() == 0:
+        return
+    tiles = find_tiles(torch.cuda.get_device_capability(S.device), arguments[3], S.shape[-1])
+    # Triton launches on the current device.
+    with torch.cuda.device(S.device):
+        launch_square(kernels.symmetric_square, tiles, out, S, *arguments)
+
+
+@torch.library.impl(_library, "symmetric_square_", "Meta")
+def _on_meta(*arguments: Any) -> None:
+    pass

@@ -1,0 +1,130 @@
+"""Triton kernels of symmetric products. Imported where one is launched, tested or tuned, and only there."""
+
+# No `from __future__ import annotations`: Triton reads `tl.constexpr` as an object.
+import triton
+import triton.language as tl
+
+# Of the second half of a split operand, as in `precision.SPLIT_SCALE`.
+_SPLIT_SCALE = tl.constexpr(2048.0)
+
+
+@triton.jit
+def tile_of_triangle(number):
+    """Row and column of the number-th tile of the lower triangle, counted along the rows."""
+    row = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The root is rounded.
+    row = tl.where(row * (row + 1) // 2 > number, row - 1, row)
+    row = tl.where((row + 1) * (row + 2) // 2 <= number, row + 1, row)
+    return row, number - row * (row + 1) // 2
+
+
+@triton.jit
+def rounded_operand(x, PRECISION: tl.constexpr):
+    """A tile of float32 as operand of a product."""
+    if PRECISION == "bf16":
+        return x.to(tl.bfloat16)
+    elif PRECISION == "fp16":  # noqa: RET505 (Triton compiles the branch that is taken)
+        return x.to(tl.float16)
+    else:
+        # The tensor cores cut the last 13 bits off.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + ((bits >> 13) & 1) + 0xFFF) & -8192
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_product(total, cross, a, b, PRECISION: tl.constexpr):
+    """Total + a·bᵀ, and for split operands cross + 2048 times what `total` lacks."""
+    if PRECISION == "fp16x3":
+        a_high = a.to(tl.float16)
+        a_low = ((a - a_high.to(tl.float32)) * _SPLIT_SCALE).to(tl.float16)
+        b_high = b.to(tl.float16)
+        b_low = ((b - b_high.to(tl.float32)) * _SPLIT_SCALE).to(tl.float16)
+        total = tl.dot(a_high, tl.trans(b_high), total)
+        cross = tl.dot(a_high, tl.trans(b_low), cross)
+        cross = tl.dot(a_low, tl.trans(b_high), cross)
+    else:
+        a, b = rounded_operand(a, PRECISION), rounded_operand(b, PRECISION)
+        total = tl.dot(a, tl.trans(b), total, input_precision="tf32")
+    return total, cross
+
+
+# A loop over the addends that could be unrolled would be, and its loads would not fit the registers.
+@triton.jit(do_not_specialize=["num_addends", "has_weights", "has_scale"])
+def symmetric_square(
+    out,
+    S,
+    addends,
+    weights,
+    scale,
+    size,
+    tiles_per_matrix,
+    num_addends,
+    addend_stride,
+    has_weights,
+    has_scale,
+    alpha,
+    beta,
+    shift,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Out = scale·(alpha·S² + Σ beta·addend + shift·I) by one triangle of tiles, each stored twice.
+
+    Unless split, an operand has the mean μ of S's diagonal taken out before it is rounded, S = μI + D, and
+    S² = D² + 2μS - μ²I is put together here.
+    """
+    program = tl.program_id(0)
+    block = (program // tiles_per_matrix).to(tl.int64)
+    row, column = tile_of_triangle(program % tiles_per_matrix)
+    offset = block * size * size
+    S += offset
+    rows, columns = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
+    inner = tl.arange(0, STEP)
+    is_row, is_column = rows[:, None] < size, columns[:, None] < size
+
+    mean = 0.0
+    if PRECISION != "fp16x3":
+        trace = tl.zeros((TILE,), tl.float32)
+        for start in range(0, size, TILE):
+            place = start + tl.arange(0, TILE)
+            trace += tl.load(S + place * (size + 1), mask=place < size, other=0.0)
+        mean = tl.sum(trace) / size
+
+    total = tl.zeros((TILE, TILE), tl.float32)
+    cross = total
+    for start in range(0, size, STEP):
+        k = start + inner
+        is_inner = k[None, :] < size
+        a = tl.load(S + rows[:, None] * size + k[None, :], mask=is_row & is_inner, other=0.0)
+        b = tl.load(S + columns[:, None] * size + k[None, :], mask=is_column & is_inner, other=0.0)
+        if PRECISION != "fp16x3":
+            a = tl.where(rows[:, None] == k[None, :], a - mean, a)
+            b = tl.where(columns[:, None] == k[None, :], b - mean, b)
+        total, cross = add_product(total, cross, a, b, PRECISION)
+    if PRECISION == "fp16x3":
+        total += cross * (1.0 / _SPLIT_SCALE)
+
+    place = rows[:, None] * size + columns[None, :]
+    is_inside = is_row & (columns[None, :] < size)
+    on_diagonal = rows[:, None] == columns[None, :]
+    result = alpha * total
+    if PRECISION != "fp16x3":
+        result += (2.0 * alpha * mean) * tl.load(S + place, mask=is_inside, other=0.0)
+        result = tl.where(on_diagonal, result - alpha * mean * mean, result)
+    addends += offset
+    for number in tl.range(num_addends, num_stages=1):
+        weight = tl.load(weights + number, mask=has_weights != 0, other=beta)
+        result += weight * tl.load(addends + place, mask=is_inside, other=0.0)
+        addends += addend_stride
+    result = tl.where(on_diagonal, result + shift, result)
+    result *= tl.load(scale + block, mask=has_scale != 0, other=1.0)
+    if row == column:
+        # The sums of a tile on the diagonal are as symmetric as the tensor cores make them.
+        result = (result + tl.trans(result)) * 0.5
+    tl.store(out + offset + place, result, mask=is_inside)
+    if row != column:
+        mirrored = columns[:, None] * size + rows[None, :]
+        is_mirrored = is_column & (rows[None, :] < size)
+        tl.store(out + offset + mirrored, tl.trans(result), mask=is_mirrored)

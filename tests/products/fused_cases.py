@@ -1,0 +1,67 @@
+"""Operands of the fused square, and the truth in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUM_BLOCKS = 3
+
+
+@dataclass(frozen=True)
+class Arguments:
+    S: Tensor
+    addends: Tensor | None
+    weights: Tensor | None
+    scale: Tensor | None
+    alpha: float
+    beta: float
+    shift: float
+
+    def operands(self, precision: str) -> tuple[Any, ...]:
+        """What follows `out` in a call."""
+        return (
+            self.S, self.addends, self.weights, self.scale, precision, self.alpha, self.beta, self.shift,
+        )  # fmt: skip
+
+    def truth(self) -> Tensor:
+        """In float64."""
+        S = self.S.double()
+        result = self.alpha * S @ S + self.shift * torch.eye(S.shape[-1], dtype=torch.float64)
+        if self.addends is not None:
+            addends = self.addends.double().reshape(-1, *S.shape)
+            weights = torch.tensor([self.beta]) if self.weights is None else self.weights
+            result = result + (weights.double()[:, None, None, None] * addends).sum(0)
+        return result if self.scale is None else result * self.scale.double()[:, None, None]
+
+
+def symmetric(size: int, seed: int) -> Tensor:
+    """A stack about 1.5·I whose eigenvalues are between 0 and 3."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(NUM_BLOCKS, size, size, generator=generator) / size**0.5
+    return (noise + noise.mT) / 2 + 1.5 * torch.eye(size)
+
+
+def make(kind: str, size: int) -> Arguments:
+    """Arguments of one kind of call."""
+    S = symmetric(size, 0)
+    match kind:
+        case "plain":
+            return Arguments(S, None, None, None, 1.0, 1.0, 0.0)
+        case "rung":
+            return Arguments(S, symmetric(size, 1), None, None, -0.7, 1.3, 0.25)
+        case "last":
+            # Rows apart from each other, as a solver's workspace has them.
+            addends = torch.zeros(4, S.numel() + 16)[:, : S.numel()]
+            for number in range(4):
+                addends[number] = symmetric(size, number).flatten()
+            weights = torch.tensor([0.5, -0.25, 1.0, 2.0])
+            return Arguments(S, addends, weights, torch.tensor([2.0, 0.5, 3.0]), 0.7, 1.0, 0.1)
+        case _:
+            raise ValueError(kind)
+
+
+KINDS = ("plain", "rung", "last")

@@ -1,0 +1,82 @@
+"""The fused square by Triton's interpreter, in a process of its own: Triton decides at its import.
+
+Prints, for every precision, kind of call, size and tiles, the errors against float64 of the kernel and of the
+reference by torch's products, and what must be exact.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from dash_shampoo.products import kernels
+from dash_shampoo.products.fused import FUSED_PRECISIONS, Tiles, launch_square
+from dash_shampoo.products.product import Products
+from tests.products.fused_cases import KINDS, Arguments, make
+
+# One tile, several with a ragged last one, a multiple; odd numbers of columns.
+CASES = [(7, 32, 32), (37, 32, 32), (96, 32, 32), (131, 64, 32), (130, 128, 16)]
+
+_dot = interpreter.InterpreterBuilder.create_dot
+_convert = interpreter._convert_float
+
+
+def _dot_of_bf16(self: Any, a: Any, b: Any, *others: Any) -> Any:
+    """The interpreter holds bf16 as integers of 16 bits, and would multiply those."""
+    if a.dtype == tl.bfloat16:
+        a, b = (
+            interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            for x in (a, b)
+        )
+    return _dot(self, a, b, *others)
+
+
+def _rounded_to_bf16(data: Any, source: Any, target: Any, mode: Any) -> Any:
+    """The interpreter cuts off what a device rounds."""
+    if (source, target) == (tl.float32, tl.bfloat16):
+        return torch.from_numpy(data).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    return _convert(data, source, target, mode)
+
+
+def errors_of(arguments: Arguments, precision: Any, tiles: Tiles) -> dict[str, Any]:
+    """What one call gives."""
+    truth = arguments.truth()
+    # Written over one of the addends where there is one alone, as a solver does.
+    in_place = arguments.addends is not None and arguments.weights is None
+    out = arguments.addends.clone() if in_place else torch.full_like(arguments.S, torch.nan)
+    operands = list(arguments.operands(precision))
+    if in_place:
+        operands[1] = out
+    launch_square(kernels.symmetric_square, tiles, out, *operands)
+    beta = arguments.beta if arguments.weights is None else arguments.weights
+    reference = Products(precision)._reference_square(
+        arguments.S, torch.empty_like(out), arguments.alpha, arguments.addends, beta,
+        arguments.shift, arguments.scale,
+    )  # fmt: skip
+    return {
+        "error": float((out - truth).norm() / truth.norm()),
+        "reference": float((reference - truth).norm() / truth.norm()),
+        "is_symmetric": torch.equal(out, out.mT),
+    }
+
+
+def main() -> None:
+    interpreter.InterpreterBuilder.create_dot = _dot_of_bf16
+    interpreter._convert_float = _rounded_to_bf16
+    results = {}
+    for precision in FUSED_PRECISIONS:
+        for kind in KINDS:
+            for size, tile, step in CASES:
+                tiles = Tiles(0, tile, step, 4, 1)
+                key = f"{precision} {kind} {size}"
+                results[key] = errors_of(make(kind, size), precision, tiles)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The fused square: its numbers by Triton's interpreter, its machine code, its predicate and its operator."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_shampoo.products import Products, count_products
+from dash_shampoo.products.fused import (
+    FUSED_PRECISIONS,
+    can_use_fused,
+    find_tiles,
+    fused_square_,
+    tile_table,
+)
+from tests.products.fused_cases import KINDS, make
+
+ROOT = Path(__file__).resolve().parents[2]
+# Of what one block may have; CUDA C Programming Guide, table of technical specifications.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+TENSOR_CORES = {
+    "sm_80": r"\bmma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
+}
+# Those multiply tiles of 64 rows and more.
+SMALL_TENSOR_CORES, LEAST_TILE = r"\bmma\.sync", 64
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    pytest.importorskip("triton", reason="the kernels need triton")
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.products.interpreted"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", FUSED_PRECISIONS)
+def test_the_kernel_is_as_accurate_as_the_reference(interpreted, precision, kind):
+    cases = {
+        key: case for key, case in interpreted.items() if key.startswith(f"{precision} {kind}")
+    }
+    assert len(cases) == 5
+    for key, case in cases.items():
+        # The order of the sums differs: some roundings of float32 beside those of the operands.
+        assert case["error"] <= 1.05 * case["reference"] + 2e-7, (key, case)
+        assert case["is_symmetric"], key
+
+
+def test_the_error_is_that_of_the_precision(interpreted):
+    bounds = {"fp16x3": 5e-7, "tf32": 5e-4, "fp16": 5e-4, "bf16": 4e-3}
+    for key, case in interpreted.items():
+        assert case["error"] <= bounds[key.split()[0]], (key, case)
+        if "bf16" in key:
+            assert case["error"] > 1e-6, "bf16 rounds"
+
+
+CONFIGURATIONS = [
+    (device, precision, tiles)
+    for device, rows in tile_table().items()
+    for precision, of_precision in rows.items()
+    for tiles in of_precision
+]
+
+
+def test_the_table_is_whole():
+    assert set(tile_table()) == set(SHARED_MEMORY)
+    for rows in tile_table().values():
+        assert set(rows) == set(FUSED_PRECISIONS)
+        for tiles in rows.values():
+            assert [row.max_size == 0 for row in tiles] == [False] * (len(tiles) - 1) + [True]
+
+
+@pytest.mark.parametrize(("device", "precision", "tiles"), CONFIGURATIONS)
+def test_a_kernel_compiles_to_tensor_cores_without_spills(device, precision, tiles, tmp_path):
+    pytest.importorskip("triton", reason="the kernels need triton")
+    from tests.products.compiling import compile_square, resources
+
+    compiled = compile_square(device, precision, tiles)
+    pattern = TENSOR_CORES[device] if tiles.tile >= LEAST_TILE else SMALL_TENSOR_CORES
+    assert re.search(pattern, compiled.asm["ptx"]), "no tensor cores"
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0, f"registers are spilled: {used}"
+    assert compiled.metadata.shared <= SHARED_MEMORY[device]
+
+
+def test_the_predicate():
+    S = torch.eye(8).expand(2, 8, 8).contiguous()
+    assert not can_use_fused(S, "fp16"), "it is on the CPU"
+
+
+def test_tiles_of_a_device_that_is_not_in_the_table():
+    assert find_tiles((8, 9), "tf32", 1024) == find_tiles((8, 0), "tf32", 1024)
+    assert find_tiles((12, 0), "fp16", 64) == find_tiles((10, 0), "fp16", 64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", FUSED_PRECISIONS)
+def test_the_operator_on_the_cpu_is_the_reference(precision, kind):
+    arguments = make(kind, 24)
+    out, expected = torch.empty_like(arguments.S), torch.empty_like(arguments.S)
+    fused_square_(out, *arguments.operands(precision))
+    beta = arguments.beta if arguments.weights is None else arguments.weights
+    Products(precision).square(
+        arguments.S, out=expected, alpha=arguments.alpha, addend=arguments.addends, beta=beta,
+        shift=arguments.shift, scale=arguments.scale,
+    )  # fmt: skip
+    assert torch.equal(out, expected)
+
+
+def test_the_operator_counts_as_one_symmetric_product():
+    arguments = make("plain", 24)
+    with count_products(num_blocks=arguments.S.shape[0], size=24) as count:
+        fused_square_(torch.empty_like(arguments.S), *arguments.operands("fp16x3"))
+    assert (count.num_products, count.num_symmetric) == (1.0, 1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", FUSED_PRECISIONS)
+@pytest.mark.parametrize("size", [17, 64, 131, 300, 1000])
+def test_on_a_device(precision, kind, size):
+    arguments = make(kind, size)
+    operands = [
+        x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments.operands(precision)
+    ]
+    out = torch.empty_like(operands[0])
+    fused_square_(out, *operands)
+    truth = arguments.truth()
+    reference = torch.empty_like(arguments.S)
+    fused_square_(reference, *arguments.operands(precision))
+    error, tolerated = ((x.cpu() - truth).norm() / truth.norm() for x in (out, reference))
+    assert error <= 1.05 * tolerated + 2e-6
+    assert torch.equal(out, out.mT)

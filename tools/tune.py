@@ -1,0 +1,138 @@
+"""Measures on the CUDA device that is there, and writes what is fastest into the library's tables.
+
+    python tools/tune.py
+    python tools/tune.py --dry
+
+`dash_shampoo/products/tiles.json`: the tiles of the fused square for every precision and size.
+`dash_shampoo/inverse_root/eigh_routines.json`: the routine of eigendecompositions by size and number.
+Nothing is tuned while training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dash_shampoo.products import fused
+
+SIZES = (32, 64, 128, 256, 512, 1024, 2048)
+# About as many bytes for every size, but at least some blocks.
+ELEMENTS = 2**24
+CANDIDATES = [
+    fused.Tiles(0, tile, step, num_warps, num_stages)
+    for tile, step, num_warps, num_stages in [
+        *itertools.product((32,), (32,), (2, 4), (2, 3)),
+        *itertools.product((64,), (16, 32, 64), (4,), (2, 3, 4)),
+        *itertools.product((128,), (16, 32), (8,), (2, 3, 4)),
+    ]
+]
+
+
+def milliseconds(call: Callable[[], object], repeats: int = 10) -> float:
+    """The median time of a call on the device."""
+    call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def fastest_tiles(precision: str, size: int) -> fused.Tiles | None:
+    """The candidate that squares a stack of a size in the least time; None where none runs."""
+    from dash_shampoo.products import kernels
+
+    S = torch.eye(size, device="cuda").expand(max(1, ELEMENTS // size**2), -1, -1).contiguous()
+    out, times = torch.zeros_like(S), {}
+    for tiles in CANDIDATES:
+        operands = (out, S, out, None, None, precision, 0.5, 0.5, 0.1)
+
+        def square(tiles: fused.Tiles = tiles, operands: Any = operands) -> None:
+            fused.launch_square(kernels.symmetric_square, tiles, *operands)
+
+        try:
+            times[tiles] = milliseconds(square)
+        except Exception as error:  # more shared memory than there is
+            print(f"{precision} {size} {tiles}: {type(error).__name__}")
+    return min(times, key=lambda tiles: times[tiles]) if times else None
+
+
+def merged(rows: Sequence[tuple[int, tuple[Any, ...]]]) -> list[list[Any]]:
+    """Rows [max_size, …] of the best by size; neighbours that are equal are one, the last is for any size."""
+    result: list[list[Any]] = []
+    for size, best in rows:
+        if result and tuple(result[-1][1:]) == best:
+            result[-1][0] = size
+        else:
+            result.append([size, *best])
+    result[-1][0] = 0
+    return result
+
+
+def tune_squares() -> dict[str, list[list[Any]]]:
+    """The tiles of every precision on this device."""
+    table = {}
+    for precision in fused.FUSED_PRECISIONS:
+        best = [(size, fastest_tiles(precision, size)) for size in SIZES]
+        table[precision] = merged(
+            [
+                (size, (tiles.tile, tiles.step, tiles.num_warps, tiles.num_stages))
+                for size, tiles in best
+                if tiles is not None
+            ]
+        )
+    return table
+
+
+def write_tiles(path: Path, of_device: dict[str, list[list[Any]]], device: str, name: str) -> None:
+    """Puts the rows of a device into the table of tiles, with where they come from."""
+    table = json.loads(path.read_text())
+    table["square"][device] = of_device
+    table["provenance"][device] = provenance(name)
+    lines = ["{", f'  "columns": {json.dumps(table["columns"])},', '  "provenance": {']
+    lines.append(",\n".join(f'    "{k}": {json.dumps(v)}' for k, v in table["provenance"].items()))
+    lines += ["  },", '  "square": {']
+    devices = [
+        f'    "{key}": {{\n'
+        + ",\n".join(f'      "{p}": {json.dumps(tiles)}' for p, tiles in rows.items())
+        + "\n    }"
+        for key, rows in table["square"].items()
+    ]
+    path.write_text("\n".join([*lines, ",\n".join(devices), "  }", "}"]) + "\n")
+
+
+def provenance(name: str) -> str:
+    """Who measured."""
+    return f"Measured on {name}, torch {torch.__version__}, {datetime.date.today()}."
+
+
+def main(words: Sequence[str]) -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
+    options = parser.parse_args(words)
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here, and nothing can be measured.")
+    device = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    tiles = tune_squares()
+    print(json.dumps(tiles, indent=1))
+    if not options.dry:
+        write_tiles(fused.TABLE, tiles, device, torch.cuda.get_device_name())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
