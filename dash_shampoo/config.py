@@ -97,7 +97,9 @@ class StackedConfig:
         use_dimension_normalization (bool): Whether an outer product is divided by the number of its
             terms, F_k ← beta2·F_k + w·G₍ₖ₎G₍ₖ₎ᵀ / (numel / d_k), so that factor matrices of blocks of all
             shapes are of one size, and epsilon is the same for all. Where exponents sum to 1/2, an
-            update without grafting is then about as long as Adam's. (Default: False)
+            update without grafting is then about as long as Adam's. A release of Distributed Shampoo that
+            is newer than the one this package is tested with can normalise by dimensions, too; how is
+            not public, so this need not be the same. (Default: False)
     """
 
     max_workspace_bytes: int = 2**30
