@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "compare optimizers on a tiny model: table and plots",
     "report": "one page about any number of runs",
     "data": "token files from text or from Hugging Face",
+    "from-dash": "a run of the DASH repository as a run of ours",
 }
 # What the extra `dev` brings.
 _EXTRA = (
@@ -63,7 +64,7 @@ def main(words: Sequence[str] | None = None) -> int:
         description="Train with dash_shampoo, compare optimizers, plan for many ranks.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
-        + "\n".join(f"  {name:<8}{text}" for name, text in COMMANDS.items())
+        + "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
         + "\n\n`python -m experiments COMMAND --help` tells more.",
     )
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
@@ -74,7 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return fail(f"unknown command {command!r}; one of {', '.join(COMMANDS)}.", 2)
     try:
-        module = importlib.import_module(f"experiments.{command}")
+        module = importlib.import_module(f"experiments.{command.replace('-', '_')}")
         if hasattr(module, "main"):
             return _directly(module.main, words[1:])
         return through_hydra(command, module.run, words[1:])

@@ -24,6 +24,7 @@ WRONG = {
     "data text": "the following arguments are required: files, --out",
     "bench --blocks 0": "argument --blocks: 0 must be a whole number of at least 1",
     "paper --only best": "--only best: one of base, layer_wise, whole",
+    "from-dash python": "the command line does not call main.py",
     "study --tsaks x": "--tsaks",
 }
 
