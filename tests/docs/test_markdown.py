@@ -9,7 +9,13 @@ from tests.docs.markdown import ROOT, Block, blocks, commands, make_targets, tab
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "patches/README.md", *PAGES]
-WITHOUT_COMMANDS = ("docs/coming-from.md", "docs/robustness.md", "docs/limits.md")
+WITHOUT_COMMANDS = (
+    "docs/coming-from.md",
+    "docs/robustness.md",
+    "docs/limits.md",
+    "docs/guides.md",
+    "docs/questions.md",
+)
 # Blocks that need several processes, a GPU or Meta's package: ```python notest, compiled only.
 NOT_RUN = "notest"
 
