@@ -1,10 +1,9 @@
-"""Measures on the CUDA device that is there, and writes what is fastest into the library's tables.
+"""Measures on the CUDA device that is there, and writes what is fastest into the library's table.
 
     python tools/tune.py
     python tools/tune.py --dry
 
 `dash_shampoo/products/tiles.json`: the tiles of the fused square for every precision and size.
-`dash_shampoo/inverse_root/eigh_routines.json`: the routine of eigendecompositions by size and number.
 Nothing is tuned while training.
 """
 

@@ -63,7 +63,9 @@ def tile_table() -> dict[str, dict[str, list[Tiles]]]:
 
 @lru_cache(maxsize=1024)
 def find_tiles(capability: tuple[int, int], precision: str, size: int) -> Tiles:
-    """The tiles of the newest device in the table that is no newer than this one.
+    """The tiles of the newest device of this generation in the table, else those of sm_80.
+
+    Shared memory is what sets a limit to tiles, and another generation may have less.
 
     Args:
         capability: Compute capability, at least 8.0.
@@ -77,9 +79,9 @@ def find_tiles(capability: tuple[int, int], precision: str, size: int) -> Tiles:
         >>> find_tiles((8, 6), "fp16", 32) == find_tiles((8, 0), "fp16", 32)
         True
     """
-    number = 10 * capability[0] + capability[1]
-    known = {int(name.removeprefix("sm_")): name for name in tile_table()}
-    device = known[max(n for n in known if n <= number)]
+    major, minor = capability
+    names = [f"sm_{major}{number}" for number in range(minor, -1, -1)]
+    device = next((name for name in names if name in tile_table()), "sm_80")
     rows = tile_table()[device][precision]
     return next(tiles for tiles in rows if tiles.max_size == 0 or size <= tiles.max_size)
 
