@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from types import ModuleType
 from typing import Any
 
@@ -196,12 +197,21 @@ def exported_groups(
             numbers.setdefault(param, position)
         start += len(group["params"])
         exported = {
-            key: ExportedConfig(value) if _is_config(value) else value
+            key: ExportedConfig(value) if _is_config(value) else _plain(value)
             for key, value in group.items()
             if key != "params"
         }
         groups.append({**exported, "params": [numbers[param] for param in group["params"]]})
     return groups, numbers
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of other libraries (NumPy's scalars) as Python's, which every reader of a file knows."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _is_config(value: Any) -> bool:

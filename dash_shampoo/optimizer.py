@@ -58,7 +58,6 @@ from dash_shampoo.step import (
     has_refused_gradients,
     is_time_to_look,
     missing_step_seam,
-    precondition_and_graft,
 )
 
 logger = logging.getLogger(__name__)
@@ -223,14 +222,10 @@ class DashShampoo(ConsolidatingShampoo):
                 use_grafting_method,
                 grafting_config_not_none,
             )
-        directions: tuple[Tensor, ...] = state_lists[BUCKETS].run(
-            precondition_and_graft,
-            state_lists,
-            masked_filtered_grad_list,
-            use_grafting_method,
-            grafting_config_not_none,
+        buckets: BucketStep = state_lists[BUCKETS]
+        return buckets.directions(
+            state_lists, masked_filtered_grad_list, use_grafting_method, grafting_config_not_none
         )
-        return directions
 
     def _preconditioner_config_to_list_cls(
         self,

@@ -44,8 +44,12 @@ from dash_shampoo.buckets import (
 from dash_shampoo.buckets.layout import MAX_KEPT_SELECTIONS
 from dash_shampoo.config import GradientPolicy
 from dash_shampoo.gradients import GradientGuard
-from dash_shampoo.preconditioners import ScalarAdagradPreconditionerList, StackedPreconditionerList
-from dash_shampoo.safety import is_asynchronous, slot_norms
+from dash_shampoo.preconditioners import (
+    ScalarAdagradPreconditionerList,
+    StackedPreconditionerList,
+    precondition_and_graft,
+)
+from dash_shampoo.safety import is_asynchronous
 
 BUCKETS = "dash_buckets"
 """Key of a group's lists under which its `BucketStep` lies."""
@@ -75,8 +79,6 @@ _ELEMENTWISE_LISTS = (
     SGDPreconditionerList,
 )
 _STEPS_BETWEEN_LOOKS = 100
-# What the base adds to a norm before it divides by it.
-_SMALLEST_NORM = 1e-16
 
 
 @dataclass(frozen=True)
@@ -196,11 +198,24 @@ class BucketStep:
         """Directions of zeros for the active blocks."""
         return tuple(torch.zeros_like(param) for param in state_lists[MASKED_BLOCKED_PARAMS])
 
-    def limit_(self, directions: Sequence[Tensor], step: int) -> None:
-        """Shortens directions without grafting that no gradient can have, once there are roots."""
-        is_stacked = isinstance(self._shampoo, StackedPreconditionerList)
-        if is_stacked and step >= self._group["start_preconditioning_step"]:
-            self._shampoo.limit_(directions)
+    def directions(
+        self,
+        lists: BucketLists,
+        filtered_grads: Sequence[Tensor],
+        is_warm_up: bool,
+        use_grafting: bool,
+    ) -> tuple[Tensor, ...]:
+        """Directions of the pieces, in new memory; see `precondition_and_graft`."""
+
+        def limit_(directions: Sequence[Tensor]) -> None:
+            is_stacked = isinstance(self._shampoo, StackedPreconditionerList)
+            # Before the start there are no roots.
+            if is_stacked and int(lists[STEP]) >= self._group["start_preconditioning_step"]:
+                self._shampoo.limit_(directions)
+
+        return self.run(  # type: ignore[no-any-return]
+            precondition_and_graft, lists, filtered_grads, is_warm_up, use_grafting, limit_
+        )
 
     def to_blocks(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
         """Directions of the pieces as views per active block."""
@@ -336,45 +351,6 @@ def missing_step_seam() -> str | None:
 def call(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function: what `torch.compiler.disable` is applied to where a step is compiled."""
     return function(*args)
-
-
-def precondition_and_graft(
-    lists: Mapping[str, Any],
-    filtered_grads: Sequence[Tensor],
-    is_warm_up: bool,
-    use_grafting: bool,
-) -> tuple[Tensor, ...]:
-    """P = P_shampoo · ‖P_grafting‖ / ‖P_shampoo‖ by slot; P_grafting before the first roots.
-
-    Args:
-        lists: Lists on buckets.
-        filtered_grads: (K, *shape) of each piece; not modified.
-        is_warm_up: Whether the grafting's direction is taken as it is.
-        use_grafting: Whether there is a grafting.
-
-    Returns:
-        Directions of the pieces, in new memory.
-    """
-    if is_warm_up:
-        grafted = lists[GRAFTING_PRECONDITIONER_LIST].precondition(masked_grad_list=filtered_grads)
-        # The identity (SGD) gives the very gradients back, which may be the state.
-        return tuple(
-            direction.clone() if direction is grad else direction
-            for direction, grad in zip(grafted, filtered_grads, strict=True)
-        )
-    directions = lists[SHAMPOO_PRECONDITIONER_LIST].precondition(masked_grad_list=filtered_grads)
-    directions = tuple(
-        direction.clone() if direction is grad else direction
-        for direction, grad in zip(directions, filtered_grads, strict=True)
-    )
-    if use_grafting:
-        grafted = lists[GRAFTING_PRECONDITIONER_LIST].precondition(masked_grad_list=filtered_grads)
-        for direction, target in zip(directions, grafted, strict=True):
-            scale = slot_norms(target) / (slot_norms(direction) + _SMALLEST_NORM)
-            direction.mul_(scale.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
-    else:
-        lists[BUCKETS].limit_(directions, int(lists[STEP]))
-    return directions
 
 
 def _is_elementwise(lists: object) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dash_shampoo.base import (
     LR_CPU_PINNED,
@@ -18,7 +19,7 @@ from dash_shampoo.guards.cohorts import PARAMS, options_of
 from dash_shampoo.guards.missing import explain_missing_gradients
 from dash_shampoo.guards.reconstruction import ReconstructibleShampoo
 from dash_shampoo.guards.settings import GroupSettings
-from dash_shampoo.guards.trees import LR_SUM, STEP
+from dash_shampoo.guards.trees import LR_SUM, STEP, TRAIN_MODE
 
 # Taken before torch can have wrapped it for hooks: these run around our own step.
 _BASE_STEP = DistributedShampoo.step
@@ -56,10 +57,18 @@ class FollowingShampoo(ReconstructibleShampoo):
             self._follow()
             if self._cohorts:
                 with self._inside():
+                    self._check_mode()
                     self._check_gradients()
                     _BASE_STEP(self)
                 self._look_for_gradients()
         return loss
+
+    def _check_mode(self) -> None:
+        # The base asks when the state has taken the gradients already.
+        for state_lists in self._per_group_state_lists:
+            mode: Tensor | None = state_lists.get(TRAIN_MODE)  # type: ignore[assignment]
+            if mode is not None and mode.device.type == "cpu" and not mode:
+                raise RuntimeError("The optimizer is in eval mode: call its train() before step().")
 
     def _check_gradients(self) -> None:
         """Refuses gradients before any group has stepped."""
@@ -116,6 +125,13 @@ class FollowingShampoo(ReconstructibleShampoo):
         elif self._seen.have_moved():
             self._check_shapes()
             self._reconstruct(self._steps(), "Parameters lie in other memory")
+        if len(self.state) < sum(len(cohort.params) for cohort in self._cohorts):
+            # Whoever empties the state wants to begin anew, as with torch's optimizers.
+            present = [param for cohort in self._cohorts for param in cohort.params]
+            steps = self._steps()
+            self._reconstruct(
+                {param: steps.get(param, 0) for param in present}, "State was removed"
+            )
         self._give_state_to_new_gradients()
         self._renew_pinned_lr()
         if self._follow_settings():

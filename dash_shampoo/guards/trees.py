@@ -14,6 +14,7 @@ Path = tuple[str, ...]
 # One tensor for all parameters of a cohort.
 STEP = "step"
 LR_SUM = "lr_sum"
+TRAIN_MODE = "train_mode"
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:

@@ -7,6 +7,7 @@ from dash_shampoo.preconditioners.eigendecomposed import (
 from dash_shampoo.preconditioners.eigenvalue_corrected import (
     StackedEigenvalueCorrectedShampooPreconditionerList,
 )
+from dash_shampoo.preconditioners.grafting import precondition_and_graft
 from dash_shampoo.preconditioners.known_bad import warn_of_known_bad
 from dash_shampoo.preconditioners.of_config import config_for_base, method_of, stacked_list_of
 from dash_shampoo.preconditioners.options import StackedOptions
@@ -50,6 +51,7 @@ __all__ = [
     "config_for_base",
     "method_of",
     "missing_seam",
+    "precondition_and_graft",
     "scalar_list",
     "stacked_list_of",
     "warn_of_known_bad",

@@ -140,6 +140,26 @@ class Life(RuleBasedStateMachine):
         for number, positions, reference in self.references:
             reference.step([grads[number, i] for i in positions])
 
+    @rule(data=st.data(), value=st.sampled_from([float("nan"), float("inf"), 1e300]))
+    def refuse_a_gradient(self, data, value):
+        """A bad gradient in any group leaves all of them, and their counts, as they were."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+        trained = [
+            self.param(number, i)
+            for number, positions, _ in self.references
+            for i in positions
+            if self.param(number, i).requires_grad
+        ]
+        if not trained:
+            return
+        for p in trained:
+            p.grad = self.random(p.shape)
+        data.draw(st.sampled_from(trained)).grad.view(-1)[-1] = value
+        with pytest.raises(ds.PreconditionerValueError, match="nan or inf"):
+            self.optimizer.step()
+
     def param(self, number, i):
         return self.optimizer.param_groups[number]["params"][i]
 
@@ -147,6 +167,15 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def thaw(self, data):
         self.param(*data.draw(st.sampled_from(sorted(self.waiting)))).requires_grad_(True)
+
+    @precondition(lambda self: self.references)
+    @rule(data=st.data())
+    def freeze_again_or_thaw(self, data):
+        """What has state keeps it, and counts the steps without a gradient as its group does."""
+        number, positions, _ = data.draw(st.sampled_from(self.references))
+        p = self.param(number, data.draw(st.sampled_from(positions)))
+        p.requires_grad_(not p.requires_grad)
+        p.grad = None
 
     @rule()
     def swap_memory(self):

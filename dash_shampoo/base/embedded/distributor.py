@@ -136,6 +136,7 @@ class Distributor:
             if grad is None or not has_grad or not cut.num_local:
                 continue
             self._check_gradient(grad, cut)
+            grad = grad.to(cut.param.dtype)  # a parameter may ask for gradients of another
             if cut.rows is not None:
                 grad = grad[cut.rows]
             if grad.shape != cut.merged_shape:

@@ -1,0 +1,93 @@
+"""Directions with the norms of another method's, by slots of buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_shampoo.base import GRAFTING_PRECONDITIONER_LIST, SHAMPOO_PRECONDITIONER_LIST
+from dash_shampoo.safety import slot_norms
+
+# What the base adds to a norm before it divides by it.
+_SMALLEST_NORM = 1e-16
+_LARGEST_FP16 = torch.finfo(torch.float16).max
+_SMALLEST_FP16 = 2.0**-24  # above 0
+
+
+def precondition_and_graft(
+    lists: Mapping[str, Any],
+    filtered_grads: Sequence[Tensor],
+    is_warm_up: bool,
+    use_grafting: bool,
+    limit_: Callable[[Sequence[Tensor]], None],
+) -> tuple[Tensor, ...]:
+    """P = P_shampoo · ‖P_grafting‖ / ‖P_shampoo‖ by slot; P_grafting before the first roots.
+
+    Args:
+        lists: Lists on buckets.
+        filtered_grads: (K, *shape) of each piece; not modified.
+        is_warm_up: Whether the grafting's direction is taken as it is.
+        use_grafting: Whether there is a grafting.
+        limit_: Shortens directions without one, where no gradient can have them.
+
+    Returns:
+        Directions of the pieces, in new memory.
+    """
+    if is_warm_up:
+        grafted = _precondition(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
+        return _in_dtypes_of(filtered_grads, grafted)
+    directions = _precondition(lists[SHAMPOO_PRECONDITIONER_LIST], filtered_grads)
+    if use_grafting:
+        grafted = _precondition(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
+        for direction, target in zip(directions, grafted, strict=True):
+            scale = slot_norms(target) / (slot_norms(direction) + _SMALLEST_NORM)
+            direction.mul_(scale.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
+    else:
+        limit_(directions)
+    return _in_dtypes_of(filtered_grads, directions)
+
+
+def _in_dtypes_of(grads: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Directions in the gradients' dtypes; finite, where they were computed in a wider one."""
+    return tuple(
+        direction
+        if direction.dtype == grad.dtype
+        else direction.clamp(-_LARGEST_FP16, _LARGEST_FP16).to(grad.dtype)
+        for direction, grad in zip(directions, grads, strict=True)
+    )
+
+
+def _precondition(lists: Any, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The directions of a list, in new memory; in fp32 where gradients are in fp16.
+
+    There, second moments below 6e-8 are 0 and those above 65504 infinite, and so would be the quotients;
+    and a direction has its final size after grafting only.
+    """
+    is_half = [grad.dtype == torch.float16 for grad in grads]
+    if not any(is_half):
+        directions = lists.precondition(masked_grad_list=grads)
+    else:
+        moments: Sequence[Tensor] | None = getattr(lists, "_masked_preconditioner_list", None)
+        if moments is not None:
+            lists._masked_preconditioner_list = tuple(map(_in_range, moments))
+        grads = tuple(g.float() if h else g for g, h in zip(grads, is_half, strict=True))
+        try:
+            directions = lists.precondition(masked_grad_list=grads)
+        finally:
+            if moments is not None:
+                lists._masked_preconditioner_list = moments
+    # The identity (SGD) gives the very gradients back, which may be the state.
+    return tuple(
+        direction.clone() if direction is grad else direction
+        for direction, grad in zip(directions, grads, strict=True)
+    )
+
+
+def _in_range(moment: Tensor) -> Tensor:
+    """A second moment; one in fp16 as the nearest in fp32 that has a quotient, infinity taken back."""
+    if moment.dtype != torch.float16:
+        return moment
+    return moment.clamp_(max=_LARGEST_FP16).float().clamp_(min=_SMALLEST_FP16)
