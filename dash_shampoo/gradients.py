@@ -61,6 +61,7 @@ class GradientGuard:
         Raises:
             PreconditionerValueError: Naming the first parameter with a bad gradient.
         """
+        self._is_checked = False
         if self._policy != "raise" or is_asynchronous(self._device):
             return
         seen = None

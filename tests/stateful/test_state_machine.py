@@ -24,8 +24,9 @@ NUM_SEQUENCES = int(os.environ.get("STATE_MACHINE_SEQUENCES", "200"))
 # So few that no first gradient comes late enough for a step count of its own, which the reference lacks.
 NUM_ACTIONS = 10
 SHAPES = st.sampled_from([(), (1,), (5,), (3, 4), (4, 3), (8, 8), (9, 2), (2, 3, 4), (1, 6)])
-# Both sides compute in float64; what is left is the order of sums, and roots of damped factors.
-TOLERANCE = {"rtol": 1e-7, "atol": 1e-9}
+# Blocks are float64 on both sides, but the learning rate and the bias corrections are float32 scalars, as in
+# Meta's class: 1e-7 of an update, which may be some units long.
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-7}
 
 
 class Life(RuleBasedStateMachine):
