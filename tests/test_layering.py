@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "step",
     },
     "planning": {
+        "products",
         "base",
         "buckets",
         "config",

@@ -50,9 +50,9 @@ def check_choice(owner: object, name: str, choices: object) -> None:
     check_field(owner, name, getattr(owner, name) in allowed, f"one of {', '.join(allowed)}")
 
 
-def check_matmul_precision(owner: object) -> None:
-    """Refuse a `matmul_precision` that there is none of."""
+def check_matmul_precision(owner: object, *more: str) -> None:
+    """Refuse a `matmul_precision` that there is none of, `more` beside the usual."""
     value = owner.matmul_precision  # type: ignore[attr-defined]
-    allowed = get_args(MatmulPrecision)
+    allowed = (*get_args(MatmulPrecision), *more)
     is_known = isinstance(value, str) and value in allowed
     check_field(owner, "matmul_precision", is_known, f"one of {', '.join(allowed)}")

@@ -107,6 +107,8 @@ class GroupCost:
         )
         self._compute_itemsize = compute_dtype.itemsize
         precision = str(getattr(solver, "matmul_precision", "fp32"))
+        if precision == "auto":  # the most exact that it may be
+            precision = "fp16x3"
         self._solver_precision = precision_of(compute_dtype) if precision == "fp32" else precision
         self.solver_cost: Callable[[float], SolverCost] = cache(
             lambda root: (

@@ -5,7 +5,8 @@ N: size of a factor matrix; K: number of columns of a tall operand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -18,8 +19,9 @@ from dash_shampoo.base import (
     SVDOrthogonalizationConfig,
 )
 from dash_shampoo.eigenbasis import OrthogonalIterationConfig
-from dash_shampoo.inverse_root import num_products
+from dash_shampoo.inverse_root import MinimaxConfig, num_products
 from dash_shampoo.orthogonalization import GramOrthogonalizationConfig, MinimaxPolarConfig
+from dash_shampoo.products import ProductCount
 
 REFERENCE_CONDITION_NUMBER = 1e6
 """Solvers with a stopping rule are counted on eigenvalues spread evenly, in their logarithm, over
@@ -40,6 +42,7 @@ class SolverCost:
         num_symmetric_matmuls: Those of a matrix by itself.
         num_columns: Sum of K over products of N×N by N×K.
         num_eigendecompositions: Calls of `torch.linalg.eigh` per matrix.
+        num_passes: N×N matrices that everything else goes over.
         depends_on_data: Whether a stopping rule decides, so that the numbers hold for
             `REFERENCE_CONDITION_NUMBER` only.
     """
@@ -48,6 +51,7 @@ class SolverCost:
     num_symmetric_matmuls: float
     num_columns: float
     num_eigendecompositions: float
+    num_passes: float
     depends_on_data: bool
 
     def matmul_flops(self, size: int) -> float:
@@ -59,10 +63,10 @@ class SolverCost:
         return _EIGENDECOMPOSITION_FLOPS_PER_CUBE * self.num_eigendecompositions * size**3
 
     def elements_moved(self, size: int) -> float:
-        """Elements that the products read and write: 3N² for a square one, N² + 2NK for a tall one."""
+        """Elements read and written: 3N² by a square product, N² + 2NK by a tall one, 2N² by a pass."""
         tall = self.num_columns * 2 * size + (size**2 if self.num_columns else 0)
         square = 3 * (self.num_matmuls + self.num_eigendecompositions) * size**2
-        return square + tall
+        return square + tall + 2 * self.num_passes * size**2
 
 
 def measure_solver(
@@ -119,12 +123,12 @@ def eigenbasis_cost(config: EigendecompositionConfig) -> SolverCost:
             products, symmetric = (
                 config.num_iterations * n for n in of_one[config.orthogonalization]
             )
-            return SolverCost(products, symmetric, 0.0, 0.0, config.tolerance > 0.0)
+            return SolverCost(products, symmetric, 0.0, 0.0, 0.0, config.tolerance > 0.0)
         case QREigendecompositionConfig():
             steps = config.max_iterations
             products = 2.0 + steps * (1.0 + 4 / 3) + max(steps - 1, 0)
-            return SolverCost(products, 0.0, 0.0, 0.0, config.tolerance > 0.0)
-    return SolverCost(0.0, 0.0, 0.0, 1.0, config.tolerance > 0.0)
+            return SolverCost(products, 0.0, 0.0, 0.0, 0.0, config.tolerance > 0.0)
+    return SolverCost(0.0, 0.0, 0.0, 1.0, 0.0, config.tolerance > 0.0)
 
 
 def orthogonalization_flops(
@@ -159,15 +163,32 @@ def orthogonalization_flops(
     raise ValueError(f"{type(config).__name__} can't be planned: its cost is not known.")
 
 
+# Passes that rounding the operands of a product takes on a device where it is not done inside of the product;
+# the CPU, which emulates it, takes others.
+_ROUNDING_PASSES = {"fp16": 1.0, "bf16": 1.0, "fp16x3": 12.0}
+
+
+def _num_passes(config: RootInvConfig, count: ProductCount) -> float:
+    is_fused = isinstance(config, MinimaxConfig)
+    precision = getattr(config, "matmul_precision", "fp32")
+    return count.num_passes + count.num_products * (
+        0.0 if is_fused else _ROUNDING_PASSES.get(precision, 0.0)
+    )
+
+
 def _count(
     config: RootInvConfig, root: float, epsilon: float, dtype: torch.dtype, condition_number: float
-) -> tuple[float, float, float, float]:
+) -> tuple[float, float, float, float, float]:
+    passes_of: Any = config
+    if hasattr(passes_of, "matmul_precision"):
+        passes_of = replace(passes_of, matmul_precision="fp32")
     count = num_products(
-        config, root, epsilon=epsilon, dtype=dtype, condition_number=condition_number
+        passes_of, root, epsilon=epsilon, dtype=dtype, condition_number=condition_number
     )
     return (
         count.num_products,
         count.num_symmetric,
         count.num_columns,
         count.num_eigendecompositions,
+        _num_passes(config, count),
     )

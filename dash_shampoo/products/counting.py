@@ -21,12 +21,14 @@ class ProductCount:
         num_symmetric (float): Those of a matrix by itself, which a triangle kernel does at half the cost.
         num_columns (float): Sum of K over products of N×N by N×K, K < N.
         num_eigendecompositions (float): Symmetric eigendecompositions.
+        num_passes (float): N×N matrices that other operations go over, each by its largest operand.
     """
 
     num_products: float = 0.0
     num_symmetric: float = 0.0
     num_columns: float = 0.0
     num_eigendecompositions: float = 0.0
+    num_passes: float = 0.0
 
 
 @contextmanager
@@ -56,6 +58,9 @@ def count_products(num_blocks: int, size: int) -> Iterator[ProductCount]:
         yield count
 
 
+# What touches no element, or is counted as a product.
+_NO_PASSES = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach"}
+_NO_PASSES |= {"symmetric_square_", "_linalg_eigh", "set_", "alias", "resize_"}
 # Where an operator has its factors.
 _FACTORS = {"bmm": 0, "mm": 0, "baddbmm": 1, "addmm": 1, "addmm_": 1, "baddbmm_": 1}
 
@@ -80,7 +85,18 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add(args[1], args[1])
         elif name == "_linalg_eigh":
             self._count.num_eigendecompositions += _num_matrices(args[0]) / self._num_blocks
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if not (name in _FACTORS or name in _NO_PASSES or func.is_view):  # type: ignore[attr-defined]
+            elements = [t.numel() for t in (*args, result) if self._has_matrices(t)]
+            self._count.num_passes += max(elements, default=0) / (self._num_blocks * self._size**2)
+        return result
+
+    def _has_matrices(self, value: Any) -> bool:
+        """Whether a value holds N×N matrices, flat or not."""
+        n = self._size
+        if not isinstance(value, Tensor) or n < 2 or value.ndim == 0:
+            return False
+        return value.shape[-2:] == (n, n) or value.shape[-1] in (n**2, self._num_blocks * n**2)
 
     def _add(self, left: Tensor, right: Tensor) -> None:
         n, count = self._size, self._count

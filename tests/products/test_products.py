@@ -292,3 +292,12 @@ def test_half_operands_as_on_cuda_give_what_the_emulation_gives(monkeypatch, con
     result = inverse_root(A, 4, config)
     assert torch.equal(result.value, expected.value)
     assert operand_dtypes & {torch.float16, torch.bfloat16}
+
+
+def test_passes_beside_products_are_counted_by_matrices():
+    A = torch.ones(4, 8, 8)
+    with count_products(num_blocks=4, size=8) as count:
+        (A @ A).mul_(2.0).add_(A[:1])
+        torch.linalg.vector_norm(A.flatten(1), dim=1).sqrt_()
+        A.mT, torch.empty_like(A), A.diagonal(dim1=1, dim2=2).add_(1.0)
+    assert count.num_passes == 3.0

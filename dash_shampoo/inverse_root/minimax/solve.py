@@ -15,14 +15,15 @@ from torch import Tensor
 from dash_shampoo.base import RootInvConfig
 from dash_shampoo.inverse_root.blocks import diagonal, per_block, stacks_like
 from dash_shampoo.inverse_root.fields import check_field, check_matmul_precision, is_int, is_number
+from dash_shampoo.inverse_root.minimax.rounding import Precision, resolved
 from dash_shampoo.inverse_root.minimax.tables import Table, find_table, lower_end
 from dash_shampoo.inverse_root.result import Solution
 from dash_shampoo.inverse_root.scaling import trace_bound
 from dash_shampoo.inverse_root.solver import Solver
-from dash_shampoo.products import MatmulPrecision, Products
+from dash_shampoo.products import Products
 
 # Stacks that rounding the operands of a product takes, on a CPU that emulates it.
-_ROUNDING_STACKS = {"fp32": 0, "fp16x3": 6, "tf32": 5, "fp16": 4, "bf16": 4}
+_ROUNDING_STACKS = {"auto": 0, "fp32": 0, "fp16x3": 6, "tf32": 5, "fp16": 4, "bf16": 4}
 
 
 @dataclass(kw_only=True)
@@ -49,7 +50,9 @@ class MinimaxConfig(RootInvConfig):
             gives. From 3 to 16. (Default: None)
         relative_epsilon (float | None): Damping relative to λ̂, in [1e-8, 0.1]. None is 1e-4 for
             roots up to 2 and 1e-6 for larger ones, which need a smaller damping. (Default: None)
-        matmul_precision (MatmulPrecision): Precision of the products. With the default accuracy,
+        matmul_precision (MatmulPrecision | "auto"): Precision of the products. "auto" is the fastest that
+            adds at most half of the polynomial's error to the root, by a table, where squares are one kernel
+            (CUDA and Triton), and "fp32" elsewhere. With the default accuracy,
             "fp16x3" gives the root of "fp32" at every damping; "tf32" and "fp16" do so for full-rank
             factor matrices down to a relative damping of 1e-4; "bf16" is for 1e-3. (Default: "fp32")
         margin (float): How far, relatively, the polynomial may be used beyond λ̂ before it grows
@@ -59,7 +62,7 @@ class MinimaxConfig(RootInvConfig):
     accuracy: float = 0.015
     num_squarings: int | None = None
     relative_epsilon: float | None = None
-    matmul_precision: MatmulPrecision = "fp32"
+    matmul_precision: Precision = "fp32"
     margin: float = 0.02
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class MinimaxConfig(RootInvConfig):
             is_number(self.relative_epsilon) and 1e-8 <= self.relative_epsilon <= 0.1
         )
         check_field(self, "relative_epsilon", is_epsilon, "in [1e-8, 0.1], or None")
-        check_matmul_precision(self)
+        check_matmul_precision(self, "auto")
         is_margin = is_number(self.margin) and 1e-3 <= self.margin <= 0.5
         check_field(self, "margin", is_margin, "in [1e-3, 0.5]")
 
@@ -213,7 +216,8 @@ def minimax(A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float) ->
     table = table_of(config, root)
     relative_epsilon = _relative_epsilon(config, root)
     poly = _coefficients(table, relative_epsilon, config.margin)
-    products, k = Products(config.matmul_precision), table.num_squarings
+    products = Products(resolved(config.matmul_precision, A, table.error, relative_epsilon))
+    k = table.num_squarings
     (flat, basis), X = stacks_like(A, k), torch.empty_like(A)
 
     # A is divided by about its trace first: A of 1e±30 neither overflows nor vanishes in its fourth power.
