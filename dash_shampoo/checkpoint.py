@@ -65,7 +65,7 @@ def safe_globals() -> list[type | tuple[type, str]]:
         other tools read the file, such as ``torch.distributed.checkpoint``, leave the configs out of
         the groups that they save: `DashShampoo` then keeps those that it was constructed with.
 
-    Example:
+    Examples:
         >>> import io
         >>> import torch
         >>> import dash_shampoo as ds

@@ -100,7 +100,7 @@ class DashShampoo(ConsolidatingShampoo):
     References:
         arXiv 2309.06497 (Distributed Shampoo); arXiv 2602.02016 (DASH).
 
-    Example:
+    Examples:
         >>> import torch
         >>> import dash_shampoo as ds
         >>> model = torch.nn.Linear(8, 4)

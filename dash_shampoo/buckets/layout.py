@@ -136,7 +136,7 @@ def make_layout(blocks: Sequence[BlockSpec]) -> Layout:
     Returns:
         The layout. Every block is in one bucket, every factor matrix in one slot.
 
-    Example:
+    Examples:
         >>> cpu = torch.device("cpu")
         >>> square = BlockSpec((8, 8), (True, True), (4.0, 4.0), torch.float32, cpu)
         >>> ragged = BlockSpec((3, 8), (True, True), (4.0, 4.0), torch.float32, cpu)

@@ -25,7 +25,7 @@ def merge_small_dims(
     Returns:
         The merged shape, without ones (but for (1,)), and (0,) for an empty tensor.
 
-    Example:
+    Examples:
         >>> merge_small_dims((32, 3, 64, 64), 8192, 1)
         (96, 4096)
     """
@@ -98,7 +98,7 @@ def equal_grids(shape: Sequence[int], split_size: int | float) -> Iterator[Grid]
         shape: Shape of the tensor.
         split_size: Largest dimension of a block.
 
-    Example:
+    Examples:
         >>> [(grid.numbers, grid.counts) for grid in equal_grids((4, 5), 2)]
         [((0, 1, 3, 4), (2, 2)), ((2, 5), (2, 1))]
     """
