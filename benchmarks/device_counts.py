@@ -50,8 +50,10 @@ _FREE = {
 _FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_", "mv", "dot"}
 _PRODUCTS |= {"symmetric_square_"}
-# Functional forms that copy first, and a matrix that is filled with zeros first.
+# Functional forms that copy first, unless they write to what they read, and a matrix that is filled with
+# zeros first.
 _TWO_KERNELS = {"masked_fill", "baddbmm", "addmm", "eye", "index_copy", "index_put", "index_add"}
+_COPIES_ADDEND = {"baddbmm", "addmm"}
 _JOINS = {"stack", "cat"}
 _WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_linalg_eigh", "linalg_qr"}
 _MAX_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -271,6 +273,8 @@ def _num_launches(name: str, arguments: Any, operands: list[Tensor], outputs: li
         return number + 1 + -(-len(outputs) // _MAX_NORMS) if is_norm else number
     if name in _JOINS:
         return -(-len(operands) // (128 if all(t.is_contiguous() for t in operands) else 64))
+    if name in _COPIES_ADDEND and outputs[0].data_ptr() == operands[0].data_ptr():
+        return 1
     return 2 if name in _TWO_KERNELS else 1
 
 

@@ -192,10 +192,11 @@ def _read(tensors: Sequence[Tensor]) -> list[Tensor]:
     on_host = list(tensors)
     for device in {tensor.device for tensor in tensors}:
         places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
-        sizes = [len(tensors[place]) for place in places]
-        joined = torch.cat([tensors[place].to(torch.int64) for place in places]).cpu()
+        sizes = [tensors[place].nbytes for place in places]
+        joined = torch.cat([tensors[place].view(torch.uint8) for place in places]).cpu()
         for place, part in zip(places, torch.split(joined, sizes), strict=True):
-            on_host[place] = part
+            # A copy, since numbers of several bytes have to be aligned.
+            on_host[place] = part.clone().view(tensors[place].dtype)
     return on_host
 
 

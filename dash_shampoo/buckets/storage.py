@@ -85,9 +85,9 @@ class MatrixStack:
         places = _packing(self.size, stored.device)[1].view(self.size, self.size).diagonal()
         return stored.index_select(1, places)
 
-    def are_zero(self, rows: Rows) -> Tensor:
-        """(K,) bool: which of the matrices, positive semi-definite ones, are zero: the diagonal is."""
-        return self.diagonals(rows).any(-1).logical_not_()
+    def are_nonzero(self, rows: Rows) -> Tensor:
+        """(K,) bool: which of the matrices, positive semi-definite ones, aren't zero: the diagonal isn't."""
+        return self.diagonals(rows).any(-1)
 
     def write_(self, rows: Rows, matrices: Tensor) -> None:
         """Writes matrices (K, N, N), of which a packed stack takes the upper triangles, casting them."""
@@ -96,6 +96,15 @@ class MatrixStack:
             self.data[rows].copy_(values)
         else:
             self.data.index_copy_(0, rows, values.to(self.data.dtype))
+
+    def write_where_(self, chosen: Tensor, rows: Rows, matrices: Tensor) -> None:
+        """Writes those of the matrices (K, N, N) that are chosen (K,); nobody waits to learn which."""
+        chosen = chosen[:, None, None]
+        if isinstance(rows, slice) and not self.packed and matrices.dtype == self.data.dtype:
+            stored = self.data[rows]
+            torch.where(chosen, matrices, stored, out=stored)
+        else:
+            self.write_(rows, torch.where(chosen, matrices, self.read(rows)))
 
     def accumulate_outer_(self, rows: slice, unfolded: Tensor, decay: float, weight: float) -> None:
         """F ← decay·F + weight·U Uᵀ, taken in the stack's dtype.

@@ -11,14 +11,14 @@ from dash_shampoo.inverse_root.newton_schulz import NewtonSchulzRootInvConfig
 from dash_shampoo.inverse_root.registry import check_supported, config_for_root
 from dash_shampoo.inverse_root.repair import repair
 from dash_shampoo.inverse_root.residual import sketched_residual
-from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus
+from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, StackOutcome
 from dash_shampoo.inverse_root.scaling import (
     FrobeniusScaling,
     PowerIterationScaling,
     ScalingConfig,
     TraceScaling,
 )
-from dash_shampoo.inverse_root.stack import StackOutcome, inverse_root, solve_stack
+from dash_shampoo.inverse_root.stack import inverse_root, solve_stack
 
 __all__ = [
     "ChebyshevConfig",

@@ -5,8 +5,12 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N; s_B holds one number per b
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+from dash_shampoo.products import multiple_of_identity
 
 # Entries of at least 4 bytes.
 _ALIGNMENT = 16
@@ -24,6 +28,18 @@ def diagonal(A_BNN: Tensor) -> Tensor:
     return A_BNN.diagonal(dim1=-2, dim2=-1)
 
 
+@lru_cache(maxsize=256)
+def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(K,) numbers on the device, where copying them anew would wait for it; not to be written to."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def minus_multiple(A_BNN: Tensor, factor: float, shift: float, out: Tensor | None = None) -> Tensor:
+    """shift·I - factor·A of each block, in one pass; `out` may be A. Default: a new stack."""
+    identity = multiple_of_identity(A_BNN.shape[-1], shift, A_BNN.dtype, A_BNN.device)
+    return torch.sub(identity, A_BNN, alpha=factor, out=out)
+
+
 def scaled(A_BNN: Tensor, scale_B: Tensor, shift_B: Tensor) -> Tensor:
     """scale·A + shift·I of each block as a new stack, in one pass.
 
@@ -37,6 +53,23 @@ def scaled(A_BNN: Tensor, scale_B: Tensor, shift_B: Tensor) -> Tensor:
     """
     result = A_BNN * per_block(scale_B)
     diagonal(result).add_(shift_B[:, None])
+    return result
+
+
+def damped_scaled(A_BNN: Tensor, scale_B: Tensor, epsilon: float) -> Tensor:
+    """scale·(A + epsilon·I) of each block as a new stack, in one pass.
+
+    Args:
+        A_BNN: (B, N, N) stack.
+        scale_B: (B,) factors.
+        epsilon: What is added to the diagonals.
+
+    Returns:
+        (B, N, N) stack.
+    """
+    result = A_BNN * per_block(scale_B)
+    if epsilon != 0.0:
+        diagonal(result).add_(scale_B[:, None], alpha=epsilon)
     return result
 
 
@@ -91,8 +124,12 @@ def distance_to_identity(M_BNN: Tensor) -> Tensor:
     """(B,) max|M - I| of each block.
 
     The identity is subtracted from the diagonals in place and the diagonals are put back, which
-    saves a copy of the stack.
+    saves a copy of the stack on the CPU.
     """
+    if M_BNN.device.type != "cpu":  # two kernels instead of five
+        difference = minus_multiple(M_BNN, 1.0, 1.0).flatten(1)
+        norm: Tensor = torch.linalg.vector_norm(difference, ord=torch.inf, dim=1)
+        return norm
     entries = diagonal(M_BNN)
     saved = entries.clone()
     entries.sub_(1.0)
@@ -117,7 +154,7 @@ def frobenius_norm(A_BNN: Tensor) -> Tensor:
     return exact
 
 
-def power(values: Tensor, exponent: float) -> Tensor:
+def power(values: Tensor, exponent: float, dtype: torch.dtype | None = None) -> Tensor:
     """values^exponent, taken in float64 and rounded.
 
     torch's vectorised power differs by a unit in the last place between the inside of a tensor and
@@ -126,8 +163,10 @@ def power(values: Tensor, exponent: float) -> Tensor:
     Args:
         values: A tensor of numbers per block, such as scales or eigenvalues.
         exponent: The exponent.
+        dtype: Of the result. Default: that of the values.
 
     Returns:
-        A tensor of the same shape and dtype.
+        A tensor of the same shape.
     """
-    return values.double().pow(exponent).to(values.dtype)
+    result = torch.empty_like(values, dtype=values.dtype if dtype is None else dtype)
+    return torch.pow(values.double(), exponent, out=result)

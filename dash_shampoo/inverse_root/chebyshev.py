@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.blocks import affine_identity_, diagonal, power, scaled, stacks_like
+from dash_shampoo.inverse_root.blocks import (
+    affine_identity_,
+    constants,
+    damped_scaled,
+    diagonal,
+    power,
+    stacks_like,
+)
 from dash_shampoo.inverse_root.fields import (
     check_choice,
     check_field,
@@ -143,15 +150,20 @@ def chebyshev(A: Tensor, root: Fraction, config: ChebyshevConfig, epsilon: float
     """
     products = Products(config.matmul_precision)
     s_B = compute_scale(A, config.scaling, epsilon)
-    S = scaled(A, 2.0 / s_B, 2.0 * epsilon / s_B - 1.0)
+    S = damped_scaled(A, power(s_B, -1.0, A.dtype).mul_(2.0), epsilon)
+    diagonal(S).sub_(1.0)
     coefficients = fit_inverse_root(
         float(root), config.degree, config.relative_epsilon, config.num_nodes
     )
     evaluate = clenshaw if config.evaluation == "clenshaw" else baby_step_giant_step
+    damping_B = torch.empty_like(s_B, dtype=A.dtype)
+    damping = constants((epsilon,), s_B.dtype, s_B.device)
+    torch.add(damping, s_B, alpha=config.relative_epsilon, out=damping_B)
     return Solution(
         evaluate(S, coefficients, products),
-        damping=epsilon + config.relative_epsilon * s_B,
-        scale=power(s_B, -1.0 / float(root)),
+        damping=damping_B,
+        scale=power(s_B, -1.0 / float(root), A.dtype),
+        size=s_B,
     )
 
 
@@ -300,16 +312,10 @@ def _combined(flat: Tensor, T: list[Tensor], coefficients: tuple[float, ...]) ->
     if size == 1:
         result = torch.zeros_like(T[0])
     else:
-        weights = _weights(coefficients[1:], flat.dtype, flat.device)
+        weights = constants(coefficients[1:], flat.dtype, flat.device)
         result = torch.mv(flat[: size - 1].mT, weights).view(T[0].shape)
     diagonal(result).add_(coefficients[0])
     return result
-
-
-@lru_cache(maxsize=256)
-def _weights(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The weights on the device, where copying them anew would wait for it."""
-    return torch.tensor(weights, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import CoupledNewtonConfig
-from dash_shampoo.inverse_root.blocks import diagonal, distance_to_identity, power, scaled
+from dash_shampoo.inverse_root.blocks import (
+    damped_scaled,
+    distance_to_identity,
+    minus_multiple,
+    power,
+)
 from dash_shampoo.inverse_root.fields import (
     check_field,
     check_matmul_precision,
     check_positive_int,
     is_number,
 )
-from dash_shampoo.inverse_root.result import InverseRootStatus, Solution
+from dash_shampoo.inverse_root.result import Solution
 from dash_shampoo.inverse_root.scaling import (
     FrobeniusScaling,
     ScalingConfig,
@@ -30,6 +35,10 @@ from dash_shampoo.inverse_root.scaling import (
 from dash_shampoo.inverse_root.solver import Solver
 from dash_shampoo.inverse_root.working_set import WorkingSet
 from dash_shampoo.products import MatmulPrecision, Products
+
+# On an accelerator: a cap up to which all steps are done unseen, and the steps between looks beyond it.
+_MAX_UNSEEN_STEPS = 16
+_STEPS_BETWEEN_LOOKS = 4
 
 
 @dataclass(kw_only=True)
@@ -82,7 +91,9 @@ def coupled_newton(
         z = (p + 1)/(2s),  X_0 = z^(1/p)·I,  M_0 = z·(A + epsilon·I),  s = ‖A + epsilon·I‖_F
 
     M = Xᵖ(A + epsilon·I) throughout, and M → I. A block is done once max|M - I| <= tolerance or
-    after `max_iterations` steps; its result is what it would be alone.
+    after `max_iterations` steps; its result is what it would be alone. On an accelerator, where looking
+    means waiting, the host looks after every fourth step, and with a cap of at most 16 never: what a
+    block then does beyond its tolerance is rounding.
 
     The iteration converges where the eigenvalues of M_0 lie in (0, p + 1), which the scale ensures,
     quadratically once they are near 1; a small eigenvalue m of M grows by (1 + 1/p)^p a step, so it
@@ -103,7 +114,8 @@ def coupled_newton(
 
     Note:
         Per step 3 matmuls for p = 2 and 4 for p = 4 (floor(log2 p) of them symmetric), one less in
-        the first step, where X is a multiple of the identity. One host sync per step.
+        the first step, where X is a multiple of the identity. One host sync per look; none with a cap
+        of at most 16 steps.
 
     References:
         Guo and Higham, A Schur-Newton method for the matrix pth root and its inverse, SIAM J.
@@ -121,30 +133,30 @@ def coupled_newton(
         s_B = compute_scale(A, config.scaling, epsilon)
     else:
         products = Products("fp32")
-        s_B = damped_frobenius_norm(A, epsilon).to(A.dtype)
-        s_B = s_B + (s_B - s_B)  # inf becomes NaN
+        s_B = damped_frobenius_norm(A, epsilon).nan_to_num_(nan=torch.nan, posinf=torch.nan)
     p = root.numerator
-    z_B = (p + 1) / (2 * s_B)
-    M = scaled(A, z_B, epsilon * z_B)
+    z_B = s_B.reciprocal().mul_((p + 1) / 2)
+    M = damped_scaled(A, z_B.to(A.dtype), epsilon)
     X, error, iterations = _iterate(M, p, config.max_iterations, config.tolerance, products)
-    has_converged = error <= config.tolerance
-    status = torch.where(has_converged, InverseRootStatus.SUCCESS, InverseRootStatus.MAX_ITERATIONS)
+    # True is MAX_ITERATIONS; an error of NaN is not below the tolerance.
+    status = (error <= config.tolerance).logical_not_().view(torch.uint8)
     return Solution(
         X,
         damping=epsilon,
         # X was started at the identity, so that half-precision operands stay in range.
-        scale=power(z_B, 1.0 / p),
+        scale=power(z_B, 1.0 / p, A.dtype),
         is_symmetric=True,
-        status=status.to(torch.uint8),
+        status=status,
         iterations=iterations,
         residual=error,
+        size=s_B,
     )
 
 
 def _iterate(
     M: Tensor, p: int, max_iterations: int, tolerance: float, products: Products
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Iterate X ← X·C, M ← Cᵖ·M from X = I, each block until its own end.
+    """Iterate X ← X·C, M ← Cᵖ·M from X = I, each block until a look finds it done.
 
     Args:
         M: (B, N, N) scaled matrices; overwritten.
@@ -162,40 +174,52 @@ def _iterate(
     iterations = torch.zeros(num_blocks, dtype=torch.int32, device=device)
     working = WorkingSet(num_blocks)
     X: Tensor | None = None  # the identity
-    error_W = distance_to_identity(M)
+    interval = _steps_between_looks(device, max_iterations)
     for iteration in range(max_iterations + 1):
-        # The one host sync of a step: the stopping rule needs the errors.
-        wants_more = (error_W > tolerance).cpu() & (iteration < max_iterations)
-        rows, finished = (index.to(device) for index in working.retire(wants_more))
-        if rows.numel() == num_blocks:  # all of them at once
-            return _or_identity(X, M), error_W, iterations.fill_(iteration)
-        if rows.numel() > 0:
-            value = (
-                torch.empty(num_blocks, *M.shape[1:], dtype=M.dtype, device=device)
-                if (value is None)
-                else value
-            )
-            value[rows] = _or_identity(X, M)[finished]
-            error[rows] = error_W[finished]
-            iterations[rows] = iteration
-        if working.is_done:
-            break
-        if X is None:
-            (M,) = working.compact(M)
-        else:
-            X, M = working.compact(X, M)
+        is_last = iteration == max_iterations
+        if is_last or (iteration % interval == 0 and (iteration > 0 or interval == 1)):
+            error_W = distance_to_identity(M)
+            if is_last:
+                wants_more = torch.zeros(len(error_W), dtype=torch.bool, device="cpu")
+            else:  # the one host sync of a look
+                wants_more = (error_W > tolerance).cpu()
+            rows, finished = working.retire(wants_more)
+            if rows.numel() == num_blocks:  # all of them at once
+                return _or_identity(X, M), error_W, iterations.fill_(iteration)
+            if rows.numel() > 0:
+                value = (
+                    torch.empty_like(M[:1].expand(num_blocks, -1, -1)) if value is None else value
+                )
+                rows, finished = rows.to(device), finished.to(device)
+                value[rows] = _or_identity(X, M)[finished]
+                error[rows] = error_W[finished]
+                iterations[rows] = iteration
+            if working.is_done:
+                break
+            if X is None:
+                (M,) = working.compact(M)
+            else:
+                X, M = working.compact(X, M)
         X, M = _step(X, M, p, products)
-        error_W = distance_to_identity(M)
     assert value is not None
     return value, error, iterations
 
 
+def _steps_between_looks(device: torch.device, max_iterations: int) -> int:
+    """After how many steps the host looks which blocks are done; on an accelerator it has to wait for that.
+
+    Steps beyond the tolerance change a root by rounding alone.
+    """
+    if device.type == "cpu":
+        return 1
+    return max_iterations if max_iterations <= _MAX_UNSEEN_STEPS else _STEPS_BETWEEN_LOOKS
+
+
 def _step(X: Tensor | None, M: Tensor, p: int, products: Products) -> tuple[Tensor, Tensor]:
     """X·C and Cᵖ·M; X = None is the identity."""
-    C = torch.mul(M, -1.0 / p)
-    diagonal(C).add_(1.0 + 1.0 / p)
+    C = minus_multiple(M, 1.0 / p, 1.0 + 1.0 / p)
     rounded_C = products.round(C)
-    X = rounded_C.to(M.dtype, copy=True) if X is None else products(X, rounded_C)
+    X = rounded_C.to(M.dtype) if X is None else products(X, rounded_C)
     return X, products(products.power(rounded_C, p), M)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.blocks import diagonal, power, scaled
+from dash_shampoo.inverse_root.blocks import damped_scaled, diagonal, minus_multiple, power
 from dash_shampoo.inverse_root.fields import check_matmul_precision, check_positive_int
 from dash_shampoo.inverse_root.result import Solution
 from dash_shampoo.inverse_root.scaling import (
@@ -110,14 +110,15 @@ def newton_db(A: Tensor, root: Fraction, config: NewtonDBConfig, epsilon: float)
     products = Products(config.matmul_precision)
     s_B = compute_scale(A, config.scaling, epsilon)
     num_passes = _PASSES[root.numerator]
-    Y = scaled(A, 1.0 / s_B, epsilon / s_B)
+    Y = damped_scaled(A, power(s_B, -1.0, A.dtype), epsilon)
     for _ in range(num_passes - 1):
         Y = _run_pass(Y, config.num_iterations, products, is_root_wanted=True)
     Z = _run_pass(Y, config.num_iterations, products, is_root_wanted=False)
     return Solution(
         Z,
         damping=epsilon,
-        scale=power(s_B, -1.0 / root.numerator),
+        scale=power(s_B, -1.0 / root.numerator, A.dtype),
+        size=s_B,
         iterations=num_passes * config.num_iterations,
     )
 
@@ -136,8 +137,7 @@ def _run_pass(
     Returns:
         (B, N, N) stack.
     """
-    E = torch.mul(Y, -0.5)  # Z_0 = I
-    diagonal(E).add_(1.5)
+    E = minus_multiple(Y, 0.5, 1.5)  # Z_0 = I
     if num_iterations == 1:
         return products(Y, E) if is_root_wanted else E
     Y, Z, spare, E = products(Y, E), E, Y, torch.empty_like(Y)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.blocks import diagonal, frobenius_norm, power, scaled
+from dash_shampoo.inverse_root.blocks import diagonal, frobenius_norm, minus_multiple, power, scaled
 from dash_shampoo.inverse_root.fields import check_field, is_number
 from dash_shampoo.inverse_root.result import Solution
 from dash_shampoo.inverse_root.solver import Solver
@@ -130,10 +130,10 @@ def newton_schulz(
     norm_B = frobenius_norm(A)
     damping_B = (config.relative_epsilon * norm_B).clamp_min(epsilon)
     trace_B = diagonal(A).sum(-1, dtype=torch.float64)
-    s_B = (norm_B.square() + damping_B * (2.0 * trace_B + A.shape[-1] * damping_B)).sqrt()
-    s_B = torch.where(s_B <= tiny, 1.0, s_B)
-    s_B = s_B + (s_B - s_B)  # inf becomes NaN
-    Y = scaled(A, s_B.reciprocal().to(A.dtype), (damping_B / s_B).to(A.dtype))
+    trace_B.mul_(2.0).add_(damping_B, alpha=A.shape[-1])
+    s_B = norm_B.square().addcmul_(damping_B, trace_B).sqrt_()
+    s_B = torch.threshold(s_B, tiny, 1.0).nan_to_num_(nan=torch.nan, posinf=torch.nan)
+    Y = scaled(A, power(s_B, -1.0, A.dtype), damping_B / s_B)
     num_passes = root.numerator.bit_length() - 1
     for _ in range(num_passes - 1):
         Y = _run_pass(Y, config.coefficients, products, is_root_wanted=True)
@@ -141,7 +141,8 @@ def newton_schulz(
     return Solution(
         Z,
         damping=damping_B.to(A.dtype),
-        scale=power(s_B, -1.0 / root.numerator).to(A.dtype),
+        scale=power(s_B, -1.0 / root.numerator, A.dtype),
+        size=s_B,
         iterations=num_passes * len(config.coefficients),
     )
 
@@ -169,9 +170,7 @@ def _run_pass(
     for number, (a, b, c) in enumerate(coefficients):
         is_last = number == len(coefficients) - 1
         W_now = Y if Z is None else products(Z, Y, out=W)
-        torch.mul(W_now, b, out=P)
-        diagonal(P).add_(a)
-        products.add_to_(P, W_now, W_now, alpha=c)
+        products.add_to_(minus_multiple(W_now, -b, a, out=P), W_now, W_now, alpha=c)
         if is_last and is_root_wanted:
             return products(Y, P, out=spare)
         if is_last:

@@ -17,7 +17,7 @@ _MAX_APPLICATIONS = 32
 _ROUNDING = 0.05
 
 
-def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor) -> Tensor:
+def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor | float) -> Tensor:
     """‖V X^⌈p/2⌉ (A + damping·I)^q X^⌊p/2⌋ - V‖_F / ‖V‖_F for the root p/q and four rows V.
 
     It is 0 for X = (A + damping·I)^(-q/p), and at most (1 + E)^p - 1 for a root whose eigenvalues are
@@ -28,7 +28,7 @@ def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor) -> 
         A: (B, N, N) stack.
         X: (B, N, N) its inverse roots, to be tested.
         root: p/q.
-        damping: (B,) what X was meant to have added to the diagonal.
+        damping: (B,), or one number, what X was meant to have added to the diagonal.
 
     Returns:
         (B,) residuals. NaN, which is to be read as unknown, for a root with p + q above 32; infinite
@@ -52,14 +52,18 @@ def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor) -> 
     """
     num_roots, num_matrices = root.numerator, root.denominator
     if num_roots + num_matrices > _MAX_APPLICATIONS:
-        return torch.full_like(damping, torch.nan)
+        return torch.full_like(A[:, 0, 0], torch.nan)
     V = _vectors(A.shape[-1], A.dtype, A.device)
     result = V.expand(A.shape[0], -1, -1)
     # Half of the roots on either side, so that the products stay near the size of V.
     for _ in range((num_roots + 1) // 2):
         result = torch.bmm(result, X)
     for _ in range(num_matrices):
-        result = torch.baddbmm(damping[:, None, None] * result, result, A)
+        product = torch.bmm(result, A)
+        if isinstance(damping, Tensor):
+            result = product.addcmul_(result, damping[:, None, None])
+        else:
+            result = product.add_(result, alpha=damping)
     for _ in range(num_roots // 2):
         result = torch.bmm(result, X)
     residual: Tensor = torch.linalg.vector_norm((result - V).flatten(1), dim=1)

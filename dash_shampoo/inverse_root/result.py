@@ -6,8 +6,10 @@ A numerical failure is a value, not an exception: one bad block must not stop th
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -94,6 +96,62 @@ def is_usable(status: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class StackOutcome:
+    """What became of every matrix of a stack, beside the roots; numbers that are the same for all are one.
+
+    Attributes:
+        status (Tensor): (B,) uint8, one `InverseRootStatus` per matrix.
+        damping (Tensor | float): (B,) what was added to the diagonals: the roots are those of A + damping·I.
+        iterations (Tensor | int): (B,) int32, as of `InverseRootResult`.
+        residual (Tensor | float): (B,) as of `InverseRootResult`.
+    """
+
+    status: Tensor
+    damping: Tensor | float
+    iterations: Tensor | int
+    residual: Tensor | float
+
+    @classmethod
+    def joined(cls, parts: Sequence[StackOutcome]) -> StackOutcome:
+        """The outcome of consecutive parts of a stack."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = {}
+        for name in ("status", "damping", "iterations", "residual"):
+            values = [getattr(part, name) for part in parts]
+            tensor = next((value for value in values if isinstance(value, Tensor)), None)
+            joined[name] = values[0]
+            if tensor is not None:
+                joined[name] = torch.cat([part._of_each(name, tensor.dtype) for part in parts])
+        return cls(**joined)
+
+    def _of_each(self, name: str, dtype: torch.dtype) -> Tensor:
+        """(B,) a number of each matrix."""
+        number = getattr(self, name)
+        if isinstance(number, Tensor):
+            return number
+        return torch.full_like(self.status, number, dtype=dtype)
+
+    def result(self, value: Tensor, dtype: torch.dtype) -> InverseRootResult:
+        """With the roots, and a number per block.
+
+        Args:
+            value: The roots.
+            dtype: The compute dtype.
+
+        Returns:
+            The result.
+        """
+        return InverseRootResult(
+            value=value,
+            status=self.status,
+            iterations=self._of_each("iterations", torch.int32),
+            residual=self._of_each("residual", dtype),
+            damping=self._of_each("damping", dtype),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Solution:
     """What a solver hands over; scaling, symmetrising, checks and statuses are the same for all.
 
@@ -106,6 +164,8 @@ class Solution:
         status (Tensor | None): (B,) uint8. None is SUCCESS.
         iterations (Tensor | int): (B,) int32, or one number.
         residual (Tensor | None): (B,) a residual of the solver's own.
+        size (Tensor | None): (B,) a number that is finite exactly where A is, such as a norm; None where
+            the solver has none, which costs a pass over A.
     """
 
     X: Tensor
@@ -115,3 +175,4 @@ class Solution:
     status: Tensor | None = None
     iterations: Tensor | int = 0
     residual: Tensor | None = None
+    size: Tensor | None = None

@@ -12,7 +12,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dash_shampoo.inverse_root.blocks import diagonal, frobenius_norm, max_abs, per_block
+from dash_shampoo.inverse_root.blocks import (
+    constants,
+    diagonal,
+    frobenius_norm,
+    max_abs,
+    per_block,
+)
 from dash_shampoo.inverse_root.fields import (
     check_field,
     check_matmul_precision,
@@ -102,7 +108,7 @@ def compute_scale(A_BNN: Tensor, config: ScalingConfig, epsilon: float = 0.0) ->
         epsilon: Damping, at least 0.
 
     Returns:
-        (B,) positive scales in the dtype of `A_BNN`, NaN where A is not finite.
+        (B,) float64 positive scales, NaN where A is not finite.
 
     Raises:
         ValueError: If the scaling is not one of those known here.
@@ -127,10 +133,9 @@ def compute_scale(A_BNN: Tensor, config: ScalingConfig, epsilon: float = 0.0) ->
             s_B = trace_bound(A_scaled, A_squared) * norm_B + epsilon
         case _:
             raise ValueError(f"No scaling is known for {type(config).__name__}.")
-    s_B = s_B.to(A_BNN.dtype)
     # Below the smallest normal number 1/s overflows; such a block is a block of zeros.
-    s_B = torch.where(s_B <= torch.finfo(s_B.dtype).tiny, 1.0, s_B)
-    return s_B + (s_B - s_B)  # inf - inf is NaN, which every later number inherits
+    s_B = torch.threshold(s_B, torch.finfo(A_BNN.dtype).tiny, 1.0)
+    return s_B.nan_to_num_(nan=torch.nan, posinf=torch.nan)
 
 
 def damped_frobenius_norm(A_BNN: Tensor, epsilon: float) -> Tensor:
@@ -139,7 +144,8 @@ def damped_frobenius_norm(A_BNN: Tensor, epsilon: float) -> Tensor:
     if epsilon == 0.0:
         return norm_B
     trace_B = diagonal(A_BNN).sum(-1, dtype=torch.float64)
-    return (norm_B.square() + epsilon * (2.0 * trace_B + A_BNN.shape[-1] * epsilon)).sqrt()
+    constant = constants((A_BNN.shape[-1] * epsilon**2,), norm_B.dtype, norm_B.device)
+    return torch.addcmul(constant, norm_B, norm_B).add_(trace_B, alpha=2.0 * epsilon).sqrt_()
 
 
 def multi_power_iteration(A_BNN: Tensor, config: PowerIterationScaling) -> Tensor:
@@ -204,10 +210,11 @@ def trace_bound(A_BNN: Tensor, A_squared_BNN: Tensor) -> Tensor:
         4.0
     """
     n = A_BNN.shape[-1]
-    m1_B = diagonal(A_BNN).sum(-1, dtype=torch.float64)
-    m2_B = diagonal(A_squared_BNN).sum(-1, dtype=torch.float64)
-    m4_B = torch.linalg.vector_norm(A_squared_BNN.flatten(1), dim=1).double().square_()
-    m_3B = torch.stack((m1_B, m2_B, m4_B))
+    m_3B = A_BNN.new_empty(3, A_BNN.shape[0], dtype=torch.float64)
+    torch.sum(diagonal(A_BNN), -1, dtype=torch.float64, out=m_3B[0])
+    torch.sum(diagonal(A_squared_BNN), -1, dtype=torch.float64, out=m_3B[1])
+    norm_B = torch.linalg.vector_norm(A_squared_BNN.flatten(1), dim=1)
+    torch.mul(norm_B, norm_B.double(), out=m_3B[2])
     sums_2B, squares_2B = m_3B[:2], m_3B[1:]
     means_2B = sums_2B / n
     variances_2B = torch.addcmul(squares_2B, sums_2B, means_2B, value=-1.0).clamp_min_(0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from dash_shampoo.base import EigenConfig, RootInvConfig
 from dash_shampoo.inverse_root.chunks import map_chunks, plan_chunks
-from dash_shampoo.inverse_root.result import InverseRootResult
+from dash_shampoo.inverse_root.result import InverseRootResult, StackOutcome, is_usable
 from dash_shampoo.inverse_root.task import Task, solve_chunk
 from dash_shampoo.products import exact_products
 
@@ -21,28 +20,6 @@ Store = Callable[[slice, Tensor, Tensor], None]
 
 _DEFAULT_CONFIG = EigenConfig()
 _NO_CAP = 2**62
-
-
-@dataclass(frozen=True, eq=False)
-class StackOutcome:
-    """What became of every matrix of a stack.
-
-    Attributes:
-        status (Tensor): (B,) uint8, one `InverseRootStatus` per matrix.
-        damping (Tensor): (B,) what was added to the diagonals: the roots are those of A + damping·I.
-        iterations (Tensor): (B,) int32, as of `InverseRootResult`.
-        residual (Tensor): (B,) as of `InverseRootResult`.
-    """
-
-    status: Tensor
-    damping: Tensor
-    iterations: Tensor
-    residual: Tensor
-
-    @classmethod
-    def of(cls, result: InverseRootResult) -> StackOutcome:
-        """The result without its roots, so that they can be freed."""
-        return cls(result.status, result.damping, result.iterations, result.residual)
 
 
 def solve_stack(
@@ -90,9 +67,9 @@ def solve_stack(
     value_dtype = dtype if value_dtype is None else value_dtype
 
     def solve(rows: slice) -> StackOutcome:
-        result = solve_chunk(task, load(rows).contiguous(), value_dtype=value_dtype)
-        store(rows, result.value, result.is_usable)
-        return StackOutcome.of(result)
+        value, outcome = solve_chunk(task, load(rows).contiguous(), value_dtype=value_dtype)
+        store(rows, value, is_usable(outcome.status))
+        return outcome
 
     return _over_chunks(solve, task, num_matrices, size, dtype, device, max_workspace_bytes)
 
@@ -145,17 +122,11 @@ def inverse_root(
     value = torch.empty_like(stack)
 
     def solve(rows: slice) -> StackOutcome:
-        return StackOutcome.of(solve_chunk(task, stack[rows], out=value[rows]))
+        return solve_chunk(task, stack[rows], out=value[rows])[1]
 
     num_matrices, size, _ = stack.shape
     outcome = _over_chunks(solve, task, num_matrices, size, stack.dtype, stack.device, _NO_CAP)
-    return InverseRootResult(
-        value=value.reshape(A.shape),
-        status=outcome.status,
-        iterations=outcome.iterations,
-        residual=outcome.residual,
-        damping=outcome.damping,
-    )
+    return outcome.result(value.reshape(A.shape), stack.dtype)
 
 
 def _over_chunks(
@@ -169,10 +140,8 @@ def _over_chunks(
 ) -> StackOutcome:
     """Solve the chunks of a stack, and join what became of them."""
     if num_matrices == 0 or size == 0:
-        zeros = torch.zeros(num_matrices, dtype=dtype, device=device)
-        return StackOutcome(
-            zeros.to(torch.uint8), zeros, zeros.int(), torch.full_like(zeros, torch.nan)
-        )
+        status = torch.zeros(num_matrices, dtype=torch.uint8, device=device)
+        return StackOutcome(status, 0.0, 0, torch.nan)
     chunks = plan_chunks(
         num_matrices,
         size,
@@ -191,14 +160,7 @@ def _over_chunks(
         exact_products(),
     ):
         outcomes = map_chunks(solve, chunks)
-    if len(outcomes) == 1:
-        return outcomes[0]
-    return StackOutcome(
-        torch.cat([outcome.status for outcome in outcomes]),
-        torch.cat([outcome.damping for outcome in outcomes]),
-        torch.cat([outcome.iterations for outcome in outcomes]),
-        torch.cat([outcome.residual for outcome in outcomes]),
-    )
+    return StackOutcome.joined(outcomes)
 
 
 def _as_stack(A: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ and on an accelerator one that looks for values that are not finite; the CPU see
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from dash_shampoo.base import RootInvConfig
 from dash_shampoo.inverse_root.blocks import per_block
 from dash_shampoo.inverse_root.registry import as_root, find_solver
 from dash_shampoo.inverse_root.residual import residual_bound, sketched_residual
-from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, Solution
+from dash_shampoo.inverse_root.result import (
+    InverseRootStatus,
+    Solution,
+    StackOutcome,
+    is_usable,
+)
 from dash_shampoo.inverse_root.solver import Solver
 
 
@@ -81,7 +87,7 @@ class Task:
 
 def solve_chunk(
     task: Task, A: Tensor, *, out: Tensor | None = None, value_dtype: torch.dtype | None = None
-) -> InverseRootResult:
+) -> tuple[Tensor, StackOutcome]:
     """The roots of a chunk, tested and with their statuses.
 
     Args:
@@ -92,40 +98,32 @@ def solve_chunk(
         value_dtype: The dtype of the roots, without `out`. Default: that of A.
 
     Returns:
-        The result.
+        The roots, and what became of them.
     """
     solution = task.solver.solve(A, task.root, task.config, task.epsilon)
     value = _finished(solution, out)
-    num_blocks, device = A.shape[0], A.device
-    damping, iterations = solution.damping, solution.iterations
-    if not isinstance(damping, Tensor):
-        damping = torch.full((num_blocks,), damping, dtype=A.dtype, device=device)
-    if not isinstance(iterations, Tensor):
-        iterations = torch.full((num_blocks,), iterations, dtype=torch.int32, device=device)
-    status = solution.status
-    if status is None:
-        status = torch.zeros(num_blocks, dtype=torch.uint8, device=device)
-    residual = solution.residual
+    status, residual = solution.status, solution.residual
     if task.bound is not None:
-        residual = sketched_residual(A, value, task.root, damping)
-        is_inaccurate = (status <= int(InverseRootStatus.MAX_ITERATIONS)) & (residual > task.bound)
+        residual = sketched_residual(A, value, task.root, solution.damping)
+        is_inaccurate = residual > task.bound
         if not is_known_to_be(False, is_inaccurate):
-            status = status.masked_fill(is_inaccurate, int(InverseRootStatus.INACCURATE))
-    elif residual is None:
-        residual = torch.full((num_blocks,), torch.nan, dtype=A.dtype, device=device)
+            status = _with_inaccurate(status, is_inaccurate)
     # The sketch of a root that is not finite is not finite, whatever the cause.
-    if task.bound is None or not is_known_to_be(True, residual.isfinite()):
-        status = _with_non_finite(status, A, value)
+    if task.bound is None or residual is None or not is_known_to_be(True, residual.isfinite()):
+        status = _with_non_finite(status, A, value, solution.size)
+    if status is None:
+        status = torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
     if out is not None:
         is_void = (status >= int(InverseRootStatus.NON_FINITE_INPUT)) & (
             status <= int(InverseRootStatus.FAILED)
         )
         if not is_known_to_be(False, is_void):
             value.masked_fill_(per_block(is_void), torch.nan)
-    result = InverseRootResult(value, status, iterations, residual, damping)
     if value_dtype is not None and value_dtype != value.dtype:
-        result = _narrowed(result, value_dtype)
-    return result
+        value, status = _narrowed(value, status, value_dtype)
+    return value, StackOutcome(
+        status, solution.damping, solution.iterations, torch.nan if residual is None else residual
+    )
 
 
 def _finished(solution: Solution, out: Tensor | None) -> Tensor:
@@ -139,23 +137,49 @@ def _finished(solution: Solution, out: Tensor | None) -> Tensor:
     return X if out is None else out.copy_(X)
 
 
-def _with_non_finite(status: Tensor, A: Tensor, value: Tensor) -> Tensor:
+def _with_inaccurate(status: Tensor | None, is_inaccurate: Tensor) -> Tensor:
+    """The status, with the blocks marked whose residual is too large."""
+    codes = _codes(is_inaccurate.device)
+    if status is None:
+        status = codes[InverseRootStatus.SUCCESS]
+    else:
+        is_inaccurate = is_inaccurate & is_usable(status)
+    return torch.where(is_inaccurate, codes[InverseRootStatus.INACCURATE], status)
+
+
+def _with_non_finite(
+    status: Tensor | None, A: Tensor, value: Tensor, size: Tensor | None
+) -> Tensor | None:
     """The status, with the blocks marked whose matrix or root is not finite."""
     is_finite = finite_blocks(value)
     if is_known_to_be(True, is_finite):
         return status
-    is_failed = status == int(InverseRootStatus.FAILED)
-    status = status.masked_fill(~is_finite & ~is_failed, int(InverseRootStatus.NON_FINITE_RESULT))
-    return status.masked_fill(~finite_blocks(A), int(InverseRootStatus.NON_FINITE_INPUT))
+    is_input_finite = finite_blocks(A) if size is None else size < torch.inf
+    codes = _codes(A.device)
+    bad = torch.where(
+        is_input_finite,
+        codes[InverseRootStatus.NON_FINITE_RESULT],
+        codes[InverseRootStatus.NON_FINITE_INPUT],
+    )
+    if status is None:
+        return torch.where(is_finite, codes[InverseRootStatus.SUCCESS], bad)
+    keeps = is_finite | (is_input_finite & (status == int(InverseRootStatus.FAILED)))
+    return torch.where(keeps, status, bad)
 
 
-def _narrowed(result: InverseRootResult, dtype: torch.dtype) -> InverseRootResult:
-    """The result in another dtype; roots that overflow in it are no longer usable."""
-    value, status = result.value.to(dtype), result.status
-    if torch.finfo(dtype).max < torch.finfo(result.value.dtype).max:
-        overflows = result.is_usable & ~finite_blocks(value)
+@lru_cache(maxsize=16)
+def _codes(device: torch.device) -> Tensor:
+    """The statuses by their number, on the device."""
+    return torch.tensor(list(InverseRootStatus), dtype=torch.uint8, device=device)
+
+
+def _narrowed(value: Tensor, status: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The roots in another dtype; those that overflow in it are no longer usable."""
+    narrow = value.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+        overflows = is_usable(status) & ~finite_blocks(narrow)
         status = status.masked_fill(overflows, int(InverseRootStatus.NON_FINITE_RESULT))
-    return replace(result, value=value, status=status)
+    return narrow, status
 
 
 def finite_blocks(A: Tensor) -> Tensor:
@@ -166,7 +190,8 @@ def finite_blocks(A: Tensor) -> Tensor:
         if bool(is_finite.all()):
             return is_finite
         return torch.isfinite(A).flatten(1).all(dim=1)
-    return torch.isfinite(torch.linalg.vector_norm(A.flatten(1), ord=torch.inf, dim=1))
+    largest: Tensor = torch.linalg.vector_norm(A.flatten(1), ord=torch.inf, dim=1)
+    return largest < torch.inf
 
 
 def is_known_to_be(value: bool, flags: Tensor) -> bool:

@@ -98,7 +98,7 @@ class StackedEigendecomposedShampooPreconditionerList(
         super()._store(number, rows, result)
         eigenvalues = self._eigenvalues[number]
         # A factor matrix of zeros keeps the eigenvalues that it has: 0 would be inverted as the damping.
-        usable = (result.is_usable & ~self._factors[number].are_zero(rows))[:, None]
+        usable = (result.is_usable & self._factors[number].are_nonzero(rows))[:, None]
         eigenvalues[rows] = torch.where(
             usable, result.eigenvalues.to(eigenvalues.dtype), eigenvalues[rows]
         )

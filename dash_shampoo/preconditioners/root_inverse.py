@@ -124,10 +124,13 @@ class StackedRootInvShampooPreconditionerList(
             The status of each row.
         """
         outcome = self._solve(active.stack, active.rows)
+        dampings = self._dampings[active.stack]
         if isinstance(active.rows, slice):
-            self._dampings[active.stack][active.rows].copy_(outcome.damping)
+            dampings[active.rows] = outcome.damping
+        elif isinstance(outcome.damping, Tensor):
+            dampings.index_copy_(0, active.rows, outcome.damping)
         else:
-            self._dampings[active.stack].index_copy_(0, active.rows, outcome.damping)
+            dampings.index_fill_(0, active.rows, outcome.damping)
         return outcome.status
 
     def _solve(self, number: int, rows: Rows) -> StackOutcome:
@@ -135,7 +138,7 @@ class StackedRootInvShampooPreconditionerList(
         spec, safety = self._layout.stacks[number], self._options.safety
         # A factor matrix of zeros has no root but that of its damping, 1e6 and more, which would
         # multiply the first gradient that comes before the next refresh.
-        has_root = self._factors[number].are_zero(rows).logical_not_()
+        has_root = self._factors[number].are_nonzero(rows)
 
         def store(part: slice, value: Tensor, usable: Tensor) -> None:
             self._write(number, subset(rows, part), value, usable & has_root[part])
@@ -157,11 +160,11 @@ class StackedRootInvShampooPreconditionerList(
 
     def _write(self, number: int, rows: Rows, value: Tensor, usable: Tensor) -> None:
         """Writes the usable roots; the other rows keep theirs."""
-        stack = self._inverse_factors[number]
         # Reading a status on the CPU costs nothing; on an accelerator it would stall the queue.
         if is_asynchronous(usable.device) or not bool(usable.all()):
-            value = torch.where(usable[:, None, None], value, stack.read(rows))
-        stack.write_(rows, value)
+            self._inverse_factors[number].write_where_(usable, rows, value)
+        else:
+            self._inverse_factors[number].write_(rows, value)
 
     def _compute_again(self, number: int, rows: Rows) -> None:
         result = repair(

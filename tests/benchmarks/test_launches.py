@@ -104,6 +104,9 @@ def test_views_and_empty_tensors_are_free(device):
     [
         (lambda a: a @ a, 1),
         (lambda a: a.mul_(2), 1),
+        (lambda a: torch.baddbmm(a[None], a[None], a[None]), 2),
+        (lambda a: torch.baddbmm(b := a[None] + 1, a[None], a[None], beta=0.0, out=b), 2),
+        (lambda a: torch.baddbmm(a[None], a[None], a[None], out=a[None] + 1), 3),
         (lambda a: a.masked_fill(a > 0, 1.0), 3),
         (torch.isfinite, 4),
         (lambda a: torch.stack([a] * 129), 2),

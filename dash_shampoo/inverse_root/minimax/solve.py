@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.blocks import diagonal, per_block, stacks_like
+from dash_shampoo.inverse_root.blocks import (
+    constants,
+    diagonal,
+    per_block,
+    power,
+    stacks_like,
+)
 from dash_shampoo.inverse_root.fields import check_field, check_matmul_precision, is_int, is_number
 from dash_shampoo.inverse_root.minimax.rounding import Precision, resolved
 from dash_shampoo.inverse_root.minimax.tables import Table, find_table, lower_end
@@ -225,9 +231,10 @@ def minimax(A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float) ->
     T, square, dtype = basis[0], X, A.dtype
     trace_B = diagonal(A).sum(-1, dtype=torch.float64)
     size_B = (trace_B.abs() + A.shape[-1] * epsilon).clamp_min_(torch.finfo(dtype).tiny)
-    torch.mul(A, per_block(size_B.reciprocal().to(dtype)), out=T)
+    inverse_B = power(size_B, -1.0, dtype)
+    torch.mul(A, per_block(inverse_B), out=T)
     if epsilon > 0.0:
-        diagonal(T).add_((epsilon / size_B).to(dtype)[:, None])
+        diagonal(T).add_(inverse_B[:, None], alpha=epsilon)
     products.square(T, out=square)
     bound_B = trace_bound(T, square)
     # A negative definite A has bound 0; dividing by it makes the result infinite, as it should be.
@@ -248,6 +255,7 @@ def minimax(A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float) ->
     return Solution(
         X,
         damping=damping_B.masked_fill_(is_zero_B, 1.0).to(dtype),
+        size=damping_B,
         scale=None if is_fused else scale_B,
         is_symmetric=is_fused or A.device.type == "cpu",
     )
@@ -274,7 +282,7 @@ def _climb(
     M = basis[0]
     for j, (a, b, c) in enumerate(poly.rungs, start=2):
         products.square(basis[j - 1], alpha=a, addend=M, beta=b, shift=c, out=basis[j])
-    weights = _weights(poly.weights, M.dtype, M.device)
+    weights = constants(poly.weights, M.dtype, M.device)
     products.square(
         basis[-1],
         alpha=poly.last,
@@ -284,12 +292,6 @@ def _climb(
         scale=scale_B,
         out=X,
     )
-
-
-@lru_cache(maxsize=64)
-def _weights(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(k,) the weights on the device."""
-    return torch.tensor(weights, dtype=dtype, device=device)
 
 
 def _workspace(config: MinimaxConfig, root: Fraction) -> int:
