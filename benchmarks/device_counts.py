@@ -156,6 +156,8 @@ class DeviceCounts:
         elif name not in _PRODUCTS:
             largest = max((tensor.numel() for tensor in (*operands, *outputs)), default=0)
             counts.elements[phase] += number * largest
+        elif number == 2:  # the addend is copied
+            counts.elements[phase] += outputs[0].numel()
         from_host = (
             name == "copy_" and not all(map(self.has, operands)) and arguments[-1] is not True
         )

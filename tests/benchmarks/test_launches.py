@@ -11,6 +11,7 @@ import dash_shampoo as ds
 from benchmarks import launches
 from benchmarks.device_counts import CUDA, DeviceCounts
 from benchmarks.launches import CASES, CONFIGS, count_steps, factor_elements, main
+from dash_shampoo.inverse_root import inverse_root
 
 
 def count(case, config):
@@ -25,7 +26,7 @@ def test_launches_of_a_llama_by_phase():
         "update": 75,
     }  # fmt: skip
     assert +without.launches == steady
-    assert +with_refresh.launches == steady | {"roots": 118}
+    assert +with_refresh.launches == steady | {"roots": 88}
     assert not without.waits
     assert not with_refresh.waits
 
@@ -33,13 +34,14 @@ def test_launches_of_a_llama_by_phase():
 @pytest.mark.parametrize(
     ("config", "launches", "waits", "passes", "mebibytes"),
     [
-        ("default", 234, 0, 11.4, 31.6),
-        ("eigen", 178, 7, 9.2, 18.4),
-        ("coupled_newton", 581, 95, 45.0, 34.5),
-        ("newton_db", 410, 1, 11.3, 22.3),
-        ("newton_schulz", 463, 1, 29.0, 26.4),
-        ("chebyshev", 352, 1, 22.3, 46.7),
-        ("minimax", 355, 1, 11.3, 58.9),
+        ("default", 174, 0, 12.3, 31.6),
+        ("eigen", 112, 7, 8.2, 18.4),
+        ("coupled_newton", 237, 1, 18.1, 34.5),
+        ("newton_db", 261, 1, 9.3, 22.3),
+        ("newton_schulz", 329, 1, 26.7, 26.4),
+        ("chebyshev", 241, 1, 20.3, 46.7),
+        # With the copies of addends, which baddbmm used to make unseen.
+        ("minimax", 244, 1, 19.0, 58.9),
     ],
 )
 def test_launches_waits_passes_and_memory_of_a_refresh(config, launches, waits, passes, mebibytes):
@@ -49,6 +51,56 @@ def test_launches_waits_passes_and_memory_of_a_refresh(config, launches, waits, 
     elements = factor_elements(CASES["146-of-64"])
     assert round(counts.elements["roots"] / elements, 1) == passes
     assert round(counts.peak_bytes / 2**20, 1) == mebibytes
+
+
+@pytest.mark.parametrize(
+    ("config", "launches", "num_products"),
+    [
+        # Of the roots 2 and 4: products by structure, in the solvers' docstrings.
+        ("coupled_newton", 155, 29 + 39),
+        ("newton_db", 162, 27 + 54),
+        ("chebyshev", 161, 14 + 14),
+        ("minimax", 161, 9 + 12),
+        # 111 products and a pass for each of 30 polynomials, beside the 137 launches of any step, are 278
+        # already: out of reach of 300.
+        ("newton_schulz", 204, 37 + 74),
+    ],
+)
+def test_a_refresh_of_a_llama_takes_300_launches_and_one_wait(config, launches, num_products):
+    counts, without = count("458-of-128", config)
+    assert counts.launches["roots"] == launches > num_products
+    assert (sum(counts.launches.values()) <= 300) == (config != "newton_schulz")
+    assert sum(counts.waits.values()) == 1
+    assert not without.waits
+
+
+@pytest.mark.parametrize("config", ["coupled_newton", "newton_db", "chebyshev", "minimax"])
+def test_nobody_waits_where_outcomes_are_settled_late(config):
+    # Under "repair" the blocks that are bad, of which Newton-DB leaves some here, are waited for.
+    solver = CONFIGS[config].make().amortized_computation_config
+    settled_late = ds.DashShampooPreconditionerConfig(
+        amortized_computation_config=solver, safety=ds.SafetyConfig(policy="keep")
+    )
+    both = count_steps(CASES["146-of-64"], ds.DashShampoo, preconditioner_config=settled_late)
+    assert [sum(counts.waits.values()) for counts in both] == [0, 0]
+
+
+@pytest.mark.parametrize(("max_iterations", "waits"), [(10, 0), (16, 0), (100, 8)])
+def test_roots_of_coupled_newton_without_looking(max_iterations, waits):
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(5, 24, 24, generator=generator) / 24**0.5
+    A = factors @ factors.mT + torch.diag(torch.logspace(0, -2, 24))
+    A[3, 0, 0] = torch.nan
+    config = ds.CoupledNewtonConfig(max_iterations=max_iterations, tolerance=1e-5)
+    expected = inverse_root(A, 4, config, 1e-3)
+    with DeviceCounts({}, default="outside") as device:
+        device.place([A])
+        inverse_root(A, 4, config, 1e-3)  # brings constants to the device, once
+        device.reset()
+        result = inverse_root(A, 4, config, 1e-3)
+    torch.testing.assert_close(result.value, expected.value, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert result.status.equal(expected.status)
+    assert sum(device.counts.waits.values()) == waits
 
 
 def test_every_phase_has_a_column():
