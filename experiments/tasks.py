@@ -92,7 +92,7 @@ class LlamaTask:
         """See `Task`."""
         sampler = BatchSampler(self.data.validation, self.sequence_length, 64, seed=0)
         with torch.no_grad():
-            pieces = sampler.batches(sampler.fixed_windows(16), 64)
+            pieces = sampler.batches(sampler.fixed_windows(4), 64)
             return statistics.fmean(float(self.loss(model, piece)) for piece in pieces)
 
 

@@ -12,7 +12,7 @@ from experiments.study.questions import TASKS
 from experiments.study.sides import Side, digest
 from experiments.tasks import Fit, Task, fit
 
-_VALIDATIONS = 15
+_VALIDATIONS = 10
 # How far a search for the learning rate may go from where it starts, in factors of two.
 _FURTHEST = 5
 
