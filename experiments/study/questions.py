@@ -142,6 +142,7 @@ QUESTIONS = {
             "Distributed Shampoo, eigen": _base(_EXACT, 0.008),
             "Distributed Shampoo, SOAP": _base(_BASE_SOAP, 0.004, grafts=False),
             "DashShampoo, 9 squares, everything": Shampoo(squares(9), routing="all"),
+            "DashShampoo, 5 squares, everything": Shampoo(squares(5), routing="all"),
             "DashShampoo, 5 squares, hidden matrices": Shampoo(squares(5)),
             "DashShampoo, 5 squares, hidden matrices, every 10": Shampoo(squares(5), frequency=10),
         },
@@ -172,6 +173,9 @@ QUESTIONS = {
             "every dimension, exponent 1/2": Shampoo(squares(5), options=_dims(math.inf)),
             "every dimension, exponent 1/(2·order)": Shampoo(
                 root(ds.MinimaxConfig(), {}), options=_dims(math.inf)
+            ),
+            "every dimension, exponent 1/2 up to matrices, 1/(2·order) above, 5 squares": Shampoo(
+                root(ds.MinimaxConfig(num_squarings=5), {1: 0.5, 2: 0.5}), options=_dims(math.inf)
             ),
             "every dimension, exponent 1/order": Shampoo(
                 root(ds.MinimaxConfig(), {1: 0.5, 2: 0.5, 3: 1 / 3, 4: 0.25}),
