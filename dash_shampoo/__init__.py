@@ -123,6 +123,7 @@ try:
     __version__ = _version("dash-shampoo")
 except _PackageNotFoundError:  # a checkout on PYTHONPATH, not installed
     __version__ = "0+checkout"
+from dash_shampoo import recipes
 from dash_shampoo.planning import Parallelism, plan_optimizer
 
 __all__ = [
@@ -223,6 +224,7 @@ __all__ = [
     "muon_original",
     "param_groups",
     "plan_optimizer",
+    "recipes",
     "safe_globals",
 ]
 

@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "drop_in": {"optimizer"},
     "grouping": {"base", "planning"},
+    "recipes": {"base", "config", "grouping"},
     "dash_shampoo": {
         "base",
         "checkpoint",
@@ -86,6 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "orthogonalization",
         "planning",
         "preconditioners",
+        "recipes",
     },
     "experiments": {"dash_shampoo", "inverse_root", "planning"},
 }

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -136,10 +136,8 @@ class Shampoo:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        fields = {k: v for k, v in vars(self).items() if k != "config"}
-        # The base's configs keep their solver out of their repr.
-        config = {k: repr(v) for k, v in vars(self.config).items()}
-        return f"Shampoo({type(self.config).__name__}, {sorted(config.items())}, {fields})"
+        # What a later version adds, with a default that changes nothing, does not make it another side.
+        return _settings(self)
 
     def build(self, model: nn.Module, lr: float, block: int) -> Optimizer:
         """See `Side`."""
@@ -172,6 +170,19 @@ class Shampoo:
             "max_preconditioner_dim": math.inf,
         }
         return [{"params": [(n, p) for n, p in named if p.ndim >= 2]}, vectors]
+
+
+def _settings(config: Any) -> str:
+    """The fields of a dataclass that are not at their defaults, the nested ones too."""
+    parts = []
+    for one in fields(config):
+        value, default = getattr(config, one.name), one.default
+        if one.default_factory is not MISSING:
+            default = one.default_factory()
+        if value != default:
+            shown = _settings(value) if is_dataclass(value) else repr(value)
+            parts.append(f"{one.name}={shown}")
+    return f"{type(config).__name__}({', '.join(parts)})"
 
 
 def root(
