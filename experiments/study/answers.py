@@ -110,7 +110,11 @@ def _draw(question: Question, found: Answer, path: Path) -> None:
     """Loss by side; where time matters, loss against seconds."""
     tasks = _asked(question, found)
     figure, axes = plt.subplots(
-        2, len(tasks), figsize=(3.6 * len(tasks), 3.2 + 0.28 * len(found)), squeeze=False
+        2,
+        len(tasks),
+        figsize=(3.6 * len(tasks) + 2.0, 3.2 + 0.28 * len(found)),
+        squeeze=False,
+        layout="constrained",
     )
     labels = list(found)
     for column, task in enumerate(tasks):
@@ -131,7 +135,6 @@ def _draw(question: Question, found: Answer, path: Path) -> None:
         for axis in (bars, curves):
             axis.grid(alpha=0.3)
             axis.tick_params(axis="x", labelsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
