@@ -184,6 +184,14 @@ QUESTIONS = {
         },
         _CONVNETS,
     ),
+    "convnets": Question(
+        "Which exponent do convnets want, with everything by Shampoo?",
+        {
+            f"exponent {name}": Shampoo(squares(5, value), routing="all")
+            for name, value in (("1/4", 0.25), ("1/3", 1 / 3), ("1/2", 0.5))
+        },
+        _CONVNETS,
+    ),
     "exponent": Question(
         "Which exponent, and is a small eigenvalue to be damped or dropped?",
         {
