@@ -81,6 +81,8 @@ class FollowingShampoo(ReconstructibleShampoo):
     def _group_step_body(self, state_lists: Any, *args: Any) -> None:
         counted = [state_lists[key] for key in (STEP, LR_SUM) if key in state_lists]
         before = [count.clone() for count in counted]
+        if LR_SUM in state_lists:  # Meta's class divides 0 by 0 while a warm-up is at 0
+            state_lists[LR_SUM].clamp_(min=torch.finfo(torch.float32).tiny)
         try:
             super()._group_step_body(state_lists, *args)
         except PreconditionerValueError:
