@@ -70,6 +70,7 @@ CONFIGS = {
     "newton_schulz": Config(_solver(ds.NewtonSchulzRootInvConfig)),
     "chebyshev": Config(_solver(ds.ChebyshevConfig)),
     "minimax": Config(_solver(ds.MinimaxConfig)),
+    "minimax_auto": Config(_solver(lambda: ds.MinimaxConfig(matmul_precision="auto"))),
     "default": Config(lambda: ds.DefaultDashConfig),
     "kl": Config(
         lambda: ds.RootInvKLShampooPreconditionerConfig(use_symmetric_packing=False),
