@@ -16,7 +16,7 @@ from benchmarks.peers import PEERS
 from benchmarks.step_time import main, make_variants, measure_memory
 from dash_shampoo.config import base_class_of
 from dash_shampoo.inverse_root.registry import SOLVERS
-from dash_shampoo.optimizer import _STACKED_LISTS
+from dash_shampoo.preconditioners.of_config import _STACKED_LISTS
 from tests.state_bytes import real_bytes
 
 
