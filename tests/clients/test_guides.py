@@ -1,7 +1,6 @@
 """The guides of the documentation, run with the real packages."""
 
-from __future__ import annotations
-
+import copy
 import re
 
 import pytest
@@ -69,3 +68,42 @@ def test_transformers(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]
     guide("Transformers", transformers=transformers)["with_trainer"](model, arguments, rows)
     assert not torch.equal(weights(model), before)
+
+
+def test_torchtitan(tmp_path):
+    pytest.importorskip("torchtitan.components.optimizer", reason="torchtitan is not installed")
+    from torch.distributed.fsdp import fully_shard
+
+    def state():
+        torch.manual_seed(0)
+        model = fully_shard(found["GPT"](), mesh=mesh)
+        return model, found["DashContainer"].Config(lr=1e-3).build(model_parts=[model])
+
+    def train(model, optimizers):
+        model(TOKENS).logsumexp(-1).mean().backward()
+        optimizers.step()
+        optimizers.zero_grad()
+
+    def local(model):
+        return torch.cat([p.detach().full_tensor().flatten() for p in model.parameters()])
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        found = guide("torchtitan")
+        model, optimizers = state()
+        before = local(model).clone()
+        train(model, optimizers)
+        assert not torch.equal(local(model), before)
+        # As its checkpoints do: flat, by the names of the parameters.
+        saved = copy.deepcopy((model.state_dict(), optimizers.state_dict()))
+        train(model, optimizers)
+        resumed, its = state()
+        resumed.load_state_dict(saved[0])
+        its.load_state_dict(saved[1])
+        train(resumed, its)
+        assert torch.equal(local(resumed), local(model))
+    finally:
+        torch.distributed.destroy_process_group()
