@@ -1,9 +1,10 @@
-"""Measures on the CUDA device that is there, and writes what is fastest into the library's table.
+"""Measures on the CUDA device that is there, and writes what is fastest into the library's tables.
 
     python tools/tune.py
     python tools/tune.py --dry
 
 `dash_shampoo/products/tiles.json`: the tiles of the fused square for every precision and size.
+`dash_shampoo/inverse_root/eigh_devices.json`: which eigendecompositions are faster on the CPU.
 Nothing is tuned while training.
 """
 
@@ -22,11 +23,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dash_shampoo.inverse_root import eigh_device
 from dash_shampoo.products import fused
 
 SIZES = (32, 64, 128, 256, 512, 1024, 2048)
 # About as many bytes for every size, but at least some blocks.
 ELEMENTS = 2**24
+EIGH_SIZES, EIGH_NUMBERS = (16, 32, 64, 128, 256, 512, 1024), (1, 4, 16, 64, 256)
 CANDIDATES = [
     fused.Tiles(0, tile, step, num_warps, num_stages)
     for tile, step, num_warps, num_stages in [
@@ -114,6 +117,47 @@ def write_tiles(path: Path, of_device: dict[str, list[list[Any]]], device: str, 
     path.write_text("\n".join([*lines, ",\n".join(devices), "  }", "}"]) + "\n")
 
 
+def tune_eigh() -> list[list[int]]:
+    """Rows [largest size, fewest matrices] from which on the CPU decomposes faster, copies included."""
+    wins: dict[int, int] = {}
+    for size, num_blocks in itertools.product(EIGH_SIZES, EIGH_NUMBERS):
+        A = torch.randn(num_blocks, size, size, device="cuda")
+        A = A @ A.mT
+
+        def on_the_cpu(A: torch.Tensor = A) -> None:
+            for part in torch.linalg.eigh(A.cpu()):
+                part.to("cuda")
+
+        def on_the_device(A: torch.Tensor = A) -> None:
+            torch.linalg.eigh(A)
+
+        if milliseconds(on_the_cpu, 3) < 0.9 * milliseconds(on_the_device, 3):
+            wins.setdefault(size, num_blocks)
+    return rows_of_wins(wins)
+
+
+def rows_of_wins(wins: dict[int, int]) -> list[list[int]]:
+    """Rows of sizes 0 … N that the CPU wins without a gap, from the most matrices of any of them on."""
+    rows: list[list[int]] = []
+    for size in EIGH_SIZES:
+        if size not in wins:
+            break
+        fewest = max(wins[size], rows[-1][1] if rows else 0)
+        if rows and rows[-1][1] == fewest:
+            rows[-1][0] = size
+        else:
+            rows.append([size, fewest])
+    return rows
+
+
+def write_eigh(path: Path, rows: list[list[int]], device: str, name: str) -> None:
+    """Puts the rows of a device into the table of eigendecompositions, with where they come from."""
+    table = json.loads(path.read_text())
+    table["on_the_cpu"][device] = rows
+    table["provenance"][device] = provenance(name)
+    path.write_text(json.dumps(table, indent=2) + "\n")
+
+
 def provenance(name: str) -> str:
     """Who measured."""
     return f"Measured on {name}, torch {torch.__version__}, {datetime.date.today()}."
@@ -128,8 +172,10 @@ def main(words: Sequence[str]) -> None:
         parser.error("there is no CUDA device here, and nothing can be measured.")
     device = "sm_{}{}".format(*torch.cuda.get_device_capability())
     tiles = tune_squares()
-    print(json.dumps(tiles, indent=1))
+    rows = tune_eigh()
+    print(json.dumps({"tiles": tiles, "eigh": rows}, indent=1))
     if not options.dry:
+        write_eigh(eigh_device.TABLE, rows, device, torch.cuda.get_device_name())
         write_tiles(fused.TABLE, tiles, device, torch.cuda.get_device_name())
 
 

@@ -9,6 +9,7 @@ from dash_shampoo.base import EighEigendecompositionConfig
 from dash_shampoo.eigenbasis.result import EigenbasisResult, can_look, is_nearly_diagonal, rotated
 from dash_shampoo.inverse_root import InverseRootStatus
 from dash_shampoo.inverse_root.eigen import eigh_or_bisect
+from dash_shampoo.inverse_root.eigh_device import eigh_device
 
 
 def eigh(A: Tensor, Q: Tensor, config: EighEigendecompositionConfig) -> EigenbasisResult:
@@ -58,7 +59,7 @@ def eigh(A: Tensor, Q: Tensor, config: EighEigendecompositionConfig) -> Eigenbas
 
 def _decompose(A_BNN: Tensor, config: EighEigendecompositionConfig) -> EigenbasisResult:
     """The eigendecomposition of every block, where the config wants it done."""
-    there = A_BNN.to(device=config.eigendecomposition_offload_device or A_BNN.device)
+    there = A_BNN.to(eigh_device(A_BNN, config.eigendecomposition_offload_device))
     L_BN, Q_BNN, failed = eigh_or_bisect(there, config.retry_double_precision)
     status = torch.zeros(A_BNN.shape[0], dtype=torch.uint8, device=A_BNN.device)
     if failed:

@@ -22,6 +22,7 @@ from dash_shampoo.base import (
 )
 from dash_shampoo.inverse_root.blocks import damped, per_block, power
 from dash_shampoo.inverse_root.chunks import map_chunks, plan_chunks
+from dash_shampoo.inverse_root.eigh_device import eigh_device
 from dash_shampoo.inverse_root.fields import check_choice
 from dash_shampoo.inverse_root.result import InverseRootStatus, Solution
 from dash_shampoo.inverse_root.solver import Solver
@@ -187,7 +188,7 @@ def decompose(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, list[
     Returns:
         Eigenvalues (B, N), eigenvectors in rows (B, N, N), and the rows that failed.
     """
-    there = A_BNN.to(device=config.eigendecomposition_offload_device or A_BNN.device)
+    there = A_BNN.to(eigh_device(A_BNN, config.eigendecomposition_offload_device))
     if there.device.type == "cpu" and A_BNN.device.type != "cpu":
         L_BN, Q_BNN, failed = _eigh_on_threads(there, config.retry_double_precision)
     else:  # a stack that is on the CPU was cut into chunks before it came here

@@ -2,6 +2,10 @@
 
 import json
 
+import torch
+
+from benchmarks.device_counts import DeviceCounts
+from dash_shampoo.inverse_root import eigh_device
 from dash_shampoo.products import fused
 from tools import tune
 
@@ -22,3 +26,34 @@ def test_a_written_table_reads_as_it_was(tmp_path):
     for part in ("square", "provenance"):
         table[part].pop("sm_90")
         assert written[part] == table[part]
+
+
+def test_rows_of_the_cpu_s_wins_have_no_gap():
+    assert tune.rows_of_wins({16: 16, 32: 16, 64: 16, 256: 1}) == [[64, 16]]
+    assert tune.rows_of_wins({16: 4, 32: 64}) == [[16, 4], [32, 64]]
+    assert tune.rows_of_wins({16: 64, 32: 4}) == [[32, 64]]
+    assert tune.rows_of_wins({32: 4}) == []
+
+
+def test_a_written_table_decides_where_eigenvectors_are_computed(tmp_path, monkeypatch):
+    path = tmp_path / "eigh.json"
+    path.write_text(eigh_device.TABLE.read_text())
+    tune.write_eigh(path, [[16, 4], [32, 64]], "sm_90", "a device")
+    monkeypatch.setattr(eigh_device, "TABLE", path)
+    eigh_device._rows.cache_clear()
+    try:
+        wins = [
+            (n, b)
+            for n in (16, 32, 64)
+            for b in (1, 4, 64)
+            if eigh_device.is_faster_on_the_cpu("sm_90", b, n)
+        ]
+        assert wins == [(16, 4), (16, 64), (32, 64)]
+        A = torch.eye(16).expand(4, 16, 16).contiguous()
+        with DeviceCounts({}, default="") as device:
+            device.place([A])
+            assert eigh_device.eigh_device(A, None).type == "cpu"
+            assert eigh_device.eigh_device(A[:3], None).type == "cuda"
+            assert eigh_device.eigh_device(A, "cuda").type == "cuda", "the user's word decides"
+    finally:
+        eigh_device._rows.cache_clear()
