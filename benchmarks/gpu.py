@@ -10,7 +10,8 @@
    if importable.
 
 Without a GPU it runs at toy sizes, so that it is known to run; its times then mean nothing. A part that would
-begin after the time is spent is left out, and the report says so.
+begin after the time is spent is left out, an optimizer that takes no step with a model too, and the report
+says so. At its top stand the bars of `gpu_bars.py`, and whether they are met.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dash_shampoo as ds
 from benchmarks import step_time
-from benchmarks.cases import Case, Shapes, llama
+from benchmarks.cases import Case, Shapes, llama, make_parameters
+from benchmarks.gpu_bars import bar_table
 from benchmarks.peers import PEERS
 from benchmarks.rank_share import blocks_of_rank
 from dash_shampoo.inverse_root import inverse_root
@@ -74,7 +76,7 @@ class Sizes:
 def gpt2() -> Shapes:
     """GPT-2 124M, its vocabulary padded to a multiple of 64."""
     layer = [((2304, 768), 12), ((768, 768), 12), ((3072, 768), 12), ((768, 3072), 12)]
-    vectors = [((768,), 62), ((2304,), 12), ((3072,), 12)]
+    vectors = [((768,), 74), ((2304,), 12), ((3072,), 12)]
     return [((50304, 768), 1), ((1024, 768), 1), *layer, *vectors]
 
 
@@ -175,6 +177,8 @@ def squares(size_table: Sizes, clock: Clock) -> list[dict[str, Any]]:
                 )
                 reference_call = partial(products._reference_square, S, out, 0.5, M, 0.5, 0.0, None)
                 row["torch"] = clock.milliseconds(reference_call)
+                rounded = products.round(S)
+                row["bmm"] = clock.milliseconds(partial(products, rounded, rounded))
             rows.append(row)
     return rows
 
@@ -220,11 +224,14 @@ def solver_configs() -> dict[str, ds.RootInvConfig]:
     return configs
 
 
-def solvers(size_table: Sizes, clock: Clock, peaks: dict[str, float]) -> list[list[str]]:
-    """Time of a stack's roots, and the product rate that they reach."""
+def solvers(
+    size_table: Sizes, clock: Clock, peaks: dict[str, float]
+) -> tuple[list[list[str]], dict[str, float]]:
+    """Time of a stack's roots and the product rate that they reach; minimax's shares of the peak."""
     num_blocks, size = size_table.stack
     S = stack_of(num_blocks, size, clock.device)
     A, rows = S @ S, []
+    shares: dict[str, float] = {}
     for name, config in solver_configs().items():
         if clock.is_over():
             rows.append([name, "left out: the time was spent", "–", "–"])
@@ -235,11 +242,25 @@ def solvers(size_table: Sizes, clock: Clock, peaks: dict[str, float]) -> list[li
         precision = getattr(config, "matmul_precision", "fp32")
         peak = peaks.get("fp16x3" if precision == "auto" else precision)
         of_peak = f"{100.0 * rate / peak:.0f} %" if peak and cost.num_matmuls > 1 else "–"
+        if peak and name.startswith("minimax"):
+            shares[name] = rate / peak
         rows.append([name, f"{elapsed:.2f}", f"{rate / 1e12:.2f}", of_peak])
-    return rows
+    return rows, shares
 
 
 # ------------------------------------------------------------------------------------- steps
+
+
+def reason_against(variant: step_time.Variant, values: Sequence[Tensor]) -> str:
+    """Why an optimizer takes no step with a model, e.g. as its blocks must divide all dimensions; or ""."""
+    parameters = [torch.nn.Parameter(value.clone()) for value in values]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.grad = value.clone()
+    try:
+        variant.make(parameters).step()
+    except Exception as error:
+        return f"{variant.name}: {type(error).__name__} {error}".strip()
+    return ""
 
 
 def steps(size_table: Sizes, clock: Clock) -> tuple[list[str], dict[str, list[Any]]]:
@@ -262,10 +283,15 @@ def steps(size_table: Sizes, clock: Clock) -> tuple[list[str], dict[str, list[An
             parts.append("Left out: the time was spent.\n")
             continue
         variants = step_time.make_variants(case.block, STEP_CONFIGS, peers)
+        values = make_parameters(case, clock.device)
+        reasons = {v.name: reason_against(v, values) for v in variants}
+        variants = [v for v in variants if not reasons[v.name]]
         step_time.run_case(case, variants, options)
         measured[name] = variants
         parts.append(step_time.absolute_table(variants, options.frequencies))
         parts.append(step_time.ratio_table(variants, options.frequencies))
+        if refused := list(filter(None, reasons.values())):
+            parts.append(f"Left out: {'; '.join(refused)}.\n")
     if missing := [name for name in wanted if name not in peers]:
         parts.append(f"Not importable here: {', '.join(missing)}.\n")
     return parts, measured
@@ -327,11 +353,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def peak_rates(hardware: str) -> dict[str, float]:
     """Peak rates by precision where the device is a known one."""
     known = [device for name, device in DEVICES.items() if name in hardware]
-    return (
-        dict(known[0].peak_flops) | {"fp32": known[0].peak_flops[precision_of(torch.float32)]}
-        if known
-        else {}
-    )
+    if not known:
+        return {}
+    return dict(known[0].peak_flops) | {"fp32": known[0].peak_flops[precision_of(torch.float32)]}
 
 
 def main(words: Sequence[str]) -> str:
@@ -339,11 +363,10 @@ def main(words: Sequence[str]) -> str:
     size_table, clock = sizes(options.toy), Clock(options.device, options.seconds)
     begin = time.monotonic()
     square_rows = squares(size_table, clock)
-    solver_rows = solvers(size_table, clock, peak_rates(options.hardware))
+    solver_rows, shares = solvers(size_table, clock, peak_rates(options.hardware))
     step_parts, measured = steps(size_table, clock)
     plot = options.output.with_suffix(".png")
     num_blocks, size = size_table.stack
-    wrong = [row for row in square_rows if not row["is_right"]]
     lines = [
         f"# {options.hardware}",
         "",
@@ -351,8 +374,8 @@ def main(words: Sequence[str]) -> str:
         f"- Command: `python benchmarks/gpu.py {' '.join(options.words)}`".replace("py `", "py`"),
         f"- Versions: dash_shampoo {ds.__version__}, base {ds.base.name}, torch {torch.__version__}, CUDA "
         f"{torch.version.cuda}",
-        f"- Squares that are wrong: {len(wrong)} of {len(square_rows)}",
         "",
+        bar_table(square_rows, shares if size >= 1024 else {}, measured),
         f"![Squares and steps]({plot.name})",
         "",
         "## Squares: S²/2 + M/2",
