@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dash_shampoo.products import Products
+
 NUM_VECTORS = 4
 _MAX_APPLICATIONS = 32
 # Rounding may raise the error of an eigenvalue by this share of what the solver promises.
@@ -53,19 +55,21 @@ def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor | fl
     num_roots, num_matrices = root.numerator, root.denominator
     if num_roots + num_matrices > _MAX_APPLICATIONS:
         return torch.full_like(A[:, 0, 0], torch.nan)
+    # In TF32, which the program may allow, the residual of a right root is 2 and more.
+    multiply = Products("fp32")
     V = _vectors(A.shape[-1], A.dtype, A.device)
     result = V.expand(A.shape[0], -1, -1)
     # Half of the roots on either side, so that the products stay near the size of V.
     for _ in range((num_roots + 1) // 2):
-        result = torch.bmm(result, X)
+        result = multiply(result, X)
     for _ in range(num_matrices):
-        product = torch.bmm(result, A)
+        product = multiply(result, A)
         if isinstance(damping, Tensor):
             result = product.addcmul_(result, damping[:, None, None])
         else:
             result = product.add_(result, alpha=damping)
     for _ in range(num_roots // 2):
-        result = torch.bmm(result, X)
+        result = multiply(result, X)
     residual: Tensor = torch.linalg.vector_norm((result - V).flatten(1), dim=1)
     residual /= float(A.shape[-1] * NUM_VECTORS) ** 0.5
     return residual.nan_to_num_(nan=torch.inf, posinf=torch.inf)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import dash_shampoo as ds
+from benchmarks.device_counts import DeviceCounts
 from dash_shampoo.inverse_root import InverseRootStatus, inverse_root, sketched_residual
+from dash_shampoo.products import is_tf32_allowed
 
 
 def stack(count=6, size=32, seed=0):
@@ -99,3 +101,24 @@ def test_a_root_whose_products_overflow_is_not_unknown():
     broken = torch.full((1, 16, 16), torch.nan)
     for X in (huge, broken):
         assert sketched_residual(A, X, Fraction(4), torch.zeros(1)).isposinf().all()
+
+
+def test_the_residual_is_in_fp32_whatever_the_program_allows(monkeypatch):
+    A, allowed, multiply = torch.eye(8).expand(2, 8, 8).contiguous(), [], torch.bmm
+
+    def bmm(*arguments, **named):
+        allowed.append(is_tf32_allowed())
+        return multiply(*arguments, **named)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert is_tf32_allowed()
+        with DeviceCounts({}, default="") as device:
+            device.place([A])
+            sketched_residual(A, A, Fraction(4), torch.zeros(2))
+        assert is_tf32_allowed()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert allowed == [False] * 5
