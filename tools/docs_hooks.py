@@ -1,9 +1,11 @@
-"""What MkDocs does for us beside its own: pages may link to files of the repository.
+"""What MkDocs does for us beside its own: links to files of the repository, notebooks as pages.
 
 A page in docs/ links to `../benchmarks/results/x.md`, as someone who reads it in the repository needs it. In
-the site, the files that prove a figure lie beside docs' own pages, and the links are cut to match.
+the site, the files that prove a figure lie beside docs' own pages, and the links are cut to match. A notebook
+of docs/ is a page like any other, with what its cells printed; nothing is run for it.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -23,7 +25,7 @@ _LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the files of the repository that pages link to.
+    """Add the files of the repository that pages link to, and make notebooks pages.
 
     Args:
         files: Those of docs/.
@@ -36,7 +38,30 @@ def on_files(files: Files, config: Any) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
             files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        text = notebook_page(json.loads(Path(notebook.abs_src_path).read_text(encoding="utf-8")))
+        files.remove(notebook)
+        name = notebook.src_uri.removesuffix(".ipynb") + ".md"
+        files.append(File.generated(config, name, content=text))
     return files
+
+
+def notebook_page(notebook: dict[str, Any]) -> str:
+    """Write a notebook as Markdown: its text, its code, and what that printed.
+
+    Args:
+        notebook: The JSON of its file, format 4.
+
+    Returns:
+        The page.
+    """
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
@@ -52,12 +77,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         The text with links that hold within the site.
     """
     name = page.file.src_uri
-    in_docs = Path(page.file.abs_src_path).is_relative_to(config.docs_dir)
+    source = page.file.abs_src_path  # none for a page made of a notebook
+    in_docs = source is None or Path(source).is_relative_to(config.docs_dir)
     place = posixpath.dirname(posixpath.join("docs", name) if in_docs else name)
 
     def cut(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(place, match[1]))
         target = {"README.md": "docs/index.md"}.get(target, target).removeprefix("docs/")
+        target = re.sub(r"\.ipynb$", ".md", target)
         inside = posixpath.relpath(target, posixpath.dirname(name) or ".")
         return f"]({inside}{match[2] or ''})"
 

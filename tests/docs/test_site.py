@@ -1,5 +1,6 @@
 """The documentation's site: all pages are in it, all public names are in its reference, links hold."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 import dash_shampoo
-from tests.docs.markdown import ROOT
+from tests.docs.markdown import ROOT, blocks
 
 DOCS = ROOT / "docs"
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
@@ -23,7 +24,8 @@ def pages_of(entry: object) -> list[str]:
 
 def test_the_table_of_contents_has_every_page():
     listed = pages_of(CONFIG["nav"])
-    written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    sources = [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]
+    written = {path.relative_to(DOCS).with_suffix(".md").as_posix() for path in sources}
     assert len(written) >= 15
     assert len(listed) == len(set(listed))
     assert set(listed) == written | {"CONTRIBUTING.md", "CHANGELOG.md"}
@@ -55,6 +57,7 @@ def test_functions_of_the_reference_are_public(name):
     [
         ("solvers.md", "../benchmarks/results/x.md#a", "benchmarks/results/x.md#a"),
         ("solvers.md", "demo.md", "demo.md"),
+        ("coming-from.md", "five_minutes.ipynb", "five_minutes.md"),
         ("reference/index.md", "../../benchmarks/results/x.png", "../benchmarks/results/x.png"),
         ("reference/index.md", "../solvers.md", "../solvers.md"),
         ("CONTRIBUTING.md", "docs/solvers.md", "solvers.md"),
@@ -90,3 +93,16 @@ def test_proofs_are_files_of_the_site():
         for name in names
         if name.startswith("benchmarks/results/") and name.endswith(".md")
     }
+
+
+def test_a_notebook_becomes_a_page_with_what_it_printed():
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed (make docs)")
+    from tools.docs_hooks import notebook_page
+
+    page = notebook_page(json.loads((DOCS / "five_minutes.ipynb").read_text()))
+    assert page.startswith("# From AdamW to DashShampoo in five minutes\n")
+    assert [block.info for block in blocks(page)] == ["python", "python", "text"] + [
+        "python",
+        "text",
+    ] * 2
+    assert blocks(page)[2].text.startswith("step 50: ")
