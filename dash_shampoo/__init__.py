@@ -85,6 +85,7 @@ from dash_shampoo.config import (
     DashKLShampooPreconditionerConfig,
     DashShampooPreconditionerConfig,
     DefaultDashConfig,
+    DefaultDashConvnetConfig,
     SafetyConfig,
 )
 from dash_shampoo.diagnostics import BlockDiagnostics, FactorDiagnostics
@@ -149,6 +150,7 @@ __all__ = [
     "DashShampooPreconditionerConfig",
     "DefaultConcurrencyConfig",
     "DefaultDashConfig",
+    "DefaultDashConvnetConfig",
     "DefaultDashSOAPConfig",
     "DefaultEigenConfig",
     "DefaultEigendecompositionConfig",

@@ -27,6 +27,7 @@ __all__ = [
     "DashKLShampooPreconditionerConfig",
     "DashShampooPreconditionerConfig",
     "DefaultDashConfig",
+    "DefaultDashConvnetConfig",
     "GradientPolicy",
     "SafetyConfig",
     "StackedConfig",
@@ -210,4 +211,14 @@ promise; a bad block is done again. State is kept unpacked, for speed. `dash_sha
 arguments that go with it.
 Use it with grafting:
 ``DashShampoo(..., grafting_config=AdamPreconditionerConfig(), preconditioner_config=DefaultDashConfig)``.
+"""
+
+DefaultDashConvnetConfig = DashShampooPreconditionerConfig(
+    amortized_computation_config=MinimaxConfig(num_squarings=5, relative_epsilon=1e-4),
+    use_symmetric_packing=False,
+    safety=SafetyConfig(),
+)
+"""`DefaultDashConfig` for convolutional networks: the base's exponents, 1/4 on each side of a matrix.
+
+In the project's study 1/4 ended below 1/2 on the convnet of MNIST-1D, and level with it on that of digits.
 """
