@@ -1,9 +1,12 @@
 """What holds for the whole suite."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import dash_shampoo
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -17,3 +20,12 @@ def every_warning_is_logged() -> None:
     """Undoes what a test before this one, or a worker's module, has silenced."""
     logging.disable(logging.NOTSET)
     logging.getLogger("dash_shampoo").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def the_default_of_everybody_stays_as_it_is() -> Iterator[None]:
+    """Meta's own class writes into the config that it is given, also where that is the default."""
+    config = dash_shampoo.DefaultSingleDeviceDistributedConfig
+    before = config.target_parameter_dimensionality
+    yield
+    config.target_parameter_dimensionality = before

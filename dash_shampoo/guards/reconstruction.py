@@ -8,13 +8,18 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from dash_shampoo.base import DistributedShampoo, SingleDeviceDistributedConfig
+from dash_shampoo.base import (
+    DistributedShampoo,
+    SingleDeviceDistributedConfig,
+    SpectralDescentPreconditionerConfig,
+)
 from dash_shampoo.base import name as base_name
 from dash_shampoo.guards.ambient import neutral
 from dash_shampoo.guards.arguments import OPTIONS, check_arguments, check_options, misspelled
@@ -108,6 +113,11 @@ class ReconstructibleShampoo(DistributedShampoo):
             beta1 = self._settings[cohort.group_index].first_beta1
             if cohort.group["betas"][0] == 0.0 and beta1 != 0.0:
                 cohort.group["betas"] = (beta1, cohort.group["betas"][1])
+            if isinstance(
+                cohort.group["preconditioner_config"], SpectralDescentPreconditionerConfig
+            ):
+                # The base sets its target_parameter_dimensionality to 2: not in everybody's default.
+                cohort.group["distributed_config"] = copy(cohort.group["distributed_config"])
         try:
             with _collector_paused():
                 self._construct_base()

@@ -96,3 +96,26 @@ def test_matrices_by_muon_and_the_rest_by_adam_in_one_optimizer() -> None:
         error = float((param - theirs[name]).norm() / (theirs[name] - begun[name]).norm())
         # Matrices are orthogonalised in bf16; the rest is fp32 all through.
         assert error < (0.02 if name in ("1.weight", "3.weight") else 1e-4), name
+
+
+def test_what_the_base_changes_for_spectral_descent_stays_in_its_group():
+    """Meta's class writes target_parameter_dimensionality=2 into the config that it is given."""
+    shared = ds.SingleDeviceDistributedConfig()
+    muon = ds.SpectralDescentPreconditionerConfig()
+    for distributed_config in (shared, ds.DefaultSingleDeviceDistributedConfig):
+        groups = [
+            {"params": [torch.nn.Parameter(torch.ones(4, 4))], "preconditioner_config": muon},
+            {"params": [torch.nn.Parameter(torch.ones(4, 4))]},
+        ]
+        optimizer = ds.DashShampoo(
+            groups, distributed_config=distributed_config, max_preconditioner_dim=16
+        )
+        assert distributed_config.target_parameter_dimensionality == 1
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones(4, 4)
+        optimizer.step()
+        state = optimizer.state[groups[1]["params"][0]]["block_0"]["shampoo"]
+        # A dict on the embedded base, an object on Meta's.
+        factors = state["factor_matrices"] if isinstance(state, dict) else state.factor_matrices
+        assert len(factors) == 1  # one vector of 16, as without the other group

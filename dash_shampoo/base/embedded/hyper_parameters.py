@@ -2,10 +2,15 @@
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 from dash_shampoo.base.embedded import keys
-from dash_shampoo.base.embedded.configs import BaseShampooPreconditionerConfig, WeightDecayType
+from dash_shampoo.base.embedded.configs import (
+    BaseShampooPreconditionerConfig,
+    SpectralDescentPreconditionerConfig,
+    WeightDecayType,
+)
 from dash_shampoo.base.embedded.matrix_function_configs import (
     EigendecompositionConfig,
     PseudoInverseConfig,
@@ -64,6 +69,19 @@ def check_and_complete(group: dict[str, Any]) -> None:
         start,
         f">= precondition_frequency={frequency}, or -1 for the same",
     )
+    _reshape_to_matrices(group)
+
+
+def _reshape_to_matrices(group: dict[str, Any]) -> None:
+    """Spectral descent is for matrices: nothing is merged beyond them."""
+    config = group[keys.DISTRIBUTED_CONFIG]
+    is_spectral = isinstance(group[keys.PRECONDITIONER_CONFIG], SpectralDescentPreconditionerConfig)
+    if is_spectral and config.target_parameter_dimensionality != 2:
+        logger.warning(
+            "target_parameter_dimensionality=%s: set to 2 for spectral descent.",
+            config.target_parameter_dimensionality,
+        )
+        group[keys.DISTRIBUTED_CONFIG] = replace(config, target_parameter_dimensionality=2)
 
 
 def _uses_pseudo_inverse(config: object) -> bool:
