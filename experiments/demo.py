@@ -238,9 +238,13 @@ def _settings_note(runs: Sequence[Run]) -> str:
             key = (int(node.max_preconditioner_dim), int(node.precondition_frequency))
             shampoos.setdefault(key, []).append(one.label)
     for (block, frequency), labels in shampoos.items():
-        who = "Every kind of Shampoo" if len(shampoos) == 1 else "; ".join(labels)
         every = "in every step" if frequency == 1 else f"every {frequency} steps"
-        note += f" {who} works on blocks of {block}, and renews its inverse roots {every}."
+        if len(shampoos) == 1:
+            note += (
+                f" Every kind of Shampoo works on blocks of {block} and renews its roots {every}."
+            )
+        else:
+            note += f" Blocks of {block}, roots renewed {every}: {'; '.join(labels)}."
     rare = max([1, *(frequency for _, frequency in shampoos)])
     if first.steps > 2 * rare > 2:
         note += (

@@ -44,7 +44,8 @@ def test_demo_writes_a_table_and_plots(tiny, tmp_path, capsys, monkeypatch):
     # At other settings than those that were swept, nothing is said of the sweep.
     assert "best of a sweep" in composed([], "demo").note
     assert "best of a sweep" not in text
-    assert "works on blocks of 64, and renews its inverse roots every 10 steps." in text
+    assert "Blocks of 64, roots renewed every 10 steps: Distributed Shampoo, eigen; Dash" in text
+    assert "Blocks of 64, roots renewed in every step: DashShampoo, default." in text
 
 
 ALL_BUT_ADAMW = [f"~runs.{name}" for name in composed([], "demo").runs if name != "adamw"]
