@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dash_shampoo.products import multiple_of_identity
+from dash_shampoo.products import has_identity, multiple_of_identity
 
 # Entries of at least 4 bytes.
 _ALIGNMENT = 16
@@ -36,6 +36,10 @@ def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 def minus_multiple(A_BNN: Tensor, factor: float, shift: float, out: Tensor | None = None) -> Tensor:
     """shift·I - factor·A of each block, in one pass; `out` may be A. Default: a new stack."""
+    if not has_identity(A_BNN):
+        result = torch.mul(A_BNN, -factor, out=out)
+        diagonal(result).add_(shift)
+        return result
     identity = multiple_of_identity(A_BNN.shape[-1], shift, A_BNN.dtype, A_BNN.device)
     return torch.sub(identity, A_BNN, alpha=factor, out=out)
 

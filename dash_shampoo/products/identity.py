@@ -7,6 +7,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+# In bytes. They are kept outside of every workspace, so all of them together are a few MiB. Of larger matrices
+# the products take so long that a launch more is nothing.
+_LARGEST = 2**18
+
+
+def has_identity(A: Tensor) -> bool:
+    """Whether the identity for the blocks of a stack is small enough to be kept.
+
+    Args:
+        A: (B, N, N) stack.
+    """
+    return A.shape[-1] ** 2 * A.element_size() <= _LARGEST
+
 
 @lru_cache(maxsize=64)
 def multiple_of_identity(

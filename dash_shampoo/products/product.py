@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.products.fused import can_use_fused, fused_square_
-from dash_shampoo.products.identity import multiple_of_identity
+from dash_shampoo.products.identity import has_identity, multiple_of_identity
 from dash_shampoo.products.precision import (
     SPLIT_SCALE,
     MatmulPrecision,
@@ -159,8 +159,8 @@ class Products:
         if self.precision == "fp32" and can_use_triangle(S):
             triangular_square_(out, S, alpha, addend, beta)
         elif self.precision == "fp32":
-            can_take_shift = shift != 0.0 and beta != 0.0 and S.device.type != "cpu"
-            if addend is not None and addend is not out and can_take_shift:
+            is_wanted = shift != 0.0 and beta != 0.0 and S.device.type != "cpu"
+            if addend is not None and addend is not out and is_wanted and has_identity(S):
                 # A kernel less: baddbmm would copy the addend by one of its own.
                 identity = multiple_of_identity(S.shape[-1], 1.0, S.dtype, S.device)
                 addend = torch.add(addend, identity, alpha=shift / beta, out=out)

@@ -17,7 +17,14 @@ from dash_shampoo.inverse_root import (
     ScaledCoupledNewtonConfig,
     inverse_root,
 )
-from dash_shampoo.products import Products, count_products, is_tf32_allowed, precision
+from dash_shampoo.inverse_root.blocks import minus_multiple
+from dash_shampoo.products import (
+    Products,
+    count_products,
+    is_tf32_allowed,
+    multiple_of_identity,
+    precision,
+)
 from dash_shampoo.products.precision import round_to_tf32, tf32_switch
 from dash_shampoo.products.triangle import can_use_triangle, triangular_square_
 from tests.reference.inverse_root import random_spd
@@ -301,3 +308,17 @@ def test_passes_beside_products_are_counted_by_matrices():
         torch.linalg.vector_norm(A.flatten(1), dim=1).sqrt_()
         A.mT, torch.empty_like(A), A.diagonal(dim1=1, dim2=2).add_(1.0)
     assert count.num_passes == 3.0
+
+
+def test_only_small_identities_are_kept():
+    """They lie outside of every workspace; of larger blocks a pass over the diagonals takes their place."""
+    for size in (64, 256, 257, 512):
+        A = torch.randn(2, size, size)
+        before = multiple_of_identity.cache_info().misses
+        result = minus_multiple(A, 0.5, 1.25)
+        kept = multiple_of_identity.cache_info().misses - before
+        assert kept <= (size <= 256)
+        torch.testing.assert_close(result, 1.25 * torch.eye(size) - 0.5 * A)
+        out = A.clone()
+        assert minus_multiple(out, 0.5, 1.25, out=out) is out
+        assert torch.equal(out, result)
