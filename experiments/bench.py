@@ -23,7 +23,7 @@ from torch import nn
 
 import dash_shampoo as ds
 from benchmarks.cases import Case, make_gradients, make_parameters, set_gradients
-from benchmarks.ours import CONFIGS, Config
+from benchmarks.ours import CONFIGS
 from benchmarks.peers import BETAS, EPSILON, GRAFTING_EPSILON, LR, PEERS, Steppable, of_groups
 from benchmarks.phases import phase_milliseconds
 from benchmarks.rank_share import blocks_of_rank
@@ -44,27 +44,6 @@ examples:
   python -m experiments bench --paper --device cuda
   torchrun --nproc-per-node 8 -m experiments bench --paper --device cuda
 """
-
-
-# The embedded base itself computes inverse roots alone.
-_HAS_ALL = not ds.DistributedShampoo.__module__.startswith("dash_shampoo.")
-# What can be measured: the inverse roots of every solver, and the other lists.
-_KINDS: dict[str, Config] = {
-    **CONFIGS,
-    "kl": Config(
-        lambda: ds.RootInvKLShampooPreconditionerConfig(use_symmetric_packing=False), _HAS_ALL
-    ),
-    "eigendecomposed": Config(
-        lambda: ds.EigendecomposedShampooPreconditionerConfig(use_symmetric_packing=False), _HAS_ALL
-    ),
-    "soap": Config(
-        lambda: ds.EigenvalueCorrectedShampooPreconditionerConfig(use_symmetric_packing=False),
-        _HAS_ALL,
-    ),
-    "dash_soap": Config(lambda: ds.DefaultDashSOAPConfig),
-    "spectral_descent": Config(ds.SpectralDescentPreconditionerConfig, _HAS_ALL),
-    "sign_descent": Config(ds.SignDescentPreconditionerConfig, _HAS_ALL),
-}
 
 
 @dataclass
@@ -145,7 +124,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         "--lists", nargs="+", choices=LISTS, default=list(LISTS), help="how blocks are put together"
     )
     default = ["eigen", "newton_db", "default"]
-    add("--solvers", nargs="+", choices=list(_KINDS), default=default, help="solvers and lists")
+    add("--solvers", nargs="+", choices=list(CONFIGS), default=default, help="solvers and lists")
     add("--blocks", nargs="+", type=positive, help="largest blocks (64; with --paper 1024 2048)")
     add("--precisions", nargs="+", default=["fp32"], help="of products inside of inverse roots")
     add("--frequencies", nargs="+", type=positive, default=[1, 10], help="steps between refreshes")
@@ -189,8 +168,8 @@ def _settings(options: argparse.Namespace, process: Process) -> list[Setting]:
     found = {}
     for solver in options.solvers:
         for precision in options.precisions:
-            config, name = in_precision(_KINDS[solver].make(), solver, precision)
-            base = config if _KINDS[solver].on_base else None
+            config, name = in_precision(CONFIGS[solver].make(), solver, precision)
+            base = config if CONFIGS[solver].on_base else None
             found[name] = Setting(name, config, base, tuple(options.frequencies), solver)
     return list(found.values())
 

@@ -134,7 +134,7 @@ def test_mistakes_are_named(words, message, capsys):
 
 
 def test_every_list_can_be_measured(tmp_path):
-    kinds = ["kl", "eigendecomposed", "soap", "dash_soap", "spectral_descent", "sign_descent"]
+    kinds = ["kl", "eigendecomposed", "soap_qr", "soap_rotation", "spectral_base", "sign"]
     words = [*QUICK, "--solvers", *kinds, "--blocks", "128", "--out", str(tmp_path)]
     assert main(["bench", *words, "--lists", "base", "whole"]) == 0
     found = [(x["setting"].split()[0], x["name"]) for x in results(tmp_path)]
@@ -143,5 +143,5 @@ def test_every_list_can_be_measured(tmp_path):
         (kind, name)
         for kind in kinds
         for name in ("base", "whole")
-        if name == "whole" or (has_all and kind != "dash_soap")
+        if name == "whole" or (has_all and kind != "soap_rotation")
     ]
