@@ -141,7 +141,8 @@ class BucketStep:
     ) -> None:
         distributor = state_lists[DISTRIBUTOR]
         self._gives_grids = isinstance(distributor, Distributor)  # and not Meta's
-        distributor.gives_grids = self._gives_grids
+        if self._gives_grids:
+            distributor.gives_grids = True
         self.run = run
         self._group = group
         self._shampoo = state_lists[SHAMPOO_PRECONDITIONER_LIST]

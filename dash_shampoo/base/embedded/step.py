@@ -51,6 +51,16 @@ class ShampooStep:
     ) -> Sequence[Tensor]:
         """Computes what is added to the blocks that have a gradient, and updates their state.
 
+        In this order:
+
+            G <- G + weight_decay·W                                   L2 decay, in new memory
+            F_k <- beta2·F_k + w·G_(k) G_(k)ᵀ,  R_k <- F_k^(-1/p_k) when due,  V <- beta2·V + w·G²
+            G_bar <- beta3·G_tilde + (1 - beta3)·G,  G_tilde <- beta1·G_tilde + (1 - beta1)·G
+            P <- R_1 × G_bar × R_2 ...                                with the norm of grafting's P
+            P <- P + alpha·W, or with averaging Z <- (1 - lr·alpha)·Z decoupled decay
+            M <- momentum·M + (1 - dampening)·P
+            P <- (1 - mu_x·mu_y)·P + (1 - mu_x)·(Z - W),  Z <- Z - lr·P   averaging
+
         Args:
             state_lists: The group's lists. Read are the masked lists, the preconditioner lists,
                 LR_CPU_PINNED and TRAIN_MODE.
@@ -80,33 +90,23 @@ class ShampooStep:
             RuntimeError: If averaging is in eval mode.
         """
         grads = state_lists[keys.MASKED_BLOCKED_GRADS]
-        # L2 regularization:
-        #   G <- G + weight_decay * W      (in new memory: the gradients are the user's)
         if weight_decay != 0.0 and weight_decay_type == WeightDecayType.L2:
             params = state_lists[keys.MASKED_BLOCKED_PARAMS]
             grads = tuple(torch._foreach_add(grads, params, alpha=weight_decay))
 
-        # Preconditioners of Shampoo and of the grafting:
-        #   F_k <- beta2 * F_k + w * G_(k) G_(k)^T,   R_k <- F_k^(-1/p_k) when due
-        #   V <- beta2 * V + w * G^2
         self._update_preconditioners(
             state_lists, grads, step, perform_amortized_computation, grafting_config_not_none
         )
 
-        # Filtered gradient, with a beta of its own for this step (as Lion and NAdam have):
-        #   G_bar <- beta3 * G_tilde + (1 - beta3) * G,   G_tilde <- beta1 * G_tilde + (1 - beta1) * G
         if beta1 != 0.0:
             correction = 1.0 - beta3 * beta1 ** (step - 1) if use_bias_correction else None
             averages = state_lists[keys.MASKED_FILTERED_GRAD_LIST]
             grads = _filter(averages, grads, beta1, beta3, correction)
 
-        #   P <- R_1 x G_bar x R_2 ..., with the norm of the grafting's direction
         directions = self._precondition_and_grafting(
             state_lists, grads, use_grafting_method, grafting_config_not_none
         )
 
-        # Decoupled weight decay:
-        #   P <- P + alpha * W, or with averaging Z <- (1 - lr * alpha) * Z
         if weight_decay != 0.0 and weight_decay_type != WeightDecayType.L2:
             pinned_lr = state_lists[keys.LR_CPU_PINNED]
             alpha = weight_decay * _relative_decay(weight_decay_type, pinned_lr, peak_lr)
@@ -116,14 +116,12 @@ class ShampooStep:
                 params = state_lists[keys.MASKED_BLOCKED_PARAMS]
                 torch._foreach_add_(directions, params, alpha=alpha)
 
-        #   M <- momentum * M + (1 - dampening) * P
         if classic_momentum_enabled:
             buffers = state_lists[keys.MASKED_MOMENTUM_BUFFER_LIST]
             _apply_momentum(buffers, directions, momentum_param, 1 - dampening, use_nesterov)
 
         torch._foreach_mul_(directions, -lr)
 
-        #   P <- (1 - mu_x * mu_y) * P + (1 - mu_x) * (Z - W),   Z <- Z - lr * P
         if iterate_averaging_enabled:
             # Looked up here: gathering them breaks a compiled graph, which must not be an inlined one.
             params = state_lists[keys.MASKED_BLOCKED_PARAMS]
