@@ -49,6 +49,30 @@ def add_product(total, cross, a, b, PRECISION: tl.constexpr):
     return total, cross
 
 
+@triton.jit
+def mean_of_diagonal(S, size, TILE: tl.constexpr):
+    """Of one matrix."""
+    trace = tl.zeros((TILE,), tl.float32)
+    for start in range(0, size, TILE):
+        place = start + tl.arange(0, TILE)
+        trace += tl.load(S + place * (size + 1), mask=place < size, other=0.0)
+    return tl.sum(trace) / size
+
+
+@triton.jit
+def store_twice(out, result, rows, columns, size, is_on_diagonal):
+    """Writes a tile of a symmetric matrix to its place and, mirrored, to that beyond the diagonal."""
+    is_inside = (rows[:, None] < size) & (columns[None, :] < size)
+    if is_on_diagonal:
+        # The sums of a tile on the diagonal are as symmetric as the tensor cores make them.
+        result = (result + tl.trans(result)) * 0.5
+    tl.store(out + rows[:, None] * size + columns[None, :], result, mask=is_inside)
+    if is_on_diagonal == 0:
+        mirrored = columns[:, None] * size + rows[None, :]
+        is_mirrored = (columns[:, None] < size) & (rows[None, :] < size)
+        tl.store(out + mirrored, tl.trans(result), mask=is_mirrored)
+
+
 # A loop over the addends that could be unrolled would be, and its loads would not fit the registers.
 @triton.jit(do_not_specialize=["num_addends", "has_weights", "has_scale"])
 def symmetric_square(
@@ -79,18 +103,14 @@ def symmetric_square(
     block = (program // tiles_per_matrix).to(tl.int64)
     row, column = tile_of_triangle(program % tiles_per_matrix)
     offset = block * size * size
-    S += offset
+    S, addends = S + offset, addends + offset
     rows, columns = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
     inner = tl.arange(0, STEP)
     is_row, is_column = rows[:, None] < size, columns[:, None] < size
 
     mean = 0.0
     if PRECISION != "fp16x3":
-        trace = tl.zeros((TILE,), tl.float32)
-        for start in range(0, size, TILE):
-            place = start + tl.arange(0, TILE)
-            trace += tl.load(S + place * (size + 1), mask=place < size, other=0.0)
-        mean = tl.sum(trace) / size
+        mean = mean_of_diagonal(S, size, TILE)
 
     total = tl.zeros((TILE, TILE), tl.float32)
     cross = total
@@ -113,18 +133,10 @@ def symmetric_square(
     if PRECISION != "fp16x3":
         result += (2.0 * alpha * mean) * tl.load(S + place, mask=is_inside, other=0.0)
         result = tl.where(on_diagonal, result - alpha * mean * mean, result)
-    addends += offset
     for number in tl.range(num_addends, num_stages=1):
         weight = tl.load(weights + number, mask=has_weights != 0, other=beta)
         result += weight * tl.load(addends + place, mask=is_inside, other=0.0)
         addends += addend_stride
     result = tl.where(on_diagonal, result + shift, result)
     result *= tl.load(scale + block, mask=has_scale != 0, other=1.0)
-    if row == column:
-        # The sums of a tile on the diagonal are as symmetric as the tensor cores make them.
-        result = (result + tl.trans(result)) * 0.5
-    tl.store(out + offset + place, result, mask=is_inside)
-    if row != column:
-        mirrored = columns[:, None] * size + rows[None, :]
-        is_mirrored = is_column & (rows[None, :] < size)
-        tl.store(out + offset + mirrored, tl.trans(result), mask=is_mirrored)
+    store_twice(out + offset, result, rows, columns, size, row == column)
