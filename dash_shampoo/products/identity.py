@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# In bytes. They are kept outside of every workspace, so all of them together are a few MiB. Of larger matrices
-# the products take so long that a launch more is nothing.
+# In bytes. They are kept outside of every workspace, so all of them together are a few MiB. The products of
+# larger matrices take so long that a launch more is nothing.
 _LARGEST = 2**18
 
 

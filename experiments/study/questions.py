@@ -187,8 +187,13 @@ QUESTIONS = {
     "convnets": Question(
         "Which exponent do convnets want, with everything by Shampoo?",
         {
-            f"exponent {name}": Shampoo(squares(5, value), routing="all")
-            for name, value in (("1/4", 0.25), ("1/3", 1 / 3), ("1/2", 0.5))
+            **{
+                f"exponent {name}": Shampoo(squares(5, value), routing="all")
+                for name, value in (("1/4", 0.25), ("1/3", 1 / 3), ("1/2", 0.5))
+            },
+            "1/4, vectors 1/2 (DefaultDashConvnetConfig)": Shampoo(
+                ds.DefaultDashConvnetConfig, routing="all"
+            ),
         },
         _CONVNETS,
     ),
