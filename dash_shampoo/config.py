@@ -220,6 +220,6 @@ DefaultDashConvnetConfig = DashShampooPreconditionerConfig(
 )
 """`DefaultDashConfig` for convolutional networks: the base's exponents, 1/4 on each side of a matrix.
 
-In the project's study it ended below the exponent 1/2 on the convnet of MNIST-1D (.193 ± .039 and .237 ± .012),
-and within a deviation of it on that of digits (.041 ± .002 and .037 ± .006).
+In the project's study it ended below the exponent 1/2 on the convnet of MNIST-1D (.193 ± .039 and
+.237 ± .012), and within a deviation of it on that of digits (.041 ± .002 and .037 ± .006).
 """
