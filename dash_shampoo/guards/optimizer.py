@@ -51,6 +51,8 @@ class GuardedShampoo(FollowingShampoo):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state = self._exported_state()
+        for group, known in zip(self.param_groups, self._settings, strict=True):
+            known.resolve_beta3(group)  # a scheduler may have edited beta1 since the last step
         groups, numbers = exported_groups(self.param_groups)
         state_dict: StateDict = {
             "state": {number: state.get(param, {}) for param, number in numbers.items()},

@@ -56,11 +56,15 @@ class GroupSettings:
             start = group["start_preconditioning_step"]
             is_edit = start == self._known["start_preconditioning_step"]
             check_options(group, where, is_edit=is_edit)
-        self._resolve_beta3(group)
+        self.resolve_beta3(group)
         return _options(group) != self._known
 
-    def _resolve_beta3(self, group: dict[str, Any]) -> None:
-        """beta3 = -1 means beta1, also where a scheduler cycles that; an explicit one stays."""
+    def resolve_beta3(self, group: dict[str, Any]) -> None:
+        """beta3 = -1 means beta1, also where a scheduler cycles that; an explicit one stays.
+
+        Args:
+            group: The user's group; modified.
+        """
         if group["beta3"] == _FOLLOWS_BETA1:
             self._follows_beta1 = True
         elif group["beta3"] != self._last_beta3:

@@ -220,3 +220,15 @@ def test_a_learning_rate_that_is_a_tensor(config):
         optimizer.load_state_dict(optimizer.state_dict())
         train(model, optimizer, range(3, 5))
     assert torch.equal(values(models[0]), values(models[1]))
+
+
+def test_a_checkpoint_after_a_scheduler_s_step_goes_on_to_follow_beta1(config):
+    """`optimizer.step(); scheduler.step(); save`: beta1 is edited between the step and the checkpoint."""
+    first = construct(network().parameters(), config, betas=(0.9, 0.95))
+    first.param_groups[0]["betas"] = (0.8, 0.95)
+    saved = first.state_dict()
+    assert saved["param_groups"][0]["beta3"] == 0.8
+    resumed = construct(network().parameters(), config, betas=(0.9, 0.95))
+    resumed.load_state_dict(saved)
+    resumed.param_groups[0]["betas"] = (0.5, 0.95)
+    assert resumed.state_dict()["param_groups"][0]["beta3"] == 0.5
