@@ -161,12 +161,10 @@ def complaints(
         Sentences.
     """
     second, last = windows[1], windows[-1]
-    # A cache of the interpreter, or of what else this process runs, may keep an object or two.
-    allowed = {"tensors": 0, "tensor_bytes": 0, "objects": 2}
     found = [
         f"{name}: {getattr(second, name)} at the end of the second window, {max(values)} later"
-        for name, slack in allowed.items()
-        if max(values := [getattr(w, name) for w in windows[2:]]) > getattr(second, name) + slack
+        for name in ("tensors", "tensor_bytes", "objects")
+        if max(values := [getattr(w, name) for w in windows[2:]]) > getattr(second, name)
     ]
     # The allocator may keep a few pages more.
     if last.resident > second.resident + 2**23:
