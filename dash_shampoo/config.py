@@ -101,11 +101,17 @@ class StackedConfig:
             update without grafting is then about as long as Adam's. A release of Distributed Shampoo that
             is newer than the one this package is tested with can normalise by dimensions, too; how is
             not public, so this need not be the same. (Default: False)
+        stagger_refresh (bool): Whether refreshes are spread over the steps of an interval, so that no step
+            is much slower than the others: after `start_preconditioning_step`, in which all are made, every
+            step refreshes one of `precondition_frequency` shares of the stacks, of about the same work, and
+            each share once in an interval. Choose this where a slow step makes others wait. Shares are
+            of a rank's own blocks: on another number of ranks they are others. (Default: False)
     """
 
     max_workspace_bytes: int = 2**30
     safety: SafetyConfig | None = None
     use_dimension_normalization: bool = False
+    stagger_refresh: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # the base's config
@@ -148,6 +154,7 @@ class DashShampooPreconditionerConfig(StackedConfig, RootInvShampooPreconditione
         max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
         safety (SafetyConfig | None): As there. (Default: None)
         use_dimension_normalization (bool): As there. (Default: False)
+        stagger_refresh (bool): As there. (Default: False)
     """
 
 
@@ -163,6 +170,7 @@ class DashKLShampooPreconditionerConfig(StackedConfig, RootInvKLShampooPrecondit
         max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
         safety (SafetyConfig | None): As there. (Default: None)
         use_dimension_normalization (bool): As there. (Default: False)
+        stagger_refresh (bool): As there. (Default: False)
     """
 
 
@@ -178,6 +186,7 @@ class DashEigendecomposedShampooPreconditionerConfig(
         max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
         safety (SafetyConfig | None): As there. (Default: None)
         use_dimension_normalization (bool): As there. (Default: False)
+        stagger_refresh (bool): As there. (Default: False)
     """
 
 
@@ -193,6 +202,7 @@ class DashEigendecomposedKLShampooPreconditionerConfig(
         max_workspace_bytes (int): As of `StackedConfig`. (Default: 2**30)
         safety (SafetyConfig | None): As there. (Default: None)
         use_dimension_normalization (bool): As there. (Default: False)
+        stagger_refresh (bool): As there. (Default: False)
     """
 
 

@@ -266,6 +266,7 @@ class DashShampoo(ConsolidatingShampoo):
             block_list=distributor.local_blocked_params,
             block_names=self._block_names(distributor.local_block_info_list),
             options=StackedOptions(preconditioner_config),
+            group=group,
             is_compiled=self._shampoo_pt2_compile_config is not None,
         )
 

@@ -243,12 +243,32 @@ class ActiveStack:
     slots: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ActiveLayout:
     """A layout restricted to the blocks that have a gradient; see `Layout.active`."""
 
     pieces: tuple[Piece, ...]
     stacks: tuple[ActiveStack, ...]
+    _layout: Layout = field(repr=False)
+    _shares: dict[int, tuple[tuple[ActiveStack, ...], ...]] = field(
+        default_factory=dict, repr=False
+    )
+
+    def shares(self, count: int) -> tuple[tuple[ActiveStack, ...], ...]:
+        """The active stacks, cut into shares of about the same work.
+
+        Where a stack is cut does not depend on which blocks are active, so that a block stays in its
+        share when other blocks come and go.
+
+        Args:
+            count: Number of shares, at least 1.
+
+        Returns:
+            For each share the rows of the stacks in it; empty ones are left out.
+        """
+        if count not in self._shares:
+            self._shares[count] = _share(self._layout, self.stacks, count)
+        return self._shares[count]
 
 
 def _activate(layout: Layout, selector: Sequence[bool]) -> ActiveLayout:
@@ -273,7 +293,28 @@ def _activate(layout: Layout, selector: Sequence[bool]) -> ActiveLayout:
                     slots=tuple(stack.slots[slot] for slot in active_slots),
                 )
             )
-    return ActiveLayout(pieces, tuple(stacks))
+    return ActiveLayout(pieces, tuple(stacks), layout)
+
+
+def _share(
+    layout: Layout, stacks: Sequence[ActiveStack], count: int
+) -> tuple[tuple[ActiveStack, ...], ...]:
+    total = sum(len(stack.slots) * stack.size**3 for stack in layout.stacks)
+    active = {active.stack: frozenset(active.slots) for active in stacks}
+    shares: list[list[ActiveStack]] = [[] for _ in range(count)]
+    done = 0
+    for number, stack in enumerate(layout.stacks):
+        members: dict[int, list[int]] = {}
+        for row, slot in enumerate(stack.slots):
+            # By the middle of the slot's work, in the order of stacks and slots.
+            share = count * (2 * done + stack.size**3) // (2 * total) if total else 0
+            done += stack.size**3
+            if slot in active.get(number, ()):
+                members.setdefault(share, []).append(row)
+        for share, rows in members.items():
+            slots = tuple(stack.slots[row] for row in rows)
+            shares[share].append(ActiveStack(number, rows_of(rows, stack.device), slots))
+    return tuple(map(tuple, shares))
 
 
 def rows_of(slots: Sequence[int], device: torch.device) -> Rows:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import PreconditionerList
-from dash_shampoo.buckets import Piece, stack_
+from dash_shampoo.buckets import ActiveStack, Piece, stack_
 from dash_shampoo.eigenbasis import follows_a_basis, is_identity
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
 from dash_shampoo.preconditioners.modes import contract
@@ -121,16 +121,16 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
 
     # -------------------------------------------------------------------------- the refresh
 
-    def _refresh(self) -> None:
-        """Refreshes the bases, and carries the second moments over where that is wanted."""
+    def _refresh(self, due: Sequence[ActiveStack]) -> None:
+        """Refreshes the bases that are due, and carries the second moments over where that is wanted."""
         follows = follows_a_basis(self._options.amortized_computation_config)
         changing = [
             active.stack
-            for active in self._active.stacks
+            for active in due
             if self._aligns and (not follows or self._may_lack_basis[active.stack])
         ]
         previous = {number: self._eigenvectors[number].data.clone() for number in changing}
-        super()._refresh()
+        super()._refresh(due)
         changes = {number: self._change(number, Q, follows) for number, Q in previous.items()}
         for piece in self._active.pieces:
             matrices = {

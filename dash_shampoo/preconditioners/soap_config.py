@@ -36,6 +36,7 @@ class DashSOAPPreconditionerConfig(StackedConfig, EigenvalueCorrectedShampooPrec
         max_workspace_bytes (int): As of `DashShampooPreconditionerConfig`. (Default: 2**30)
         safety (SafetyConfig | None): As there. (Default: None)
         use_dimension_normalization (bool): As there. (Default: False)
+        stagger_refresh (bool): As there. (Default: False)
     """
 
     amortized_computation_config: EigendecompositionConfig = field(

@@ -5,7 +5,7 @@ Shapes: K blocks of a piece, B slots of a stack, N×N factor matrices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -72,6 +72,7 @@ class StackedPreconditionerList(_ShampooList):
     _layout: Layout
     _factors: tuple[MatrixStack, ...]
     _options: StackedOptions
+    _group: Mapping[str, Any]
     _ledger: FailureLedger
     _is_asynchronous: bool
 
@@ -82,6 +83,7 @@ class StackedPreconditionerList(_ShampooList):
         block_list: Sequence[Tensor],
         block_names: Sequence[str],
         options: StackedOptions,
+        group: Mapping[str, Any],
         is_compiled: bool = False,
     ) -> Self:
         """Turns the base's list into a stacked one.
@@ -91,6 +93,7 @@ class StackedPreconditionerList(_ShampooList):
             block_list: The local blocks of the group's parameters, as given to the base's list.
             block_names: For each block a name for messages.
             options: Solver and options of the stacked computation.
+            group: The parameter group, for the schedule of refreshes.
             is_compiled: Whether the optimizer's step is compiled.
 
         Returns:
@@ -103,6 +106,7 @@ class StackedPreconditionerList(_ShampooList):
         self.__dict__.update(base_list.__dict__)
         self._preconditioner_config = options
         self._options = options
+        self._group = group
         blocks = self._local_kronecker_factors_unwrapped
         self._check_roots({root for block in blocks for root in block.roots})
 
@@ -241,8 +245,8 @@ class StackedPreconditionerList(_ShampooList):
         is_sum = self._beta2 == 1.0 or self._preconditioner_config.drop_weighting_factor_on_gsquare
         if self._use_bias_correction and not is_sum:
             self._bias_correction2 = torch.tensor(1.0) - self._beta2**step
-        if perform_amortized_computation:
-            self._refresh()
+        if due := self._due(int(step), perform_amortized_computation):
+            self._refresh(due)
 
     def update_preconditioners(
         self,
@@ -289,10 +293,18 @@ class StackedPreconditionerList(_ShampooList):
 
     # -------------------------------------------------------------------------- the refresh
 
-    def _refresh(self) -> None:
-        """The amortized computation on every active stack; rows that went wrong keep what they had."""
+    def _due(self, step: int, is_due: bool) -> Sequence[ActiveStack]:
+        """What is to be refreshed in a step: every active stack, or with `stagger_refresh` a share."""
+        frequency = self._group["precondition_frequency"]
+        is_staggered = self._options.stagger_refresh and frequency > 1
+        if is_staggered and step > self._group["start_preconditioning_step"]:
+            return self._active.shares(frequency)[step % frequency]
+        return self._active.stacks if is_due else ()
+
+    def _refresh(self, due: Sequence[ActiveStack]) -> None:
+        """The amortized computation on what is due; rows that went wrong keep what they had."""
         known_bad = self._ledger.settle() if self._settles_late else []
-        for active in self._active.stacks:
+        for active in due:
             self._ledger.record(active.slots, self._compute(active))
         if self._settles_late:
             self._repair(known_bad)

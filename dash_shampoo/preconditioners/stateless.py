@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor
@@ -26,6 +26,7 @@ class StackedStatelessPreconditionerList(StackedPreconditionerList):
         block_list: Sequence[Tensor],
         block_names: Sequence[str],
         options: StackedOptions,
+        group: Mapping[str, Any],
         is_compiled: bool = False,
     ) -> Self:
         """Turns the base's list into a stacked one.
@@ -35,6 +36,7 @@ class StackedStatelessPreconditionerList(StackedPreconditionerList):
             block_list: The local blocks of the group's parameters, as given to the base's list.
             block_names: For each block a name for messages.
             options: The function and its options.
+            group: The parameter group; nothing is asked of it here.
             is_compiled: Whether the optimizer's step is compiled; what stays out of it is the caller's.
 
         Returns:
@@ -43,7 +45,7 @@ class StackedStatelessPreconditionerList(StackedPreconditionerList):
         Raises:
             ValueError: If a block has a shape that the function does not take.
         """
-        del is_compiled
+        del group, is_compiled
         self = cls.__new__(cls)
         self.__dict__.update(base_list.__dict__)
         self._preconditioner_config = options

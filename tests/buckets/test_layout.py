@@ -47,6 +47,33 @@ def test_every_block_has_one_bucket_and_every_factor_one_slot(blocks):
             assert members == tuple((i, number) for i in bucket.blocks)
 
 
+@given(block_lists(), st.integers(1, 7), st.data())
+def test_shares_cut_the_active_stacks_evenly_and_where_all_blocks_would_be_cut(blocks, count, data):
+    layout = make_layout(blocks)
+    selector = data.draw(st.tuples(*[st.booleans() for _ in blocks]))
+
+    def members(active):
+        shares = active.shares(count)
+        assert len(shares) == count
+        for share in shares:
+            for one in share:
+                every = torch.arange(len(layout.stacks[one.stack].slots))
+                slots = layout.stacks[one.stack].slots
+                assert tuple(slots[i] for i in every[one.rows].tolist()) == one.slots != ()
+        return [{(one.stack, slot) for one in share for slot in one.slots} for share in shares]
+
+    some, every = members(layout.active(selector)), members(layout.active((True,) * len(blocks)))
+    active = {(s.stack, slot) for s in layout.active(selector).stacks for slot in s.slots}
+    assert [share & active for share in every] == some
+    assert sum(map(len, every)) == sum(len(stack.slots) for stack in layout.stacks)
+    assert set.union(*every) == {
+        (number, slot) for number, stack in enumerate(layout.stacks) for slot in stack.slots
+    }
+    work = [sum(layout.stacks[number].size ** 3 for number, _ in share) for share in every]
+    largest = max((stack.size**3 for stack in layout.stacks), default=0)
+    assert max(work) <= sum(work) / count + largest
+
+
 @given(block_lists(), st.data())
 def test_active_rows_are_exactly_those_of_active_blocks(blocks, data):
     layout = make_layout(blocks)

@@ -15,7 +15,9 @@ from tests.preconditioners.list_table import Row, build, gradients, parameters, 
 
 logging.getLogger("dash_shampoo").setLevel(logging.ERROR)
 STEPS = 24
-ROWS = [row for row in ALL_ROWS if row.name != "spectral_descent_svd"]
+# Shares of spread refreshes are of a rank's own blocks, so that one process has others.
+STAGGERED = [row for row in ALL_ROWS if row.name.endswith("_staggered")]
+ROWS = [row for row in ALL_ROWS if row.name != "spectral_descent_svd" and row not in STAGGERED]
 
 
 def settings(row: Row, config: object) -> dict[str, object]:
@@ -52,6 +54,19 @@ def alone() -> dict[str, list[torch.Tensor]]:
         results[row.name] = [param.detach() for param in params]
     parts = train_parts(lambda params: params, lambda param, grad: grad)
     return {**results, "parts": [param.detach() for param in parts]}
+
+
+def staggered(rank: int) -> dict[str, list[torch.Tensor]]:
+    """As `shared`, the lists whose refreshes are spread."""
+    del rank
+    results = {}
+    for row in STAGGERED:
+        config = ds.DDPDistributedConfig(
+            communication_dtype=torch.float64, num_trainers_per_group=-1
+        )
+        params, _ = run(row, torch.float64, STEPS, **settings(row, config))
+        results[row.name] = [param.detach() for param in params]
+    return results
 
 
 def shared(rank: int) -> dict[str, list[torch.Tensor]]:

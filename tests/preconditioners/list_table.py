@@ -189,6 +189,18 @@ OURS: tuple[Row, ...] = (
         _config("DashEigendecomposedKLShampooPreconditionerConfig", **_normal),
         _EIGEN,
     ),
+    Row(
+        "dash_staggered",
+        _config("DashShampooPreconditionerConfig", stagger_refresh=True),
+        _ROOT,
+        options={"precondition_frequency": 3},
+    ),
+    Row(
+        "dash_soap_staggered",
+        _dash_soap(stagger_refresh=True),
+        _SOAP,
+        options={"precondition_frequency": 3},
+    ),
     Row("dash_soap", _dash_soap(), _SOAP),
     Row(
         "dash_soap_sorted",

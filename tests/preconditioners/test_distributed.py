@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.distributed import processes
 from tests.preconditioners import distributed_workers
@@ -18,6 +19,14 @@ def test_two_processes_that_share_the_blocks_do_what_one_does(tmp_path) -> None:
             for ours, theirs in zip(results[name], params, strict=True):
                 error = (ours - theirs).norm() / theirs.norm().clamp_min(1e-3)
                 assert float(error) < 1e-8, name
+
+
+def test_replicas_whose_refreshes_are_spread_stay_equal(tmp_path) -> None:
+    first, second = processes.run(2, distributed_workers.staggered, tmp_path)
+    assert first.keys() == {"dash_staggered", "dash_soap_staggered"}
+    for name, params in first.items():
+        assert all(bool(param.isfinite().all()) for param in params)
+        assert all(map(torch.equal, params, second[name]))
 
 
 def test_two_processes_that_hold_shards_step(tmp_path) -> None:

@@ -142,6 +142,8 @@ def test_a_bad_factor_matrix_raises_by_name(row: Row) -> None:
 def test_a_bad_factor_matrix_is_counted_and_harms_no_other_block(row: Row, policy: str) -> None:
     number = victim(row)
     safety = ds.SafetyConfig(policy=policy)
+    if row.options.get("precondition_frequency"):
+        pytest.skip("it is not refreshed in every step; test_stagger.py has a bad block of it")
     params, optimizer = poisoned_run(row, safety, number)
     clean, clean_optimizer = poisoned_run(row, safety, None)
     counts, before = optimizer.failure_counts(), clean_optimizer.failure_counts()
