@@ -577,7 +577,7 @@ def test_on_an_accelerator_all_groups_are_settled_by_one_look(monkeypatch):
 
 def test_a_redone_root_is_damped_as_the_solver_damps():
     """One step of Newton-Schulz is off by far; its eigen substitute aims at the solver's own target."""
-    solver = ds.NewtonSchulzRootInvConfig(coefficients=((1.5, -0.5, 0.0),), relative_epsilon=1e-3)
+    solver = ds.NewtonSchulzRootInvConfig(coefficients=[[1.5, -0.5, 0.0]], relative_epsilon=1e-3)
     config = ds.DashShampooPreconditionerConfig(
         amortized_computation_config=solver, safety=ds.SafetyConfig(), use_symmetric_packing=False
     )

@@ -5,22 +5,29 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N; s_B holds one number per b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.blocks import diagonal, frobenius_norm, minus_multiple, power, scaled
+from dash_shampoo.inverse_root.blocks import frobenius_norm, minus_multiple, power, scaled
 from dash_shampoo.inverse_root.fields import check_field, is_number
 from dash_shampoo.inverse_root.result import Solution
 from dash_shampoo.inverse_root.solver import Solver
 from dash_shampoo.products import MatmulPrecision, Products, is_tf32_allowed
 
-_MAX_PASSES = 6
+Coefficients = tuple[tuple[float, float, float], ...]
 
-DEFAULT_COEFFICIENTS: tuple[tuple[float, float, float], ...] = (
+_MAX_PASSES = 6
+# Steps are left out where the others alone come to 1 within this, far below the rounding of their products.
+_NEGLIGIBLE = 1e-12
+_NUM_POINTS = 64
+
+DEFAULT_COEFFICIENTS: Coefficients = (
     (4.13128391, -11.55333042, 8.08213853),
     (4.12541632, -11.50684624, 8.04353601),
     (4.10115961, -11.3160133, 7.88520944),
@@ -30,11 +37,11 @@ DEFAULT_COEFFICIENTS: tuple[tuple[float, float, float], ...] = (
     (1.90616448, -1.31144684, 0.40517076),
     (1.875, -1.25, 0.375),
     (1.875, -1.25, 0.375),
-    (1.875, -1.25, 0.375),
 )
 """Each the minimax polynomial for 1 on what the ones before leave of [5e-4, 1], up to 1.03 so that rounding
-can't carry an eigenvalue out of it, divided by its largest value. The last three are the Taylor
-polynomial at 1, which corrects those divisions and rounding."""
+can't carry an eigenvalue out of it, divided by its largest value. The last two are the Taylor
+polynomial at 1, which corrects those divisions and rounding: what it is given is within 1.3e-4 of 1, and
+e goes to 2.5·e³."""
 
 
 @dataclass(kw_only=True)
@@ -47,16 +54,15 @@ class NewtonSchulzRootInvConfig(RootInvConfig):
     so it reaches a condition number of 1e6, the inverse of `relative_epsilon`.
 
     Attributes:
-        coefficients (tuple[tuple[float, float, float], ...]): (a, b, c) of each step, at least one.
-            (Default: DEFAULT_COEFFICIENTS)
+        coefficients (tuple[tuple[float, float, float], ...]): (a, b, c) of each step, at least one; from
+            p = 4 on, the second pass and those after it leave out the first steps where they are not
+            needed. (Default: DEFAULT_COEFFICIENTS)
         relative_epsilon (float): The damping is max(epsilon, relative_epsilon·‖A‖_F). In [0, 1].
             (Default: 1e-6)
         disable_tf32 (bool): Whether products are fp32 although the program allows TF32. (Default: True)
     """
 
-    coefficients: tuple[tuple[float, float, float], ...] = field(
-        default_factory=lambda: DEFAULT_COEFFICIENTS
-    )
+    coefficients: Coefficients = field(default_factory=lambda: DEFAULT_COEFFICIENTS)
     relative_epsilon: float = 1e-6
     disable_tf32: bool = True
 
@@ -98,7 +104,8 @@ def newton_schulz(
 
     The square root x of an eigenvalue of W goes to a·x + b·x³ + c·x⁵ in every step, and to 1 in the end;
     then Y = (A/s)^(1/2) and Z = (A/s)^(-1/2). p = 4 takes the square root first and then its inverse
-    square root, and so on. s = ‖A + δI‖_F is a bound of λ_max, so x starts in (0, 1].
+    square root, and so on; a square root has no small eigenvalues, so that the later passes need fewer steps.
+    s = ‖A‖_F + δ√N, at least ‖A + δI‖_F, is a bound of λ_max, so x starts in (0, 1].
 
     Args:
         A: (B, N, N) stack, float32 or float64. Not modified.
@@ -112,7 +119,7 @@ def newton_schulz(
 
     Note:
         4 matmuls a step, 2 less in the first, where Z = I, and one less in the last, where only Y or
-        only Z is still needed: 37 for ten steps and p = 2, 74 for p = 4. No host sync.
+        only Z is still needed: 33 for nine steps and p = 2, 54 for nine and six and p = 4. No host sync.
 
     References:
         Higham, Functions of Matrices, section 6.7 and theorem 5.2 (from sign iterations to coupled square
@@ -126,30 +133,69 @@ def newton_schulz(
         [0.5, 0.25]
     """
     products = Products(_precision(config, A))
-    tiny = torch.finfo(A.dtype).tiny
     norm_B = frobenius_norm(A)
     damping_B = (config.relative_epsilon * norm_B).clamp_min(epsilon)
-    trace_B = diagonal(A).sum(-1, dtype=torch.float64)
-    trace_B.mul_(2.0).add_(damping_B, alpha=A.shape[-1])
-    s_B = norm_B.square().addcmul_(damping_B, trace_B).sqrt_()
-    s_B = torch.threshold(s_B, tiny, 1.0).nan_to_num_(nan=torch.nan, posinf=torch.nan)
+    s_B = norm_B.add_(damping_B, alpha=A.shape[-1] ** 0.5)
+    s_B = torch.threshold(s_B, torch.finfo(A.dtype).tiny, 1.0)
     Y = scaled(A, power(s_B, -1.0, A.dtype), damping_B / s_B)
-    num_passes = root.numerator.bit_length() - 1
-    for _ in range(num_passes - 1):
-        Y = _run_pass(Y, config.coefficients, products, is_root_wanted=True)
-    Z = _run_pass(Y, config.coefficients, products, is_root_wanted=False)
+    steps = tuple((a, b, c) for a, b, c in config.coefficients)
+    passes = _passes(steps, config.relative_epsilon, A.shape[-1], root)
+    for coefficients in passes[:-1]:
+        Y = _run_pass(Y, coefficients, products, is_root_wanted=True)
+    Z = _run_pass(Y, passes[-1], products, is_root_wanted=False)
     return Solution(
         Z,
         damping=damping_B.to(A.dtype),
         scale=power(s_B, -1.0 / root.numerator, A.dtype),
         size=s_B,
-        iterations=num_passes * len(config.coefficients),
+        iterations=sum(map(len, passes)),
     )
+
+
+@lru_cache(maxsize=64)
+def _passes(
+    coefficients: Coefficients, relative_epsilon: float, size: int, root: Fraction
+) -> tuple[Coefficients, ...]:
+    """The steps of each pass.
+
+    Args:
+        coefficients: (a, b, c) of each step of the first pass.
+        relative_epsilon: r, at most δ/‖A‖_F, so that λ_min/s is at least r/(1 + r·√N).
+        size: N.
+        root: 2^k.
+
+    Returns:
+        k runs of steps. The first is `coefficients`; from each other the leading steps are left out for as
+        long as the error is no larger for it on all x that the pass can be given.
+    """
+    # Half of what damping leaves: rounding may have made A indefinite.
+    smallest = 0.5 * relative_epsilon / (1.0 + relative_epsilon * size**0.5)
+    passes = [coefficients]
+    # Of no damping nothing follows: the error is 1 for either run.
+    allowed = max(min(_error(coefficients, smallest**0.5), 1.0), _NEGLIGIBLE)
+    for number in range(2, root.numerator.bit_length()):
+        steps = coefficients
+        while len(steps) > 1 and _error(steps[1:], smallest ** (0.5**number)) < allowed:
+            steps = steps[1:]
+        passes.append(steps)
+    return tuple(passes)
+
+
+def _error(coefficients: Coefficients, smallest: float) -> float:
+    """The largest |1 - f(x)| over x in [smallest, 1] of all steps in a row; at least 1 for smallest = 0."""
+    errors = []
+    for number in range(_NUM_POINTS):
+        x = smallest ** (number / (_NUM_POINTS - 1))
+        for a, b, c in coefficients:
+            square = x * x
+            x *= a + square * (b + square * c)
+        errors.append(abs(1.0 - x))
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
 def _run_pass(
     Y: Tensor,
-    coefficients: tuple[tuple[float, float, float], ...],
+    coefficients: Coefficients,
     products: Products,
     *,
     is_root_wanted: bool,

@@ -265,7 +265,7 @@ SOLVERS: tuple[Row, ...] = (
     Row(
         "newton_schulz_damped",
         NewtonSchulzRootInvConfig(),
-        (2, 4),
+        (2, 4, 8),
         1e8,
         5e-2,
         1e-6,
