@@ -69,7 +69,7 @@ def translate(line: str) -> tuple[str, list[str]]:
     script = next((i for i, w in enumerate(words) if posixpath.basename(w) == "main.py"), None)
     if script is None:
         raise SettingsError("the command line does not call main.py: give all of it, in quotes.")
-    translation = Translation(_read(words[script + 1 :]), _processes(words[:script]))
+    translation = Translation(_read(words[script + 1 :]), processes_of(words[:script]))
     settings = translation.settings()
     launch = [*words[:script], "-m", "experiments", "train"]
     environment = translation.environment if "wandb" in translation.given else []
@@ -102,8 +102,18 @@ def _read(words: Sequence[str]) -> dict[str, str]:
     return {n: v for n, v in given.items() if not (n in FLAGS and v == "False")}
 
 
-def _processes(launch: Sequence[str]) -> int:
-    """How many processes of a node torchrun was told to start; 1 without it."""
+def processes_of(launch: Sequence[str]) -> int:
+    """How many processes of a node torchrun was told to start; 1 without it.
+
+    Args:
+        launch: The words of the command line before the script.
+
+    Returns:
+        The number.
+
+    Raises:
+        SettingsError: If it is none.
+    """
     for word, following in zip(launch, [*launch[1:], ""], strict=True):
         name, _, value = word.replace("_", "-").partition("=")
         if name == "--nproc-per-node":

@@ -15,6 +15,7 @@ import torch
 # file of its name in configs/; or with `main(words) -> exit status`, where files are what it takes.
 COMMANDS = {
     "train": "train a Llama-style model",
+    "classify": "train a small convnet on images",
     "study": "which optimizer and settings train best, on small tasks",
     "sweep": "train with many settings: best first, and a page",
     "plan": "memory, work and balance on many ranks, before running",
@@ -24,6 +25,7 @@ COMMANDS = {
     "report": "one page about any number of runs",
     "data": "token files from text or from Hugging Face",
     "from-dash": "a run of the DASH repository as a run of ours",
+    "from-meta": "a run of Distributed Shampoo's CIFAR-10 example as a run of ours",
 }
 # What the extra `dev` brings.
 _EXTRA = (

@@ -149,6 +149,38 @@ class DemoSettings(TrainSettings):
 
 
 @dataclass
+class ClassifySettings:
+    """The settings of ``classify``.
+
+    Attributes:
+        epochs: How often all images are seen.
+        batch_size: Images of a step, of all processes together.
+        channels: Of the convolution.
+        bias: Whether the linear layer has one.
+        seed: Of the initial weights and of the order of the images.
+        device: auto (cuda where there is one, else cpu), cpu, cuda or cuda:N.
+        num_threads: Of the CPU, per process; null: torch's choice.
+        output_dir: Where metrics.jsonl goes, a line per epoch; null: nowhere.
+    """
+
+    epochs: int = 1
+    batch_size: int = 128
+    channels: int = 64
+    bias: bool = True
+    seed: int = 42
+    device: str = "auto"
+    num_threads: int | None = None
+    output_dir: str | None = None
+    # Groups of YAML files.
+    optimizer: Any = MISSING
+    solver: Any = MISSING
+    schedule: Any = MISSING
+    images: Any = MISSING
+    parameter_groups: Any = MISSING
+    parallelism: Any = MISSING
+
+
+@dataclass
 class PlanSettings:
     """The settings of ``plan``.
 
@@ -186,6 +218,8 @@ class PlanSettings:
 
 _AT_LEAST = {
     "steps": 1,
+    "epochs": 1,
+    "channels": 1,
     "batch_size": 1,
     "sequence_length": 1,
     "validation_batches": 1,
@@ -342,7 +376,7 @@ def one_sentence(error: Exception) -> str:
 def register() -> None:
     """Tell Hydra the settings, their help, and the dtypes and enums that YAML may name."""
     store = ConfigStore.instance()
-    for schema in (TrainSettings, DemoSettings, PlanSettings):
+    for schema in (TrainSettings, DemoSettings, ClassifySettings, PlanSettings):
         command = schema.__name__.removesuffix("Settings").lower()
         store.store(f"{command}_settings", schema)
         store.store(command, _help(command, schema), group="hydra/help")

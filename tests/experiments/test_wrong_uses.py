@@ -11,7 +11,7 @@ WRONG = {
     "train --multirum": "train has no option --multirum. Did you mean --multirun",
     "train steps": "'steps' is not of the form key=value",
     "train model=null": "Config group override must be a string or a list",
-    "train optimizer=adam": "Could not find 'optimizer/adam'. Available options",
+    "train optimizer=adamm": "Could not find 'optimizer/adamm'. Available options",
     "train data.train=/nowhere": "data.train: no file matches '/nowhere'",
     "train device=tpu": "device=tpu",
     "train schedule.warmup_fraction=2": "schedule.warmup_fraction=2 must be in [0, 1]",
@@ -25,6 +25,9 @@ WRONG = {
     "bench --blocks 0": "argument --blocks: 0 must be a whole number of at least 1",
     "paper --only best": "--only best: one of base, layer_wise, whole",
     "from-dash python": "the command line does not call main.py",
+    "from-meta python": "the command line does not call cifar10_example",
+    "classify images=cifar": "Could not find 'images/cifar'. Available options",
+    "classify epochs=0": "epochs=0 must be at least 1",
     "study --tsaks x": "--tsaks",
 }
 
