@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch.nn import Parameter
 
 import dash_shampoo as ds
 from benchmarks.peers import BETAS, EPSILON, GRAFTING_EPSILON, LR, Steppable, of_groups
@@ -95,23 +95,45 @@ CONFIGS = {
 
 
 def shampoo(
-    optimizer_class: type[ds.DistributedShampoo], config: Config, block: int
-) -> Callable[[Sequence[torch.nn.Parameter]], Steppable]:
-    """Ours, or the base's class."""
-    adam = ds.AdamPreconditionerConfig(beta2=BETAS[1], epsilon=GRAFTING_EPSILON)
+    optimizer_class: type[ds.DistributedShampoo],
+    config: Config,
+    block: int,
+    split: Callable[[Sequence[Parameter]], list[list[Parameter]]] = lambda params: [list(params)],
+    is_distributed: bool = False,
+) -> Callable[[Sequence[Parameter]], Steppable]:
+    """Ours, or the base's class, refreshed in every step.
 
-    def make(parameters: Sequence[torch.nn.Parameter]) -> Steppable:
-        groups = [{"params": list(parameters)}]
-        if config.matrices_alone:
-            others: dict[str, Any] = {
-                "params": [p for p in parameters if p.ndim != 2],
-                "preconditioner_config": adam,
-                "epsilon": EPSILON,
-            }
-            groups = [{"params": [p for p in parameters if p.ndim == 2]}, others]
+    Args:
+        optimizer_class: Which of them.
+        config: One of our configs.
+        block: Largest dimension of a block.
+        split: The groups of the parameters.
+        is_distributed: Whether the processes share the blocks.
+
+    Returns:
+        Makes it from the parameters.
+    """
+    adam = ds.AdamPreconditionerConfig(beta2=BETAS[1], epsilon=GRAFTING_EPSILON)
+    dimensions = 2 if config.matrices_alone else 1
+
+    def groups_of(params: list[Parameter]) -> list[dict[str, Any]]:
+        if not config.matrices_alone:
+            return [{"params": params}]
+        rest: dict[str, Any] = {
+            "params": [p for p in params if p.ndim != 2],
+            "preconditioner_config": adam,
+            "epsilon": EPSILON,
+        }
+        groups = [{"params": [p for p in params if p.ndim == 2]}, rest]
+        return [group for group in groups if group["params"]]
+
+    def make(parameters: Sequence[Parameter]) -> Steppable:
+        distributed = (
+            ds.DDPDistributedConfig if is_distributed else ds.SingleDeviceDistributedConfig
+        )
         return of_groups(
             optimizer_class(
-                [group for group in groups if group["params"]],
+                [group for params in split(parameters) for group in groups_of(params)],
                 lr=LR,
                 betas=BETAS,
                 epsilon=EPSILON if config.grafts else GRAFTING_EPSILON,
@@ -119,9 +141,7 @@ def shampoo(
                 precondition_frequency=1,
                 grafting_config=adam if config.grafts else None,
                 preconditioner_config=config.make(),
-                distributed_config=ds.SingleDeviceDistributedConfig(
-                    target_parameter_dimensionality=2 if config.matrices_alone else 1
-                ),
+                distributed_config=distributed(target_parameter_dimensionality=dimensions),
             )
         )
 

@@ -11,7 +11,8 @@ import logging
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from torch import nn
 
 import dash_shampoo as ds
 from benchmarks.cases import Case, make_gradients, make_parameters, set_gradients
-from benchmarks.ours import CONFIGS
-from benchmarks.peers import BETAS, EPSILON, GRAFTING_EPSILON, LR, PEERS, Steppable, of_groups
+from benchmarks.ours import CONFIGS, Config, shampoo
+from benchmarks.peers import PEERS
 from benchmarks.phases import phase_milliseconds
 from benchmarks.rank_share import blocks_of_rank
 from benchmarks.step_time import Variant, run_case
@@ -44,6 +45,8 @@ examples:
   python -m experiments bench --paper --device cuda
   torchrun --nproc-per-node 8 -m experiments bench --paper --device cuda
 """
+
+_PLAIN = Config(ds.RootInvShampooPreconditionerConfig)
 
 
 @dataclass
@@ -188,7 +191,11 @@ def _measure(
     for name in options.lists:
         config = setting.base if name == "base" else setting.ours
         if config is not None:
-            make = partial(_make, name, config, block, numbers, process.world_size)
+            kind = replace(CONFIGS.get(setting.solver, _PLAIN), make=partial(copy, config))
+            split = {"split": partial(_by_layer, numbers)} if name == "layer_wise" else {}
+            optimizer_class = ds.DistributedShampoo if name == "base" else ds.DashShampoo
+            is_distributed = process.world_size > 1
+            make = shampoo(optimizer_class, kind, block, is_distributed=is_distributed, **split)
             variants.append(Variant(name, setting.solver, "ours", make))
     for name in options.peers if process.world_size == 1 else ():
         if PEERS[name].solver in ("", setting.solver) and PEERS[name].is_importable():
@@ -220,48 +227,16 @@ def _shapes(options: argparse.Namespace) -> list[tuple[int, ...]]:
     return [tuple(p.shape) for p in model.parameters()]
 
 
-def _make(
-    name: str,
-    config: ds.PreconditionerConfig,
-    block: int,
-    numbers: Sequence[int],
-    world_size: int,
-    parameters: Sequence[nn.Parameter],
-) -> Steppable:
-    """An optimizer that refreshes in every step."""
-    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
-    if name == "layer_wise" and len(parameters) == len(numbers):
-        by_layer: dict[int, list[nn.Parameter]] = {}
-        for number, parameter in zip(numbers, parameters, strict=True):
-            by_layer.setdefault(number, []).append(parameter)
-        groups = [{"params": layer} for layer in by_layer.values()]
-    order: dict[str, Any] = {}
-    if isinstance(config, ds.SpectralDescentPreconditionerConfig):
-        order["target_parameter_dimensionality"] = 2
-        groups = [g for group in groups for g in _by_order(group["params"])]
-    alone = ds.SingleDeviceDistributedConfig(**order)
-    optimizer_class = ds.DistributedShampoo if name == "base" else ds.DashShampoo
-    optimizer = optimizer_class(
-        groups,
-        lr=LR,
-        betas=BETAS,
-        epsilon=EPSILON,
-        max_preconditioner_dim=block,
-        precondition_frequency=1,
-        grafting_config=ds.AdamPreconditionerConfig(beta2=BETAS[1], epsilon=GRAFTING_EPSILON),
-        preconditioner_config=config,
-        distributed_config=ds.DDPDistributedConfig(**order) if world_size > 1 else alone,
-    )
-    return of_groups(optimizer)
-
-
-def _by_order(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """Matrices, and a group of the rest with Adam's direction."""
-    matrices = [p for p in parameters if p.ndim == 2]
-    others = [p for p in parameters if p.ndim != 2]
-    adam = ds.AdamPreconditionerConfig(beta2=BETAS[1], epsilon=GRAFTING_EPSILON)
-    rest = {"params": others, "preconditioner_config": adam, "grafting_config": None}
-    return [group for group in ({"params": matrices}, rest) if group["params"]]
+def _by_layer(
+    numbers: Sequence[int], parameters: Sequence[nn.Parameter]
+) -> list[list[nn.Parameter]]:
+    """The blocks of each of the model's parameters; all together where they are other ones."""
+    if len(parameters) != len(numbers):
+        return [list(parameters)]
+    layers: dict[int, list[nn.Parameter]] = {}
+    for number, parameter in zip(numbers, parameters, strict=True):
+        layers.setdefault(number, []).append(parameter)
+    return list(layers.values())
 
 
 def _phases(variant: Variant, case: Case, frequency: int, process: Process) -> dict[str, float]:
