@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -106,3 +108,32 @@ def test_a_notebook_becomes_a_page_with_what_it_printed():
         "text",
     ] * 2
     assert blocks(page)[2].text.startswith("step 50: ")
+
+
+def test_search_needs_nothing_from_elsewhere():
+    """The theme would fetch a script of this name, as soon as none is listed."""
+    (name,) = [path for path in CONFIG["extra"]["polyfills"] if "iframe-worker" in path]
+    assert (DOCS / name).is_file()
+
+
+def test_a_worker_starts_in_pages_that_are_opened_from_a_folder(tmp_path):
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("chromium is not installed")
+    shutil.copy(DOCS / "iframe-worker.js", tmp_path)
+    (tmp_path / "part.js").write_text("self.factor = 2;")
+    (tmp_path / "worker.js").write_text(
+        "addEventListener('message', async (event) => {"
+        " await importScripts('part.js'); postMessage({answer: factor * event.data}); });"
+    )
+    (tmp_path / "page.html").write_text(
+        "<!doctype html><body><script src='iframe-worker.js'></script><script>"
+        "const worker = new Worker('worker.js');"
+        "worker.addEventListener('message', (e) => { document.title = 'got ' + e.data.answer; });"
+        "worker.postMessage(21);</script>"
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    options += ["--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [browser, *options, "--dump-dom", (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "<title>got 42</title>" in done.stdout
