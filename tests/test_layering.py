@@ -100,6 +100,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "matplotlib",
         "sentencepiece",
         "sklearn",
+        "torchvision",
         "mnist1d",
         "pytorch_optimizer",
         "plotly",
