@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class GridsOfPiece:
     shapes: tuple[tuple[int, ...], ...]
     block_shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def are_single(self) -> bool:
         """Whether each grid is one block."""
         return len(self.numbers) == sum(self.sizes)

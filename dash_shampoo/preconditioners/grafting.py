@@ -22,6 +22,7 @@ def precondition_and_graft(
     filtered_grads: Sequence[Tensor],
     is_warm_up: bool,
     use_grafting: bool,
+    correction: float,
     limit_: Callable[[Sequence[Tensor]], None],
 ) -> tuple[Tensor, ...]:
     """P = P_shampoo · ‖P_grafting‖ / ‖P_shampoo‖ by slot; P_grafting before the first roots.
@@ -31,6 +32,8 @@ def precondition_and_graft(
         filtered_grads: (K, *shape) of each piece; not modified.
         is_warm_up: Whether the grafting's direction is taken as it is.
         use_grafting: Whether there is a grafting.
+        correction: What the gradients are still to be divided by; other than 1 for lists alone whose
+            directions are linear in them, since what is divided are the directions' lengths.
         limit_: Shortens directions without one, where no gradient can have them.
 
     Returns:
@@ -38,16 +41,24 @@ def precondition_and_graft(
     """
     if is_warm_up:
         grafted = _precondition(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
-        return _in_dtypes_of(filtered_grads, grafted)
+        return _in_dtypes_of(filtered_grads, _divided_(grafted, correction))
     directions = _precondition(lists[SHAMPOO_PRECONDITIONER_LIST], filtered_grads)
     if use_grafting:
         grafted = _precondition(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
-        for direction, target in zip(directions, grafted, strict=True):
-            scale = slot_norms(target) / (slot_norms(direction) + _SMALLEST_NORM)
+        scales, norms = [*map(slot_norms, grafted)], [*map(slot_norms, directions)]
+        torch._foreach_add_(norms, _SMALLEST_NORM)
+        torch._foreach_div_(scales, norms)
+        for direction, scale in zip(directions, _divided_(scales, correction), strict=True):
             direction.mul_(scale.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
     else:
-        limit_(directions)
+        limit_(_divided_(directions, correction))
     return _in_dtypes_of(filtered_grads, directions)
+
+
+def _divided_(tensors: Sequence[Tensor], divisor: float) -> Sequence[Tensor]:
+    if divisor != 1.0:
+        torch._foreach_div_(list(tensors), divisor)
+    return tensors
 
 
 def _in_dtypes_of(grads: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -25,18 +25,18 @@ def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) ->
     """
     result = blocks
     shape = list(blocks.shape)
-    for dimension in range(len(shape) - 1):
-        size = blocks.size(dimension + 1)
+    for dimension, size in enumerate(blocks.shape[1:]):
         # (K, d_k, rest) → (K, rest, d_k)
-        front = result.reshape(len(blocks), size, math.prod(result.shape[1:]) // max(size, 1)).mT
+        front = result.reshape(shape[0], size, math.prod(result.shape[1:]) // max(size, 1)).mT
         matrix = matrices.get(dimension)
         result = front if matrix is None else torch.bmm(front.to(dtype), matrix)
-        shape[dimension + 1] = result.size(-1)
+        shape[dimension + 1] = result.shape[-1]
     return result.reshape(shape)
 
 
 def unfold(blocks: Tensor, dimension: int) -> Tensor:
     """Mode-k unfoldings (K, d_k, numel / d_k) of blocks (K, *shape)."""
-    size = blocks.size(dimension + 1)
-    rest = math.prod(blocks.shape[1:]) // size if size else 0
-    return blocks.movedim(dimension + 1, 1).reshape(len(blocks), size, rest)
+    count, *shape = blocks.shape
+    size = shape[dimension]
+    rest = math.prod(shape) // size if size else 0
+    return blocks.movedim(dimension + 1, 1).reshape(count, size, rest)

@@ -64,11 +64,13 @@ class StackedPreconditionerList(_ShampooList):
         list_seams: What the list needs of the base's list.
         block_seams: What it needs of the base's record of a block.
         subject: What it computes of factor matrices, for messages.
+        is_linear: Whether directions are linear in the (filtered) gradients.
     """
 
     list_seams: tuple[str, ...] = LIST_SEAMS
     block_seams: tuple[str, ...] = BLOCK_SEAMS
     subject: str = "inverse root"
+    is_linear = True
     _layout: Layout
     _factors: tuple[MatrixStack, ...]
     _options: StackedOptions
@@ -371,7 +373,9 @@ class StackedPreconditionerList(_ShampooList):
                 rows = piece.factor_rows(factor)
                 stack = self._factors[factor.stack]
                 weight = self._weighting_factor / (unfolded.shape[-1] if is_normalized else 1)
-                for part in self._chunks(unfolded) if stack.packed else (slice(0, len(unfolded)),):
+                for part in (
+                    self._chunks(unfolded) if stack.packed else (slice(0, unfolded.shape[0]),)
+                ):
                     stack.accumulate_outer_(subset(rows, part), unfolded[part], self._beta2, weight)
 
     def _chunks(self, unfolded: Tensor) -> tuple[slice, ...]:

@@ -18,6 +18,7 @@ class StackedStatelessPreconditionerList(StackedPreconditionerList):
 
     list_seams: tuple[str, ...] = ("_dims_list", "_preconditioner_config")
     block_seams: tuple[str, ...] = ()
+    is_linear = False
 
     @classmethod
     def adopt(
