@@ -280,8 +280,7 @@ def _solve(
 
 def _decompose_the_lost(result: EigenbasisResult, A: Tensor, Q: Tensor) -> EigenbasisResult:
     """The result of a method that follows a basis, where there was none or it lost it by eigh."""
-    is_lost = result.status == int(InverseRootStatus.FAILED)
-    is_lost |= ~torch.isfinite(result.eigenvectors.sum(dim=(-2, -1)))
+    is_lost = result.status == int(InverseRootStatus.FAILED)  # eigenvectors that are not finite too
     candidates = (Q[:, 0, 0] == 1.0).nonzero().flatten()
     if len(candidates):
         is_lost[candidates] |= is_identity(Q[candidates])
