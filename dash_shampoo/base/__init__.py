@@ -18,6 +18,7 @@ from dash_shampoo.base.embedded.factories import own_distributor_class as _own_d
 from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
 from dash_shampoo.base.embedded.group_state import take_weights
 from dash_shampoo.base.embedded.keys import ROW_PARTS
+from dash_shampoo.base.embedded.packing import pack, packed_diagonal, unpack
 from dash_shampoo.base.embedded.parts import sizes_of_parts
 from dash_shampoo.base.embedded.state import native_config as _native_config
 
@@ -40,21 +41,6 @@ _META_MODULES = (
 
 # What only Meta's package has (FSDP1); without it, the names say so.
 META_ONLY = ("FSDPDistributedConfig", "HSDPDistributedConfig", "compile_fsdp_parameter_metadata")
-# The same on both bases.
-_OURS = (
-    "META_ONLY",
-    "ROW_PARTS",
-    "BlockGrid",
-    "Distributor",
-    "GridBlocks",
-    "assign_owners",
-    "name",
-    "native_config",
-    "own_distributor_class",
-    "sizes_of_parts",
-    "take_weights",
-)
-
 if TYPE_CHECKING:
     from dash_shampoo.base.embedded.configs import *
     from dash_shampoo.base.embedded.distributed_configs import *
@@ -155,8 +141,11 @@ __all__ = [
     "name",
     "native_config",
     "own_distributor_class",
+    "pack",
+    "packed_diagonal",
     "sizes_of_parts",
     "take_weights",
+    "unpack",
 ]
 
 
@@ -193,7 +182,7 @@ def _load(base: Literal["meta", "embedded"]) -> dict[str, Any]:
     Raises:
         ImportError: If Meta's package lacks a name.
     """
-    wanted = set(__all__) - set(_OURS)
+    wanted = set(__all__) - _OURS
     if base == "embedded":
         return {n: getattr(import_module(f"{__name__}.embedded"), n) for n in wanted}
     wanted |= set(META_ONLY)
@@ -248,6 +237,8 @@ def _say_what_is_missing(missing: str) -> Any:
 
 
 name: Literal["meta", "embedded"] = _choose(os.environ)
+# What is here so far is the same on both bases.
+_OURS = frozenset(globals())
 if not TYPE_CHECKING:
     globals().update(_load(name))
     __getattr__ = _say_what_is_missing

@@ -16,7 +16,7 @@ from dash_shampoo.buckets.layout import (
     rows_of,
     subset,
 )
-from dash_shampoo.buckets.storage import MatrixStack, bind_, pack, row_of, stack_, unpack
+from dash_shampoo.buckets.storage import MatrixStack, bind_, row_of, stack_
 from dash_shampoo.buckets.transfer import GridsOfPiece, gather, grids_of_pieces, to_blocks
 
 __all__ = [
@@ -37,11 +37,9 @@ __all__ = [
     "layout_of_shapes",
     "make_layout",
     "num_rows",
-    "pack",
     "row_of",
     "rows_of",
     "stack_",
     "subset",
     "to_blocks",
-    "unpack",
 ]

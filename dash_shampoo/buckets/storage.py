@@ -6,13 +6,13 @@ Shapes: B slots, N the size of a factor matrix, P = N(N+1)/2 the length of its p
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dash_shampoo.base import pack, packed_diagonal, unpack
 from dash_shampoo.buckets.layout import Rows
 
 
@@ -75,15 +75,14 @@ class MatrixStack:
     def read(self, rows: Rows) -> Tensor:
         """The matrices (K, N, N): a view for a slice of a full stack, otherwise a copy."""
         stored = self.data[rows]
-        return unpack(stored, self.size) if self.packed else stored
+        return unpack(stored) if self.packed else stored
 
     def diagonals(self, rows: Rows) -> Tensor:
         """(K, N): a view for a slice of a full stack, otherwise a copy."""
         stored = self.data[rows]
         if not self.packed:
             return stored.diagonal(dim1=-2, dim2=-1)
-        places = _packing(self.size, stored.device)[1].view(self.size, self.size).diagonal()
-        return stored.index_select(1, places)
+        return stored.index_select(1, packed_diagonal(self.size, stored.device))
 
     def are_nonzero(self, rows: Rows) -> Tensor:
         """(K,) bool: which of the matrices, positive semi-definite ones, aren't zero: the diagonal isn't."""
@@ -150,28 +149,3 @@ def bind_(tensor: Tensor, row: Tensor) -> None:
 def row_of(tensor: Tensor) -> Tensor | None:
     """The row that a tensor was bound to, or None. It has left that where the two share no memory."""
     return _ROWS.get(tensor)
-
-
-def pack(matrices: Tensor) -> Tensor:
-    """Upper triangles (K, P), row by row, of symmetric matrices (K, N, N)."""
-    size = matrices.size(-1)
-    return matrices.reshape(-1, size * size).index_select(1, _packing(size, matrices.device)[0])
-
-
-def unpack(packed: Tensor, size: int) -> Tensor:
-    """Symmetric matrices (K, N, N) from upper triangles (K, P)."""
-    index = _packing(size, packed.device)[1]
-    # On the CPU three times faster than index_select along the second dimension.
-    return packed.gather(1, index.expand(len(packed), -1)).view(-1, size, size)
-
-
-@lru_cache(maxsize=256)
-def _packing(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Flat indices of the upper triangle (P,), and of each entry's place in it (N²,)."""
-    row, column = torch.triu_indices(size, size, device=device)
-    to_packed = row * size + column
-    place = torch.empty(size, size, dtype=torch.int64, device=device)
-    numbers = torch.arange(to_packed.numel(), device=device)
-    place[row, column] = numbers
-    place[column, row] = numbers
-    return to_packed, place.reshape(-1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from dash_shampoo.base import unpack
 from dash_shampoo.buckets import (
     ActiveStack,
     BlockSpec,
@@ -23,7 +24,6 @@ from dash_shampoo.buckets import (
     rows_of,
     subset,
     to_blocks,
-    unpack,
 )
 from dash_shampoo.inverse_root import plan_chunks
 from dash_shampoo.preconditioners.measures import FactorMeasures, measure_in_chunks
@@ -102,7 +102,8 @@ class StackedPreconditionerList(_ShampooList):
             The stacked list, whose stacks hold the state.
 
         Raises:
-            ValueError: If the solver cannot compute what the list needs.
+            ValueError: If the solver cannot compute what the list needs, or a block has a shape that it
+                does not take.
         """
         self = cls.__new__(cls)
         self.__dict__.update(base_list.__dict__)
@@ -111,27 +112,13 @@ class StackedPreconditionerList(_ShampooList):
         self._group = group
         blocks = self._local_kronecker_factors_unwrapped
         self._check_roots({root for block in blocks for root in block.roots})
-
-        self._layout = make_layout(
-            [
-                BlockSpec(
-                    tuple(block.shape),
-                    selector,
-                    self._roots_of(factors, selector),
-                    block.dtype,
-                    block.device,
-                )
-                for block, selector, factors in zip(
-                    block_list, self._local_preconditioned_dims_selector_list, blocks, strict=True
-                )
-            ]
-        )
+        self._layout = self._lay_out(block_list, block_names)
         self._active = self._layout.active((True,) * len(block_list))
         self._factors = self._stack_matrices("factor_matrices")
         self._ledger = FailureLedger(
             blocks,
             block_names,
-            options.num_tolerated_failed_amortized_computations,
+            getattr(options, "num_tolerated_failed_amortized_computations", 0),
             options.safety,
             self.subject,
         )
@@ -159,6 +146,31 @@ class StackedPreconditionerList(_ShampooList):
 
     def _check_roots(self, roots: set[float]) -> None:
         """Refuses roots that the list's method cannot compute."""
+
+    def _lay_out(self, block_list: Sequence[Tensor], block_names: Sequence[str]) -> Layout:
+        """The buckets of the blocks, and the stacks of their factor matrices.
+
+        Raises:
+            ValueError: If the list does not take a block of such a shape.
+        """
+        del block_names
+        return make_layout(
+            [
+                BlockSpec(
+                    tuple(block.shape),
+                    selector,
+                    self._roots_of(factors, selector),
+                    block.dtype,
+                    block.device,
+                )
+                for block, selector, factors in zip(
+                    block_list,
+                    self._local_preconditioned_dims_selector_list,
+                    self._local_kronecker_factors_unwrapped,
+                    strict=True,
+                )
+            ]
+        )
 
     def _roots_of(self, factors: Any, selector: tuple[bool, ...]) -> tuple[float, ...]:
         """The root of every factor matrix of a block: those of different roots are not stacked."""
@@ -402,7 +414,7 @@ class StackedPreconditionerList(_ShampooList):
         bias_correction = float(self._bias_correction2)
         if bias_correction != 1.0:
             stored = stored / bias_correction
-        matrices = unpack(stored, stack.size) if stack.packed else stored
+        matrices = unpack(stored) if stack.packed else stored
         if self._options.use_trace_scaling:
             trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=self._epsilon)
             scale = trace.pow(-self._options.trace_scaling_exponent)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dash_shampoo.base.embedded as embedded
-from dash_shampoo.base.embedded.blocking import pack_upper_triangular, unpack_upper_triangular
+from dash_shampoo.base import pack, unpack
 from dash_shampoo.base.embedded.matrix_functions import matrix_inverse_root
 
 EIGEN = embedded.EigenConfig()
@@ -116,6 +116,6 @@ def test_only_square_matrices_have_roots():
 def test_packing_keeps_a_symmetric_matrix(size):
     A = torch.randn(size, size)
     A = A + A.T
-    packed = pack_upper_triangular(A)
+    packed = pack(A)
     assert packed.shape == (size * (size + 1) // 2,)
-    assert torch.equal(unpack_upper_triangular(packed), A)
+    assert torch.equal(unpack(packed), A)

@@ -1,4 +1,4 @@
-"""Merging of small dimensions, splitting into blocks, packing of symmetric matrices."""
+"""Merging of small dimensions, splitting into blocks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,6 @@ from functools import cache
 from itertools import product
 from operator import mul
 
-import torch
 from torch import Tensor
 
 
@@ -129,33 +128,3 @@ def equal_grids(shape: Sequence[int], split_size: int | float) -> Iterator[Grid]
             starts=starts,
             block_shape=sizes,
         )
-
-
-@cache
-def _upper_triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.triu_indices(size, size, device=device).to(torch.int32).unbind()
-    return rows, columns
-
-
-@cache
-def packed_diagonal(size: int, device: torch.device) -> Tensor:
-    """Where the diagonal of an (N, N) matrix lies in its packed upper triangle."""
-    # In closed form, for devices without values (meta) too.
-    row = torch.arange(size, device=device)
-    return row * size - row * (row - 1) // 2
-
-
-def pack_upper_triangular(matrix: Tensor) -> Tensor:
-    """The upper triangle of an (N, N) matrix row by row, as (N(N+1)/2,)."""
-    rows, columns = _upper_triangle(matrix.shape[0], matrix.device)
-    return matrix[rows, columns]
-
-
-def unpack_upper_triangular(packed: Tensor) -> Tensor:
-    """The symmetric (N, N) matrix of a packed upper triangle (N(N+1)/2,)."""
-    size = (math.isqrt(1 + 8 * packed.numel()) - 1) // 2
-    rows, columns = _upper_triangle(size, packed.device)
-    matrix = packed.new_empty(size, size)
-    matrix[rows, columns] = packed
-    matrix[columns, rows] = packed
-    return matrix

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.block_info import BlockInfo
-from dash_shampoo.base.embedded.blocking import pack_upper_triangular, packed_diagonal
 from dash_shampoo.base.embedded.configs import BaseShampooPreconditionerConfig
 from dash_shampoo.base.embedded.matrix_function_configs import MatrixFunctionConfig
+from dash_shampoo.base.embedded.packing import pack, packed_diagonal
 from dash_shampoo.base.embedded.preconditioner_list import PreconditionerList
 
 
@@ -51,7 +51,7 @@ class KroneckerFactors:
     def accumulate_(self, outer_products: list[Tensor], beta2: float, weight: float) -> None:
         """F ← beta2·F + weight·GGᵀ."""
         if self.use_symmetric_packing:
-            outer_products = list(map(pack_upper_triangular, outer_products))
+            outer_products = list(map(pack, outer_products))
         if beta2 != 1.0:
             torch._foreach_mul_(self.factor_matrices, beta2)
         torch._foreach_add_(self.factor_matrices, outer_products, alpha=weight)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base.embedded import keys
-from dash_shampoo.base.embedded.blocking import pack_upper_triangular, unpack_upper_triangular
 from dash_shampoo.base.embedded.kronecker_list import (
     Allocator,
     ClassicShampooPreconditionerList,
@@ -17,6 +16,7 @@ from dash_shampoo.base.embedded.kronecker_list import (
 )
 from dash_shampoo.base.embedded.matrix_function_configs import RootInvConfig
 from dash_shampoo.base.embedded.matrix_functions import check_supported, matrix_inverse_root
+from dash_shampoo.base.embedded.packing import pack, unpack
 from dash_shampoo.base.embedded.preconditioner_list import PreconditionerValueError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class RootInvShampooKroneckerFactors(KroneckerFactors):
         """The inverse factor matrices as (N, N); new memory if they are packed."""
         if not self.use_symmetric_packing:
             return self.inv_factor_matrices
-        return tuple(map(unpack_upper_triangular, self.inv_factor_matrices))
+        return tuple(map(unpack, self.inv_factor_matrices))
 
     def amortized_computation(self, bias_correction2: float | Tensor) -> None:
         """R ← (F / bias_correction2)^(-1/p); where the solver fails, R stays.
@@ -85,13 +85,13 @@ class RootInvShampooKroneckerFactors(KroneckerFactors):
                     f"Encountered nan or inf values in the inverse root of factor matrix "
                     f"{self._named(index)}. Increase epsilon={self.epsilon} or use EigenConfig."
                 )
-            inverse.copy_(pack_upper_triangular(result) if self.use_symmetric_packing else result)
+            inverse.copy_(pack(result) if self.use_symmetric_packing else result)
         self._count_failure(last_error)
 
     def _prepared(self, factor: Tensor, bias_correction2: float | Tensor) -> Tensor:
         matrix = factor / bias_correction2
         if self.use_symmetric_packing:
-            matrix = unpack_upper_triangular(matrix)
+            matrix = unpack(matrix)
         if self.use_trace_scaling:
             # A trace that rounding made negative is clamped; arXiv 2506.03595.
             trace = matrix.trace().clamp(min=self.epsilon)
