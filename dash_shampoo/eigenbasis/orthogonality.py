@@ -5,15 +5,13 @@ Shape suffixes: Q_BNN and Y_BNN are stacks of B blocks with N columns; V_BKN K f
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from dash_shampoo.eigenbasis.result import can_look
 from dash_shampoo.inverse_root import InverseRootStatus
+from dash_shampoo.inverse_root.residual import fixed_rows
 
-_NUM_ROWS = 4
 # One step of Newton-Schulz takes an error e to 3/4·e²; from beyond this, more than one is needed.
 _LARGEST_REPAIRABLE = 0.5
 
@@ -36,7 +34,7 @@ def orthogonality_error(Q: Tensor) -> Tensor:
         >>> orthogonality_error(Q).tolist()
         [0.0, 3.0]
     """
-    V = _rows(Q.shape[-1], Q.dtype, Q.device)
+    V = fixed_rows(Q.shape[-1], Q.dtype, Q.device)
     # Few rows from the left, (QVᵀ)ᵀ·Q: on a CPU five times faster than few columns from the right.
     V_BKN = V.expand(Q.shape[0], -1, -1)
     difference = torch.bmm(torch.bmm(V_BKN, Q.mT), Q) - V
@@ -60,18 +58,11 @@ def norm_from_below(S: Tensor) -> Tensor:
         >>> norm_from_below(torch.diag(torch.tensor([4.0, 1.0]))[None]).round(decimals=1)
         tensor([3.9000])
     """
-    V_BKN = torch.bmm(_rows(S.shape[-1], S.dtype, S.device).expand(S.shape[0], -1, -1), S)
+    V_BKN = torch.bmm(fixed_rows(S.shape[-1], S.dtype, S.device).expand(S.shape[0], -1, -1), S)
     tiny = torch.finfo(S.dtype).tiny
     V_BKN = V_BKN / torch.linalg.vector_norm(V_BKN, dim=-1, keepdim=True).clamp_min(tiny)
     lengths_BK: Tensor = torch.linalg.vector_norm(torch.bmm(V_BKN, S), dim=-1)
     return lengths_BK.amax(-1)
-
-
-@lru_cache(maxsize=64)
-def _rows(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(K, N) entries ±1 from a generator of their own, so that replicas agree."""
-    signs = torch.randint(0, 2, (_NUM_ROWS, size), generator=torch.Generator().manual_seed(size))
-    return (2 * signs - 1).to(device=device, dtype=dtype)
 
 
 def restore_orthogonality(Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:

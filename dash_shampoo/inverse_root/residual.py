@@ -57,7 +57,7 @@ def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor | fl
         return torch.full_like(A[:, 0, 0], torch.nan)
     # In TF32, which the program may allow, the residual of a right root is 2 and more.
     multiply = Products("fp32")
-    V = _vectors(A.shape[-1], A.dtype, A.device)
+    V = fixed_rows(A.shape[-1], A.dtype, A.device)
     result = V.expand(A.shape[0], -1, -1)
     # Half of the roots on either side, so that the products stay near the size of V.
     for _ in range((num_roots + 1) // 2):
@@ -94,8 +94,8 @@ def residual_bound(threshold: float, error: float, root: Fraction) -> float:
 
 
 @lru_cache(maxsize=64)
-def _vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(K, N) entries ±1 from a generator of their own, so that every eigenvector is hit alike."""
+def fixed_rows(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(K, N) entries ±1, which hit every eigenvector alike, from a generator of their own: replicas agree."""
     generator = torch.Generator("cpu").manual_seed(size)
     signs = torch.randint(0, 2, (NUM_VECTORS, size), generator=generator, device="cpu")
     return (2 * signs - 1).to(device=device, dtype=dtype)

@@ -14,6 +14,7 @@ from dash_shampoo.base import (
     OrthogonalizationConfig,
     SVDOrthogonalizationConfig,
 )
+from dash_shampoo.inverse_root.task import finite_blocks, is_known_to_be
 from dash_shampoo.orthogonalization.gram import GramOrthogonalizationConfig, gram
 from dash_shampoo.orthogonalization.minimax_polar import MinimaxPolarConfig, minimax_polar
 from dash_shampoo.orthogonalization.newton_schulz import newton_schulz
@@ -85,11 +86,9 @@ def orthogonalize(G: Tensor, config: OrthogonalizationConfig) -> Tensor:
         return G.clone()
     device_type = G.device.type
     clean = G.detach()
-    # Sums of finite entries are finite but for overflow; elsewhere looking would be a host synchronisation.
-    sums = clean.sum(dim=(-2, -1), dtype=torch.promote_types(G.dtype, torch.float32))
-    is_clean = device_type == "cpu" and bool(torch.isfinite(sums).all())
+    is_finite = finite_blocks(clean)
+    is_clean = is_known_to_be(True, is_finite)
     if not is_clean:
-        is_finite = torch.isfinite(clean.abs().amax(dim=(-2, -1)))
         clean = torch.where(is_finite[:, None, None], clean, 0.0)
     can_autocast = torch.amp.is_autocast_available(device_type)
     with torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():

@@ -27,6 +27,7 @@ from dash_shampoo.base.embedded.distributed_configs import (
 )
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.dtensors import is_dtensor, local_tensor
+from dash_shampoo.base.embedded.group_state import is_refresh_due
 from dash_shampoo.base.embedded.replicas import (
     check_same_parameters,
     first_that_differs,
@@ -305,11 +306,7 @@ class DDPDistributor(Distributor):
         return self._flags.device.type != "cpu" and self._is_refreshing()
 
     def _is_refreshing(self) -> bool:
-        if self.step is None:
-            return False
-        step, start = int(self.step.item()), self._param_group[keys.START_PRECONDITIONING_STEP]
-        frequency: int = self._param_group[keys.PRECONDITION_FREQUENCY]
-        return bool(step == start or (step > start and step % frequency == 0))
+        return self.step is not None and is_refresh_due(self._param_group, int(self.step.item()))
 
     def _receive(self, selector: tuple[bool, ...] | None) -> None:
         params, buffers = self._global_blocked_params, self._global_buffers

@@ -166,10 +166,15 @@ def set_interpolation_coefficients(
             state_lists[keys.EVAL_INTERP_COEFF].copy_(1.0 - power / lr_sum)
 
 
+def is_refresh_due(group: Mapping[str, Any], step: int) -> bool:
+    """Whether the amortized computation is due: at the start, and then every so many steps."""
+    start = group[keys.START_PRECONDITIONING_STEP]
+    is_in_turn = step > start and step % group[keys.PRECONDITION_FREQUENCY] == 0
+    return bool(step == start or is_in_turn)
+
+
 def step_arguments(group: dict[str, Any], step: int) -> dict[str, Any]:
     """What a step of a group does, apart from tensors, as arguments of _compute_search_directions."""
-    start = group[keys.START_PRECONDITIONING_STEP]
-    is_due = step % group[keys.PRECONDITION_FREQUENCY] == 0 and step > start
     averaging = group[keys.ITERATE_AVERAGING_CONFIG]
     momentum = averaging if isinstance(averaging, ClassicMomentumConfig) else None
     use_grafting = group[keys.GRAFTING_CONFIG] is not None
@@ -180,9 +185,9 @@ def step_arguments(group: dict[str, Any], step: int) -> dict[str, Any]:
         "peak_lr": group[keys.PEAK_LR],
         "weight_decay_type": group[keys.WEIGHT_DECAY_TYPE],
         "grafting_config_not_none": use_grafting,
-        "perform_amortized_computation": is_due or step == start,
+        "perform_amortized_computation": is_refresh_due(group, step),
         "use_bias_correction": group[keys.USE_BIAS_CORRECTION],
-        "use_grafting_method": use_grafting and step < start,
+        "use_grafting_method": use_grafting and step < group[keys.START_PRECONDITIONING_STEP],
         "iterate_averaging_enabled": is_averaging(averaging),
         "classic_momentum_enabled": momentum is not None,
         "momentum_param": 0.0 if momentum is None else momentum.momentum,

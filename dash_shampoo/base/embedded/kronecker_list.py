@@ -14,7 +14,6 @@ from torch import Tensor
 from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.block_info import BlockInfo
 from dash_shampoo.base.embedded.configs import BaseShampooPreconditionerConfig
-from dash_shampoo.base.embedded.matrix_function_configs import MatrixFunctionConfig
 from dash_shampoo.base.embedded.packing import pack, packed_diagonal
 from dash_shampoo.base.embedded.preconditioner_list import PreconditionerList
 
@@ -27,26 +26,23 @@ class KroneckerFactors:
         factor_matrices: One (N, N) per preconditioned dimension, or packed (N(N+1)/2,).
         factor_matrix_indices: "<parameter>.<block>.<number>" for messages.
         roots: p of A^(-1/p) for each.
-        use_symmetric_packing: Whether the matrices are packed.
-        amortized_computation_config: What is computed of them now and then.
+        config: How they are kept, and what is computed of them now and then.
         epsilon: Damping.
-        num_tolerated_failed_amortized_computations: How many failures in a row are tolerated.
-        use_trace_scaling: Whether a factor is multiplied by trace^(-trace_scaling_exponent).
-        trace_scaling_exponent: See there.
         param_name: Name of the parameter for messages. (Default: None)
     """
 
     factor_matrices: tuple[Tensor, ...]
     factor_matrix_indices: tuple[str, ...]
     roots: tuple[float, ...]
-    use_symmetric_packing: bool
-    amortized_computation_config: MatrixFunctionConfig
+    config: Any
     epsilon: float
-    num_tolerated_failed_amortized_computations: int
-    use_trace_scaling: bool = False
-    trace_scaling_exponent: float = 0.5
     param_name: str | None = None
     _failed_amortized_computation_counter: int = field(init=False, default=0)
+
+    @property
+    def use_symmetric_packing(self) -> bool:
+        """Whether the matrices are packed."""
+        return bool(self.config.use_symmetric_packing)
 
     def accumulate_(self, outer_products: list[Tensor], beta2: float, weight: float) -> None:
         """F ← beta2·F + weight·GGᵀ."""
@@ -262,14 +258,8 @@ class BaseShampooPreconditionerList(PreconditionerList):
                 f"{param_index}.{block_key}.{n}" for n in range(len(sizes))
             ),
             roots=self._roots(selector),
-            use_symmetric_packing=config.use_symmetric_packing,
-            amortized_computation_config=config.amortized_computation_config,
+            config=config,
             epsilon=self._epsilon,
-            num_tolerated_failed_amortized_computations=(
-                config.num_tolerated_failed_amortized_computations
-            ),
-            use_trace_scaling=config.use_trace_scaling,
-            trace_scaling_exponent=config.trace_scaling_exponent,
             param_name=info.param_name,
         )
 

@@ -14,7 +14,6 @@ from dash_shampoo.base.embedded.kronecker_list import (
     ClassicShampooPreconditionerList,
     KroneckerFactors,
 )
-from dash_shampoo.base.embedded.matrix_function_configs import RootInvConfig
 from dash_shampoo.base.embedded.matrix_functions import check_supported, matrix_inverse_root
 from dash_shampoo.base.embedded.packing import pack, unpack
 from dash_shampoo.base.embedded.preconditioner_list import PreconditionerValueError
@@ -28,11 +27,9 @@ class RootInvShampooKroneckerFactors(KroneckerFactors):
 
     Attributes:
         inv_factor_matrices: The inverse roots, stored as the factor matrices are.
-        amortized_computation_config: The solver.
     """
 
     inv_factor_matrices: tuple[Tensor, ...]
-    amortized_computation_config: RootInvConfig
 
     def get_unpacked_inv_factor_matrices(self) -> tuple[Tensor, ...]:
         """The inverse factor matrices as (N, N); new memory if they are packed."""
@@ -67,7 +64,7 @@ class RootInvShampooKroneckerFactors(KroneckerFactors):
                 )
             try:
                 result = matrix_inverse_root(
-                    matrix, Fraction(root), self.amortized_computation_config, self.epsilon
+                    matrix, Fraction(root), self.config.amortized_computation_config, self.epsilon
                 )
             except (NotImplementedError, torch.OutOfMemoryError):
                 raise
@@ -92,10 +89,10 @@ class RootInvShampooKroneckerFactors(KroneckerFactors):
         matrix = factor / bias_correction2
         if self.use_symmetric_packing:
             matrix = unpack(matrix)
-        if self.use_trace_scaling:
+        if self.config.use_trace_scaling:
             # A trace that rounding made negative is clamped; arXiv 2506.03595.
             trace = matrix.trace().clamp(min=self.epsilon)
-            matrix = matrix * trace.pow(-self.trace_scaling_exponent)
+            matrix = matrix * trace.pow(-self.config.trace_scaling_exponent)
         return matrix
 
     def _count_failure(self, error: Exception | None) -> None:
@@ -103,7 +100,7 @@ class RootInvShampooKroneckerFactors(KroneckerFactors):
             self._failed_amortized_computation_counter = 0
             return
         self._failed_amortized_computation_counter += 1
-        tolerated = self.num_tolerated_failed_amortized_computations
+        tolerated = self.config.num_tolerated_failed_amortized_computations
         if self._failed_amortized_computation_counter > tolerated:
             raise ValueError(
                 f"The inverse roots of the factor matrices {self.factor_matrix_indices} failed "
