@@ -33,13 +33,11 @@ Orthogonalization = Literal["rotation", "cholesky_qr", "householder"]
 # they say of directions is not followed.
 _FLOOR = 1e-5
 # Bound of ‖K‖₂ up to which I + K + b·K² is near enough to orthogonal.
-_LARGEST_ROTATION = 0.7
-# μ over the largest squared angle m: errors of m and of m/2, 1 - c and c²/4, are equal.
-_SHARE_OF_LARGEST = 0.83
-# A difference of reciprocals this much larger than they are is a sign.
-_STEEP = 1e6
+_LARGEST_ROTATION = 0.5
 # Bound of a row of K: columns that are all noise must not keep the others from turning.
 _LARGEST_ROW = 0.5
+# A difference of reciprocals, this much larger than they are, is its sign.
+_STEEP = 1e6
 
 
 @dataclass(kw_only=True)
@@ -64,13 +62,13 @@ class OrthogonalIterationConfig(EigendecompositionConfig):
         use_sorting (bool): Whether the columns are sorted by eigenvalue, ascending as in the base.
             (Default: False)
         orthogonality_tolerance (float): Q is taken one step of Newton-Schulz nearer to orthogonal
-            where a sketched ‖QᵀQ - I‖ is above this. Positive. (Default: 0.01)
+            where a sketched ‖QᵀQ - I‖ is above this. Positive. (Default: 0.005)
     """
 
     num_iterations: int = 1
     orthogonalization: Orthogonalization = "rotation"
     use_sorting: bool = False
-    orthogonality_tolerance: float = 0.01
+    orthogonality_tolerance: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,11 +101,11 @@ def orthogonal_iteration(
         K_ij = E_ij·sign(E_jj - E_ii)/max(E_ii, E_jj)
 
     (a Jacobi rotation has the difference in place of the maximum, which turns eigenvectors of close
-    eigenvalues into one another at every noise). Q·(I + K + b·K²) with b = 1/2 + μ/8 + μ²/16 is
-    orthogonal up to b²·max |m(m - μ)| over the squared angles m, where b = 1/2 would leave m²/4: with
-    μ = 0.83 of the largest m, that is 0.17·b²·m². Rows of K are shortened to a length of 0.5, then K to
-    a norm of 0.7, by two power steps with K²; a block that drifts further in a refresh than that
-    follows over several.
+    eigenvalues into one another at every noise). Q·(I + K + b·K²) with b = 1/2 + μ/8 + μ²/16 and
+    μ = ‖K²‖_F²/‖K‖_F², about the largest squared angle, is orthogonal up to b²·max m(m - μ) over the
+    squared angles m: exactly so for a single one, where b = 1/2 would leave m²/4. Rows of K
+    are shortened to a length of 0.5, then K to a norm of 0.5, by two power steps with K²; a block that
+    drifts further in a refresh than that follows over several.
 
     "cholesky_qr" and "householder" do it exactly, for A + 1e-5·λ_max·I and in the descending order, and
     put the columns back into their places.
@@ -124,7 +122,7 @@ def orthogonal_iteration(
         orthogonal to be repaired, or a Cholesky decomposition failed.
 
     Note:
-        Products of an iteration: "rotation" 4 (K² symmetric) and 11 passes over the stack;
+        Products of an iteration: "rotation" 4 (K² symmetric) and 12 passes over the stack;
         "cholesky_qr" 4 (two symmetric), two Cholesky decompositions and two triangular solves;
         "householder" 1 and a QR decomposition; with a tolerance 2 more for these two. The sketched
         test costs 16/N of a product, a step of Newton-Schulz 2: on the CPU for the blocks that need
@@ -167,11 +165,14 @@ def _rotate(A_BNN: Tensor, Q_BNN: Tensor, tolerance: float) -> tuple[Tensor, Ten
     share_BN = (_LARGEST_ROW / torch.linalg.vector_norm(K_BNN, dim=-1)).clamp_max_(1.0)
     K_BNN.mul_(torch.minimum(share_BN[:, :, None], share_BN[:, None, :]))
     square_BNN = torch.bmm(K_BNN, K_BNN)
-    largest_B = norm_from_below(square_BNN)
-    shrink_B = (_LARGEST_ROTATION / largest_B.sqrt()).clamp_max_(1.0)
+    shrink_B = (_LARGEST_ROTATION / norm_from_below(square_BNN).sqrt()).clamp_max_(1.0)
     if keep_B is not None:
         shrink_B = shrink_B.masked_fill(keep_B, 0.0)
-    mu_B = largest_B.mul_(shrink_B.square()).mul_(_SHARE_OF_LARGEST)
+    # ‖K‖_F² is -tr K², but for round-off where K is nothing else.
+    norm_B = square_BNN.diagonal(dim1=-2, dim2=-1).sum(-1).neg_()
+    norm_B = norm_B.clamp_min_(torch.finfo(norm_B.dtype).tiny).sqrt_()
+    mu_B = torch.linalg.vector_norm(square_BNN, dim=(-2, -1)).mul_(shrink_B).div_(norm_B)
+    mu_B = mu_B.square_().clamp_max_(1.0)
     b_B = (0.0625 * mu_B + 0.125) * mu_B + 0.5
     R_BNN = K_BNN.mul_(shrink_B[:, None, None])
     R_BNN.addcmul_(square_BNN, (b_B * shrink_B.square())[:, None, None])
@@ -188,7 +189,7 @@ def _signed_weights(L_BN: Tensor) -> Tensor:
     reciprocal = (L_BN.clamp_min(0.0) + _FLOOR * ramp * largest).reciprocal_()
     i, j = reciprocal[:, :, None], reciprocal[:, None, :]
     # j where i > j, else -i, without a branch per entry, which on a CPU costs more than a product.
-    return ((i - j) * _STEEP).clamp_(-i, j)
+    return (i - j).mul_(_STEEP).clamp_(-i, j)
 
 
 def _power_step(
