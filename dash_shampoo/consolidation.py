@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from dash_shampoo.base import DISTRIBUTOR
+from dash_shampoo.base import DISTRIBUTOR, Distributor
 from dash_shampoo.distribution import ManyProcesses
 from dash_shampoo.guards import GuardedShampoo
+from dash_shampoo.guards.loading import check_form
+from dash_shampoo.resharding import is_of_shards, num_shards, resharded
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
 
         As in torch's ZeroRedundancyOptimizer; Lightning calls it by itself. All ranks must call it, and
         `state_dict()` must follow before the next step. The complete state has plain tensors on the CPU
-        and can be loaded on any number of ranks under DDP; under `fully_shard` on as many as saved it.
+        and can be loaded on any number of ranks under DDP; under `fully_shard` on as many as saved it,
+        and on others where the blocks are the same there (see `load_state_dict`).
 
         Args:
             to: The global rank. (Default: 0)
@@ -101,16 +104,35 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
         from (preconditioner, grafting, blocking, distribution) stays the constructor's. Blocks that
         other ranks own may be in it.
 
+        Under `fully_shard` blocks are cut from the rows of each rank. A consolidated state fits another
+        number of ranks, or one process, where every block of there is a block of here: where the shards
+        of both are multiples of `max_preconditioner_dim` rows, for instance.
+
         Args:
             state_dict: As returned by `state_dict()`.
 
         Raises:
             ValueError: If groups, keys or shapes do not fit, or the state was saved by one rank alone
-                and lacks this rank's blocks; then nothing was changed.
+                and lacks this rank's blocks, or on another number of ranks with other blocks; then
+                nothing was changed.
         """
+        check_form(state_dict)
+        state_dict = {**state_dict, "state": self._resharded(state_dict)}
         if any(getattr(lists[DISTRIBUTOR], "keeps_a_part", False) for lists in self._lists()):
-            state_dict = {**state_dict, "state": self._own_part(state_dict)}
+            state_dict["state"] = self._own_part(state_dict)
         super().load_state_dict(state_dict)
+
+    def _resharded(self, state_dict: StateDict) -> dict[Any, Any]:
+        """The saved state under the keys of the shards of now, parameter by parameter."""
+        result = dict(state_dict["state"])
+        if not all(isinstance(lists[DISTRIBUTOR], Distributor) for lists in self._lists()):
+            return result  # FSDP1, and what else only Meta's package has
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            for identifier, param in zip(saved_group["params"], group["params"], strict=False):
+                tree = result.get(identifier)
+                if isinstance(tree, Mapping) and (is_of_shards(tree) or num_shards(param)):
+                    result[identifier] = resharded(tree, param, group, self._name_of(param))
+        return result
 
     def _own_part(self, state_dict: StateDict) -> dict[Any, Any]:
         """The saved state without the blocks of other ranks, in tensors like those of now."""
@@ -227,7 +249,8 @@ def _what_happened(missing: list[str], foreign: set[str]) -> str:
     if any(key.startswith("rank_") for key in foreign):
         why = (
             "It was saved by other ranks under fully_shard, where blocks are cut from local shards: load "
-            "it on as many ranks as saved it, each rank its own file or all a consolidated one."
+            "it on as many ranks as saved it, each rank its own file, or call consolidate_state_dict() on "
+            "every rank before one saves a file for all."
         )
     else:
         why = (

@@ -48,7 +48,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "guards": {"base", "buckets", "checkpoint"},
     "distribution": {"base"},
-    "consolidation": {"base", "distribution", "guards"},
+    "consolidation": {"base", "distribution", "guards", "resharding"},
+    "resharding": {"base"},
     "diagnostics": {"base", "buckets", "inverse_root", "preconditioners", "safety", "step"},
     "optimizer": {
         "base",

@@ -19,7 +19,7 @@ from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
 from dash_shampoo.base.embedded.group_state import take_weights
 from dash_shampoo.base.embedded.keys import ROW_PARTS
 from dash_shampoo.base.embedded.packing import pack, packed_diagonal, unpack
-from dash_shampoo.base.embedded.parts import sizes_of_parts
+from dash_shampoo.base.embedded.parts import blocks_of_shards, sizes_of_parts
 from dash_shampoo.base.embedded.state import native_config as _native_config
 
 _VARIABLE = "DASH_SHAMPOO_BASE"
@@ -138,6 +138,7 @@ __all__ = [
     "SpectralDescentPreconditionerConfig",
     "WeightDecayType",
     "assign_owners",
+    "blocks_of_shards",
     "name",
     "native_config",
     "own_distributor_class",

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 import dash_shampoo as ds
 from tests.distributed.replica_workers import message
@@ -124,3 +125,92 @@ def partial(rank, kind, path):
     after = map(local, leaves(optimizer.state_dict()["state"]))
     unchanged = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     return {"said": said, "records": records, "unchanged": unchanged}
+
+
+class Sharded(torch.nn.Module):
+    """Rows that are multiples of the block size on one, two and four ranks, but for `odd`."""
+
+    def __init__(self, with_odd):
+        super().__init__()
+        self.first = torch.nn.Linear(6, 16)
+        self.second = torch.nn.Linear(16, 32, bias=False)
+        self.odd = torch.nn.Linear(16, 12, bias=False) if with_odd else None
+
+
+def build_sharded(with_odd=False):
+    torch.manual_seed(0)
+    model = Sharded(with_odd)
+    if dist.is_initialized():
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = ds.DashShampoo(
+        model.named_parameters(),
+        lr=0.05,
+        betas=(0.9, 0.95),
+        epsilon=1e-3,
+        max_preconditioner_dim=4,
+        precondition_frequency=2,
+        grafting_config=ds.AdamPreconditionerConfig(),
+        distributed_config=ds.FullyShardDistributedConfig()
+        if dist.is_initialized()
+        else ds.SingleDeviceDistributedConfig(),
+    )
+    return model, optimizer
+
+
+def train_sharded(model, optimizer, first, last):
+    """The same gradients, whoever holds which rows; returns the whole parameters."""
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = placed_as(p, torch.randn(p.shape, generator=generator))
+        optimizer.step()
+    return whole(model)
+
+
+def placed_as(param, tensor):
+    if not hasattr(param, "placements"):
+        return tensor
+    return distribute_tensor(tensor, param.device_mesh, param.placements)
+
+
+@torch.no_grad()
+def set_weights(model, weights):
+    for name, p in model.named_parameters():
+        p.copy_(placed_as(p, weights[name]))
+
+
+def whole(model):
+    weights = {key: value.detach() for key, value in model.state_dict().items()}
+    return {
+        key: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+        for key, value in weights.items()
+    }
+
+
+def saved_in_shards(rank, path, with_odd):
+    """Three steps, the whole state saved by rank 0, three more."""
+    model, optimizer = build_sharded(with_odd)
+    weights = train_sharded(model, optimizer, 0, 3)
+    optimizer.consolidate_state_dict()
+    state = optimizer.state_dict()
+    if rank == 0:
+        torch.save({"model": weights, "optimizer": state}, path)
+    return train_sharded(model, optimizer, 3, 6)
+
+
+def loaded_in_shards(rank, path, with_odd):
+    """What was said to the state of another number of ranks, and three steps more."""
+    del rank
+    model, optimizer = build_sharded(with_odd)
+    saved = torch.load(path, weights_only=True)
+    train_sharded(model, optimizer, 6, 7)  # some other state, which a refusal must leave alone
+    before = [value.clone() for value in map(local, leaves(optimizer.state_dict()["state"]))]
+    said = message(optimizer.load_state_dict, saved["optimizer"])
+    after = map(local, leaves(optimizer.state_dict()["state"]))
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    set_weights(model, saved["model"])
+    return {
+        "said": said,
+        "unchanged": unchanged,
+        "params": train_sharded(model, optimizer, 3, 6),
+    }

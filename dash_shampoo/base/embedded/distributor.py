@@ -14,13 +14,12 @@ from dash_shampoo.base.embedded.block_info import BlockInfo
 from dash_shampoo.base.embedded.blocking import (
     Grid,
     equal_grids,
-    merge_small_dims,
     multi_dim_split,
 )
 from dash_shampoo.base.embedded.configs import DefaultShampooRuntimeConfig, ShampooRuntimeConfig
-from dash_shampoo.base.embedded.dtensors import is_dtensor
+from dash_shampoo.base.embedded.dtensors import first_row, is_dtensor
 from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
-from dash_shampoo.base.embedded.parts import parts_of
+from dash_shampoo.base.embedded.parts import cut_by_rows
 
 logger = logging.getLogger(__name__)
 
@@ -239,11 +238,9 @@ class Distributor:
         """The blocks of a parameter, part by part."""
         local = self._local_tensor(param).detach()
         blocks: list[Tensor] = []
-        for rows in parts_of(param, local, self._param_group.get(keys.ROW_PARTS)):
-            part = local if rows is None else local[rows]
-            # A single row of a tensor of matrices is a matrix.
-            is_matrix = rows is not None and part.dim() > 2 and part.shape[0] == 1
-            shape = part.shape[1:] if is_matrix else part.shape
+        for rows, part, shape in cut_by_rows(
+            param.shape, local, first_row(param), self._param_group
+        ):
             blocks.extend(self._cut_part(param, index, rows, part, shape, len(blocks)))
         return blocks
 
@@ -253,14 +250,9 @@ class Distributor:
         index: int,
         rows: slice | None,
         part: Tensor,
-        shape: Sequence[int],
+        shape: tuple[int, ...],
         first_block: int,
     ) -> tuple[Tensor, ...]:
-        shape = merge_small_dims(
-            tuple(shape),
-            self._max_dim,
-            self._param_group[keys.DISTRIBUTED_CONFIG].target_parameter_dimensionality,
-        )
         try:
             merged = part.view(shape)
         except RuntimeError:

@@ -1,11 +1,17 @@
 """Parameters that are cut by rows before anything else: fused matrices, batches of matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from dash_shampoo.base.embedded.dtensors import first_row
+from dash_shampoo.base.embedded import keys
+from dash_shampoo.base.embedded.blocking import merge_small_dims, multi_dim_split
+
+# First element, shape and strides of a block in its parameter.
+Position = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 def sizes_of_parts(num_rows: int, row_parts: int | Sequence[int]) -> tuple[int, ...]:
@@ -36,27 +42,80 @@ def sizes_of_parts(num_rows: int, row_parts: int | Sequence[int]) -> tuple[int, 
     )
 
 
-def parts_of(
-    param: Tensor, local: Tensor, row_parts: int | Sequence[int] | None
-) -> list[slice | None]:
-    """The parts of what a process holds of a parameter.
+def cut_by_rows(
+    whole: Sequence[int], local: Tensor, first: int, param_group: Mapping[str, Any]
+) -> Iterator[tuple[slice | None, Tensor, tuple[int, ...]]]:
+    """The parts of what a process holds of a parameter, by the `row_parts` of its group.
 
     Args:
-        param: The parameter.
-        local: What this process has of it.
-        row_parts: As of `sizes_of_parts`, of the whole parameter; None for one part.
+        whole: The parameter's shape.
+        local: What the process holds of it, a run of its rows.
+        first: The first of these rows.
+        param_group: The group.
 
-    Returns:
-        The rows of each part within `local`; None for all of them. Parts that end in other processes are
-        cut there.
+    Yields:
+        The rows of each part within `local`, None for all of them; the part, of which one that ends in
+        another process is cut there; its shape with small dimensions merged.
 
     Raises:
         ValueError: If the parameter has no such parts.
     """
-    if row_parts is None or not param.dim():
-        return [None]
-    ends = list(accumulate(sizes_of_parts(param.shape[0], row_parts)))
-    start = first_row(param)
-    stop = start + local.shape[0]
-    cuts = [start, *(end for end in ends if start < end < stop), stop]
-    return [slice(a - start, b - start) for a, b in pairwise(cuts)]
+    row_parts = param_group.get(keys.ROW_PARTS)
+    selections: list[slice | None] = [None]
+    if row_parts is not None and whole:
+        last = first + local.shape[0]
+        ends = accumulate(sizes_of_parts(whole[0], row_parts))
+        cuts = [first, *(end for end in ends if first < end < last), last]
+        selections = [slice(a - first, b - first) for a, b in pairwise(cuts)]
+    for rows in selections:
+        part = local if rows is None else local[rows]
+        # A single row of a tensor of matrices is a matrix.
+        is_matrix = rows is not None and part.dim() > 2 and part.shape[0] == 1
+        shape = merge_small_dims(
+            tuple(part.shape[1:] if is_matrix else part.shape),
+            param_group[keys.MAX_PRECONDITIONER_DIM],
+            param_group[keys.DISTRIBUTED_CONFIG].target_parameter_dimensionality,
+        )
+        yield rows, part, shape
+
+
+def blocks_of_shards(
+    whole: Sequence[int], num_shards: int | None, param_group: Mapping[str, Any]
+) -> dict[str, Position]:
+    """Where the blocks of a parameter lie in it, if its rows are sharded as `torch.chunk` cuts.
+
+    Args:
+        whole: The parameter's shape.
+        num_shards: Among how many processes; None for a parameter that every process holds whole.
+        param_group: Its group.
+
+    Returns:
+        By the key of the block in the parameter's state: its first element, its shape and strides.
+        Blocks of equal position have equal state.
+
+    Examples:
+        >>> from dash_shampoo.base.embedded import SingleDeviceDistributedConfig
+        >>> group = {"max_preconditioner_dim": 4, "distributed_config": SingleDeviceDistributedConfig()}
+        >>> blocks_of_shards((8, 3), None, group)
+        {'block_0': (0, (4, 3), (3, 1)), 'block_1': (12, (4, 3), (3, 1))}
+        >>> blocks_of_shards((8, 3), 2, group)
+        {'rank_0-block_0': (0, (4, 3), (3, 1)), 'rank_1-block_0': (12, (4, 3), (3, 1))}
+    """
+    tensor = torch.empty(tuple(whole), device="meta")
+    shards = (tensor,) if num_shards is None else tensor.chunk(num_shards)
+    result = {}
+    first = 0
+    for rank, shard in enumerate(shards):
+        prefix = "" if num_shards is None else f"rank_{rank}-"
+        blocks = [
+            block
+            for _, part, shape in cut_by_rows(whole, shard, first, param_group)
+            for block in multi_dim_split(part.view(shape), param_group[keys.MAX_PRECONDITIONER_DIM])
+        ]
+        for number, block in enumerate(blocks):
+            sizes, strides = tuple(block.shape), block.stride()
+            # The stride of a single row says nothing.
+            strides = tuple(0 if n == 1 else k for n, k in zip(sizes, strides, strict=True))
+            result[f"{prefix}block_{number}"] = (int(block.storage_offset()), sizes, strides)
+        first += shard.shape[0] if whole else 0
+    return result
