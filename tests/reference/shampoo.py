@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -232,6 +233,17 @@ class ReferenceShampoo:
     def params(self) -> list[Tensor]:
         """The sequence at which gradients are taken."""
         return self.assembled("W")
+
+    def set_params(self, params: Sequence[Tensor]) -> None:
+        """Other values of the sequence at which gradients are taken; the rest stays."""
+        for param, merged, slices, blocks in zip(
+            params, self.merged, self.slices, self.blocks, strict=True
+        ):
+            whole = param.reshape(merged)
+            for s, block in zip(slices, blocks, strict=True):
+                block.W.copy_(whole[s])
+                if self.t == 0:  # Z begins where the first step finds the weights
+                    block.Z.copy_(whole[s])
 
     def evaluation_params(self) -> list[Tensor]:
         """The averaged sequence X, from W = mu_y·X + (1 - mu_y)·Z."""

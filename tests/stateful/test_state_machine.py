@@ -190,6 +190,20 @@ class Life(RuleBasedStateMachine):
                 if p.dim() == 2:
                     p.data = p.data.T.contiguous().T
 
+    @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16]), is_seen=st.booleans())
+    def change_dtype_and_back(self, dtype, is_seen):
+        """As `model.to(dtype)` and `model.double()`: weights are rounded; the state is, where it is seen."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = None
+            p.data = p.data.to(dtype)
+        if is_seen:
+            self.optimizer.state_dict()
+        for p in params:
+            p.data = p.data.double()
+        for number, positions, reference in self.references:
+            reference.set_params([self.param(number, i).detach() for i in positions])
+
     @rule(how=st.sampled_from([copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))]))
     def copy(self, how):
         self.optimizer = how(self.optimizer)
