@@ -9,6 +9,7 @@ from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.dlpack import from_dlpack
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -141,8 +142,9 @@ def bind_(tensor: Tensor, row: Tensor) -> None:
     """
     if row.numel() == 0:
         return
-    alias: Tensor = from_dlpack(row)
-    tensor.set_(alias.untyped_storage(), 0, row.size(), row.stride())
+    # Fake tensors have no memory that could be aliased, and nobody saves them.
+    alias: Tensor = row if isinstance(row, FakeTensor) else from_dlpack(row)
+    tensor.set_(alias.untyped_storage(), alias.storage_offset(), row.size(), row.stride())
     _ROWS[tensor] = row
 
 
