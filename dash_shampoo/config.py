@@ -9,12 +9,15 @@ keep the base's meaning.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dash_shampoo.base import (
+    BaseShampooPreconditionerConfig,
     EigendecomposedKLShampooPreconditionerConfig,
     EigendecomposedShampooPreconditionerConfig,
+    PreconditionerConfig,
     RootInvKLShampooPreconditionerConfig,
     RootInvShampooPreconditionerConfig,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "SafetyConfig",
     "StackedConfig",
     "base_class_of",
+    "gradient_policies",
 ]
 
 SafetyPolicy = Literal["repair", "keep", "raise"]
@@ -65,7 +69,8 @@ class SafetyConfig:
         gradients (str): What a gradient that is not finite leads to: "skip_block" goes on, with that
             block's gradient taken as zero; "skip_step" leaves all parameters and states of its parameter
             group in this process as they are (the host looks in every step: one synchronisation);
-            "raise" raises `PreconditionerValueError` naming the parameter. (Default: "skip_block")
+            "raise" raises `PreconditionerValueError` naming the parameter. Groups without factor matrices
+            (Adam, signs) do as the strictest of the others. (Default: "skip_block")
     """
 
     policy: SafetyPolicy = "repair"
@@ -121,6 +126,28 @@ class StackedConfig:
             is_int(self.max_workspace_bytes) and self.max_workspace_bytes >= 1,
             "an integer of at least 1",
         )
+
+
+def gradient_policies(configs: Sequence[PreconditionerConfig]) -> list[GradientPolicy]:
+    """What a gradient that is not finite leads to, for each parameter group of an optimizer.
+
+    A group with factor matrices does as its `safety` says, and raises without. One without (Adam's for
+    embeddings, signs, spectral descent) has no `safety` and does as the others: the strictest of them.
+
+    Args:
+        configs: The preconditioner configs of all groups.
+
+    Returns:
+        One policy per group.
+    """
+    own: list[GradientPolicy | None] = []
+    for config in configs:
+        safety: SafetyConfig | None = getattr(config, "safety", None)
+        is_bound = hasattr(config, "safety") or isinstance(config, BaseShampooPreconditionerConfig)
+        own.append(safety.gradients if safety is not None else "raise" if is_bound else None)
+    order: tuple[GradientPolicy, ...] = ("raise", "skip_step", "skip_block")
+    strictest = next((policy for policy in order if policy in own), "raise")
+    return [strictest if policy is None else policy for policy in own]
 
 
 def base_class_of(config: object) -> type:

@@ -26,7 +26,7 @@ from dash_shampoo.base import (
     SVDOrthogonalizationConfig,
 )
 from dash_shampoo.base import name as base_name
-from dash_shampoo.config import GradientPolicy
+from dash_shampoo.config import gradient_policies
 from dash_shampoo.consolidation import ConsolidatingShampoo
 from dash_shampoo.diagnostics import HISTORY, BlockDiagnostics, diagnose, observe
 from dash_shampoo.distribution import share_late_error, shares_errors
@@ -125,11 +125,13 @@ class DashShampoo(ConsolidatingShampoo):
         run: Callable[..., Any] = call
         if self._shampoo_pt2_compile_config is not None:
             run = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-        for state_lists, group in zip(self._lists_of_groups(), self.param_groups, strict=True):
+        groups = self.param_groups
+        policies = gradient_policies([group["preconditioner_config"] for group in groups])
+        for state_lists, group, policy in zip(
+            self._lists_of_groups(), groups, policies, strict=True
+        ):
             if BucketStep.can_serve(state_lists):
                 names = self._block_names(state_lists[DISTRIBUTOR].local_block_info_list)
-                safety = getattr(group["preconditioner_config"], "safety", None)
-                policy: GradientPolicy = "raise" if safety is None else safety.gradients
                 state_lists[BUCKETS] = BucketStep(state_lists, group, names, policy, run)
 
     def _reconstruct(self, steps: Mapping[Tensor, int], what: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from dash_shampoo.base import (
+    ROW_PARTS,
     BaseShampooPreconditionerConfig,
     ClassicMomentumConfig,
     ConcurrencyConfig,
@@ -161,6 +162,8 @@ def check_options(options: Mapping[str, Any], where: str = "", is_edit: bool = F
     if "betas" in options:
         _check_betas(options["betas"], where)
     _check_epsilon(options, where)
+    if (row_parts := options.get(ROW_PARTS)) is not None:
+        _check_row_parts(row_parts, where)
     decay_type = options.get("weight_decay_type")
     if decay_type in (WeightDecayType.CORRECTED, WeightDecayType.INDEPENDENT):
         peak = options.get("peak_lr", options.get("lr"))
@@ -206,6 +209,16 @@ def _check_betas(betas: object, where: str) -> None:
         )
     _BETA1.check(f"betas[0]{where}", betas[0])
     _BETA2.check(f"betas[1]{where}", betas[1])
+
+
+def _check_row_parts(row_parts: object, where: str) -> None:
+    is_list = isinstance(row_parts, Sequence) and not isinstance(row_parts, str)
+    parts = row_parts if is_list else [row_parts]
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in parts):
+        raise TypeError(
+            f"Invalid {ROW_PARTS}{where}={_shown(row_parts)}: must be how many equal parts there are, a "
+            "tuple of how many rows each has, or None."
+        )
 
 
 def _check_epsilon(options: Mapping[str, Any], where: str) -> None:

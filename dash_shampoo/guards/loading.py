@@ -90,12 +90,12 @@ def options_to_take_over(
         if type(update.get(averaging)) is not type(group[averaging]):
             kept.append(averaging)
         for name in kept:
-            if update.pop(name) != group[name]:
+            if update.pop(name) != group.get(name):
                 logger.warning(
                     "%s of parameter group %d stays the constructor's, %s: the checkpoint has another.",
                     name,
                     index,
-                    type(group[name]).__name__ if name.endswith("config") else group[name],
+                    type(group[name]).__name__ if name.endswith("config") else group.get(name),
                 )
         if PARAM_NAMES in saved and PARAM_NAMES not in group:
             update[PARAM_NAMES] = saved[PARAM_NAMES]

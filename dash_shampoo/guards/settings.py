@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dash_shampoo.base import SHAMPOO_PRECONDITIONER_LIST, AdagradPreconditionerList
+from dash_shampoo.base import ROW_PARTS, SHAMPOO_PRECONDITIONER_LIST, AdagradPreconditionerList
 from dash_shampoo.guards.arguments import OPTIONS, check_lr, check_options
 
 # What the state is built from.
@@ -18,6 +18,7 @@ STRUCTURE = (
     "preconditioner_config",
     "grafting_config",
     "use_pin_memory",
+    ROW_PARTS,
 )
 _AVERAGING = "iterate_averaging_config"
 _FOLLOWS_BETA1 = -1.0
@@ -102,15 +103,17 @@ class GroupSettings:
                 "construction: the state has no buffers for it. Construct a new optimizer."
             )
         for name in STRUCTURE:
-            then, now = self._built[name], group[name]
+            then, now = self._built[name], group.get(name)
             if now is not then and now != then:
                 return name
         return None
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The base's options in a group, without the learning rate, which changes at every step."""
-    return {name: group[name] for name in OPTIONS if name != "lr"}
+    """The options in a group, without the learning rate, which changes at every step."""
+    options = {name: group[name] for name in OPTIONS if name != "lr"}
+    options[ROW_PARTS] = group.get(ROW_PARTS)
+    return options
 
 
 def apply_(state_lists: Mapping[str, Any], group: Mapping[str, Any]) -> None:

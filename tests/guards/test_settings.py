@@ -73,6 +73,9 @@ def test_an_edit_is_what_a_construction_gives(config):
     [
         ({"max_preconditioner_dim": 4}, "max_preconditioner_dim.*was edited"),
         ({"grafting_config": None}, "grafting_config.*was edited"),
+        ({"row_parts": 2}, "row_parts of parameter group 0 was edited"),
+        ({"row_parts": 3}, "row_parts=3 for a parameter of 16 rows"),
+        ({"row_parts": "2"}, "row_parts of parameter group 0='2'"),
         ({"iterate_averaging_config": ds.ClassicMomentumConfig()}, "iterate_averaging_config"),
         ({"betas": (0.9, 1.5)}, r"betas\[1\] of parameter group 0=1.5"),
         ({"betas": 0.9}, "betas of parameter group 0=0.9"),
@@ -89,7 +92,7 @@ def test_an_edit_that_cannot_be_obeyed_is_refused_until_it_is_undone(config, edi
     optimizer = construct(model.parameters(), config)
     train(model, optimizer, range(2))
     group = optimizer.param_groups[0]
-    before, kept = values(model), {key: group[key] for key in edit}
+    before, kept = values(model), {key: group.get(key) for key in edit}
     group.update(edit)
     for _ in range(2):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -98,6 +101,21 @@ def test_an_edit_that_cannot_be_obeyed_is_refused_until_it_is_undone(config, edi
     group.update(kept)
     train(model, optimizer, range(2, 4))
     assert torch.equal(values(model), run_of(config, 4))
+
+
+def test_row_parts_that_are_said_otherwise_change_nothing(config):
+    results = []
+    for edit in ({}, {"row_parts": (8, 8)}):
+        p = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 128).view(16, 8).clone())
+        optimizer = construct([{"params": [p], "row_parts": 2}], config)
+        for step in range(4):
+            if step == 2:
+                optimizer.param_groups[0] |= edit
+            p.grad = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        assert len(optimizer.state_dict()["state"][0]) == 3  # two blocks and the step
+        results.append(p.detach().clone())
+    assert torch.equal(*results)
 
 
 def run_of(config, steps):

@@ -144,3 +144,41 @@ def test_numbers_of_numpy_are_read_weights_only(config):
     group = torch.load(file, weights_only=True)["param_groups"][0]
     kinds = [type(v) for v in (group["lr"], *group["betas"], group["precondition_frequency"])]
     assert kinds == [float, float, float, int]
+
+
+WITHOUT_FACTORS = {
+    "adam": lambda: ds.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8),
+    "rmsprop": lambda: ds.RMSpropPreconditionerConfig(beta2=0.95, epsilon=1e-8),
+    "scalar": lambda: ds.ScalarAdaGradPreconditionerConfig(),
+    "sign": lambda: ds.SignDescentPreconditionerConfig(),
+    "spectral": lambda: ds.SpectralDescentPreconditionerConfig(),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_FACTORS)
+def test_groups_without_factor_matrices_treat_bad_gradients_as_the_others(config, kind):
+    params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    matrices, others = ({"params": [p]} for p in params)
+    others |= {"preconditioner_config": WITHOUT_FACTORS[kind](), "grafting_config": None}
+    optimizer = construct([matrices, others], config)
+    twin = construct([{"params": [torch.nn.Parameter(torch.ones(4, 3))]}], config)
+
+    def step(value):
+        for p in (*params, twin.param_groups[0]["params"][0]):
+            p.grad = torch.linspace(-1.0, 1.0, 12).view(4, 3).clone()
+        params[1].grad[0, 0] = value
+        optimizer.step()
+        twin.step()
+
+    step(0.5)
+    before = [p.detach().clone() for p in params]
+    if config == "eigen":
+        with pytest.raises(ds.PreconditionerValueError, match="The gradient of"):
+            step(float("nan"))
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+        return
+    step(float("nan"))
+    step(0.5)
+    assert torch.equal(params[0], twin.param_groups[0]["params"][0])
+    assert params[1].isfinite().all()
+    assert sum(optimizer.gradient_failure_counts().values()) == 1
