@@ -10,6 +10,7 @@ import traceback
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dash_shampoo as ds
 from dash_shampoo.base import SHAMPOO_PRECONDITIONER_LIST
@@ -63,6 +64,36 @@ def distribution(kind, mesh_shape=None, **arguments):
     else:
         config = ds.FullyShardDistributedConfig(**arguments)
     return config, lambda tensor: distribute_tensor(tensor, mesh, placements)
+
+
+class _Messages(TorchDispatchMode):
+    """Names of the collectives, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.names.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def messages(kind, **arguments):
+    """The collectives of every step of two groups of parameters."""
+    config, distribute = distribution(kind, **arguments)
+    shapes = [shape for shape in SHAPES if shape]  # a scalar has no rows to be sharded
+    params = [torch.nn.Parameter(distribute(p.detach())) for p in parameters(torch.float32, shapes)]
+    groups = [{"params": params[::2]}, {"params": params[1::2]}]
+    optimizer = ds.DashShampoo(groups, distributed_config=config, **settings("default"))
+    counted = []
+    for grads in gradients(NUM_STEPS, dtype=torch.float32, shapes=shapes):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = distribute(grad)
+        with _Messages() as seen:
+            optimizer.step()
+        counted.append(seen.names)
+    return counted
 
 
 def local(tensor):

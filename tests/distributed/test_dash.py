@@ -21,6 +21,11 @@ TWO_RANKS = {
     for kind, mesh_shape in (("ddp", None), ("fully_shard", (2,)), ("hybrid_shard", (2, 1)))
     for solver in workers.SOLVERS
 }
+MESSAGES = {
+    "messages, ddp": (workers.messages, "ddp", {}),
+    "messages, hybrid_shard": (workers.messages, "hybrid_shard", {"mesh_shape": (2, 1)}),
+    "messages, fully_shard": (workers.messages, "fully_shard", {"mesh_shape": (2,)}),
+}
 FOUR_RANKS = {
     "ddp, default": (workers.compare, "default", "ddp", {}),
     "fully_shard, newton_db": (workers.compare, "newton_db", "fully_shard", {"mesh_shape": (4,)}),
@@ -39,7 +44,7 @@ FOUR_RANKS = {
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     """By rank, then by case."""
-    cases = {**TWO_RANKS, "saved": (workers.saved, "ddp", {})}
+    cases = {**TWO_RANKS, "saved": (workers.saved, "ddp", {}), **MESSAGES}
     return run(2, workers.everything, tmp_path_factory.mktemp("two"), cases)
 
 
@@ -95,3 +100,12 @@ def test_a_rank_saves_its_own_state_alone(of_two):
         assert all(result["own_storage"])
         assert result["of_matrices"] == result["of_stacks"] > 0
     assert not found[0]["keys"] & found[1]["keys"]
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_step_sends_one_message_for_each_group(name, of_two):
+    for result in of_two:
+        assert isinstance(result[name], list), result[name]
+        # The first step may compare the replicas' parameters, too.
+        gathers = 0 if "fully_shard" in name else 2
+        assert result[name][1:] == [["_allgather_base_"] * gathers] * (workers.NUM_STEPS - 1)
