@@ -34,7 +34,7 @@ PHASES = {
     r"(^|\.)_?(gather\w*|merge_and_block_gradients)$": "gather",
     r"(^|\.)_?(refresh\w*|settle\w*|inverse_root)$": "roots",
     r"\._update_factor_matrices$|\.update_(preconditioners|buckets)$": "factor update",
-    r"\.(precondition|precondition_buckets|_apply_inverse_roots)$": "precondition",
+    r"\.(precondition|precondition_buckets|_precondition_piece)$": "precondition",
     r"_precondition_and_graft\w*$": "grafting",
     r"\.update_params$": "update",
 }

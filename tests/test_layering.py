@@ -1,6 +1,6 @@
 """Who may import whom, checked over the syntax trees of the package.
 
-The same table stands in CONTRIBUTING.md; `tests/docs/test_contributing.py` compares the two.
+The same table stands in CONTRIBUTING.md; `tests/docs/test_markdown.py` compares the two.
 """
 
 import ast

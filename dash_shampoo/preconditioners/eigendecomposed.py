@@ -37,7 +37,6 @@ class StackedEigendecomposedShampooPreconditionerList(
         "factor_matrices_eigenvalues",
     )
     _eigenvalues: tuple[Tensor, ...]
-    _is_kl = False
 
     def _adopt_state(self) -> None:
         super()._adopt_state()
@@ -47,26 +46,14 @@ class StackedEigendecomposedShampooPreconditionerList(
             for stack in self._layout.stacks
         )
 
-    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """U = G ×₁ F₁^(-1/p₁) ×₂ F₂^(-1/p₂) … for every piece, in new memory.
-
-        Args:
-            masked_grad_list: (Filtered) gradients, (K, *shape) of each piece.
-
-        Returns:
-            Tensors of the same shapes and dtypes.
-        """
-        return tuple(
-            self._apply_roots(grads, piece)
-            for grads, piece in zip(masked_grad_list, self._active.pieces, strict=True)
-        )
-
     def limit_(self, directions: Sequence[Tensor]) -> None:
         """Shortens what a root of round-off made of gradients; see `limits`."""
         limit_(self, directions, lambda number, rows: self._epsilon, self._is_kl)
 
-    def _apply_roots(self, grads: Tensor, piece: Piece, skipped: int | None = None) -> Tensor:
-        """U over the preconditioned dimensions except factor number `skipped`."""
+    def _precondition_piece(
+        self, grads: Tensor, piece: Piece, skipped: int | None = None
+    ) -> Tensor:
+        """U = G ×₁ F₁^(-1/p₁) ×₂ F₂^(-1/p₂) …, except over factor number `skipped`."""
         return self._by_parts(
             grads, lambda blocks, part: self._apply_roots_to(blocks, piece, part, skipped)
         )
@@ -110,6 +97,3 @@ class StackedEigendecomposedKLShampooPreconditionerList(
     """KL-Shampoo: the outer products are taken of gradients preconditioned in all other dimensions."""
 
     _is_kl = True
-
-    def _contraction_operand(self, grads: Tensor, piece: Piece, number: int) -> Tensor:
-        return self._apply_roots(grads, piece, skipped=number)

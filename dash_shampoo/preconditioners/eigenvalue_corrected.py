@@ -94,21 +94,14 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
             second_moment.mul_(self._beta2)
         second_moment.addcmul_(rotated, rotated, value=self._weighting_factor)
 
-    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Adam's direction in the eigenbasis, for every piece, in new memory.
-
-        Args:
-            masked_grad_list: (Filtered) gradients, (K, *shape) of each piece.
-
-        Returns:
-            Tensors of the same shapes and dtypes.
-        """
+    def _precondition_piece(
+        self, grads: Tensor, piece: Piece, skipped: int | None = None
+    ) -> Tensor:
+        """Adam's direction in the eigenbasis; zeros in a step that has none."""
+        del skipped
         if self._is_idle:
-            return tuple(map(torch.zeros_like, masked_grad_list))
-        directions = []
-        for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
-            directions.append(self._by_parts(grads, partial(self._direction, piece)))
-        return tuple(directions)
+            return torch.zeros_like(grads)
+        return self._by_parts(grads, partial(self._direction, piece))
 
     def _direction(self, piece: Piece, grads: Tensor, part: slice) -> Tensor:
         """Adam's direction in the eigenbasis, of some rows of a piece."""

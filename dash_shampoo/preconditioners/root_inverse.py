@@ -41,7 +41,6 @@ class StackedRootInvShampooPreconditionerList(
     """
 
     block_seams = (*BLOCK_SEAMS, "inv_factor_matrices")
-    _is_kl = False
     _inverse_factors: tuple[MatrixStack, ...]
     _num_refreshes: int
 
@@ -79,20 +78,6 @@ class StackedRootInvShampooPreconditionerList(
     def _solving_dtype(self) -> torch.dtype:
         return torch.promote_types(self._options.factor_matrix_dtype, torch.float32)
 
-    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """U = G ×₁ R₁ ×₂ R₂ … for every piece, in new memory.
-
-        Args:
-            masked_grad_list: (Filtered) gradients, (K, *shape) of each piece.
-
-        Returns:
-            Tensors of the same shapes and dtypes.
-        """
-        return tuple(
-            self._apply_inverse_roots(grads, piece)
-            for grads, piece in zip(masked_grad_list, self._active.pieces, strict=True)
-        )
-
     def limit_(self, directions: Sequence[Tensor]) -> None:
         """Shortens what a root of round-off made of gradients; see `limits`."""
         limit_(
@@ -102,10 +87,10 @@ class StackedRootInvShampooPreconditionerList(
             self._is_kl,
         )
 
-    def _apply_inverse_roots(
+    def _precondition_piece(
         self, grads: Tensor, piece: Piece, skipped: int | None = None
     ) -> Tensor:
-        """U over the preconditioned dimensions except factor number `skipped`."""
+        """U = G ×₁ R₁ ×₂ R₂ …, over the preconditioned dimensions except factor number `skipped`."""
         matrices = {
             factor.dimension: self._inverse_factors[factor.stack].read(piece.factor_rows(factor))
             for number, factor in enumerate(piece.bucket.factors)
@@ -191,6 +176,3 @@ class StackedRootInvKLShampooPreconditionerList(StackedRootInvShampooPreconditio
     """KL-Shampoo: the outer products are taken of gradients preconditioned in all other dimensions."""
 
     _is_kl = True
-
-    def _contraction_operand(self, grads: Tensor, piece: Piece, number: int) -> Tensor:
-        return self._apply_inverse_roots(grads, piece, skipped=number)

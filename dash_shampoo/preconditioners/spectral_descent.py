@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from dash_shampoo.base import OrthogonalizationConfig, PreconditionerList
+from dash_shampoo.buckets import Piece
 from dash_shampoo.orthogonalization import check_orthogonalization_supported, orthogonalize
 from dash_shampoo.preconditioners.stateless import StackedStatelessPreconditionerList
 
@@ -41,14 +40,10 @@ class StackedSpectralDescentPreconditionerList(
                 "by max_preconditioner_dim=math.inf and target_parameter_dimensionality=2."
             )
 
-    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The orthogonalised gradients of every piece, in new memory.
-
-        Args:
-            masked_grad_list: (Filtered) gradients, (K, M, N) of each piece.
-
-        Returns:
-            Tensors of the same shapes and dtypes.
-        """
+    def _precondition_piece(
+        self, grads: Tensor, piece: Piece, skipped: int | None = None
+    ) -> Tensor:
+        """The orthogonalised gradients (K, M, N)."""
+        del piece, skipped
         config = self._preconditioner_config.orthogonalization_config
-        return tuple(orthogonalize(grads, config) for grads in masked_grad_list)
+        return orthogonalize(grads, config)

@@ -71,6 +71,7 @@ class StackedPreconditionerList(_ShampooList):
     block_seams: tuple[str, ...] = BLOCK_SEAMS
     subject: str = "inverse root"
     is_linear = True
+    _is_kl = False  # whether outer products are of gradients preconditioned in all other dimensions
     _layout: Layout
     _factors: tuple[MatrixStack, ...]
     _options: StackedOptions
@@ -198,14 +199,18 @@ class StackedPreconditionerList(_ShampooList):
         """Measures of some rows of a stack."""
         raise NotImplementedError
 
-    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The preconditioned gradients of the active pieces.
+    def _precondition_piece(
+        self, grads: Tensor, piece: Piece, skipped: int | None = None
+    ) -> Tensor:
+        """The preconditioned gradients of a piece, in new memory.
 
         Args:
-            masked_grad_list: (Filtered) gradients, (K, *shape) of each piece.
+            grads: (Filtered) gradients, (K, *shape).
+            piece: The piece.
+            skipped: The number of a factor that is left out, as KL-Shampoo asks for. (Default: None)
 
         Returns:
-            Tensors of the same shapes and dtypes, in new memory.
+            (K, *shape) of the same dtype.
         """
         raise NotImplementedError
 
@@ -215,11 +220,6 @@ class StackedPreconditionerList(_ShampooList):
         Args:
             directions: (K, *shape) of each piece; modified.
         """
-
-    def _contraction_operand(self, grads: Tensor, piece: Piece, number: int) -> Tensor:
-        """The tensor (K, *shape) whose outer products the factors number `number` accumulate."""
-        del piece, number
-        return grads
 
     # ----------------------------------------------------------------------------- the step
 
@@ -261,6 +261,20 @@ class StackedPreconditionerList(_ShampooList):
             self._bias_correction2 = torch.tensor(1.0) - self._beta2**step
         if due := self._due(int(step), perform_amortized_computation):
             self._refresh(due)
+
+    def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The preconditioned gradients of the active pieces.
+
+        Args:
+            masked_grad_list: (Filtered) gradients, (K, *shape) of each piece.
+
+        Returns:
+            Tensors of the same shapes and dtypes, in new memory.
+        """
+        return tuple(
+            self._precondition_piece(grads, piece)
+            for grads, piece in zip(masked_grad_list, self._active.pieces, strict=True)
+        )
 
     def update_preconditioners(
         self,
@@ -380,7 +394,7 @@ class StackedPreconditionerList(_ShampooList):
         is_normalized = self._options.use_dimension_normalization
         for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
             for number, factor in enumerate(piece.bucket.factors):
-                operand = self._contraction_operand(grads, piece, number)
+                operand = self._precondition_piece(grads, piece, number) if self._is_kl else grads
                 unfolded = unfold(operand, factor.dimension)
                 rows = piece.factor_rows(factor)
                 stack = self._factors[factor.stack]
