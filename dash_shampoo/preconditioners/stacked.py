@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dash_shampoo.base import unpack
 from dash_shampoo.buckets import (
-    ActiveStack,
     BlockSpec,
     Layout,
     MatrixStack,
@@ -21,7 +20,6 @@ from dash_shampoo.buckets import (
     Rows,
     gather,
     make_layout,
-    rows_of,
     subset,
     to_blocks,
 )
@@ -29,8 +27,9 @@ from dash_shampoo.inverse_root import plan_chunks
 from dash_shampoo.preconditioners.measures import FactorMeasures, measure_in_chunks
 from dash_shampoo.preconditioners.modes import unfold
 from dash_shampoo.preconditioners.options import StackedOptions
+from dash_shampoo.preconditioners.refresh import RefreshedList
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS, LIST_SEAMS
-from dash_shampoo.safety import FailureLedger, Slot, is_asynchronous, send_to_host
+from dash_shampoo.safety import FailureLedger, is_asynchronous
 
 if TYPE_CHECKING:
     from dash_shampoo.base import RootInvShampooPreconditionerList as _ShampooList
@@ -53,7 +52,7 @@ class BucketView:
         self.precondition = stacked.precondition_buckets
 
 
-class StackedPreconditionerList(_ShampooList):
+class StackedPreconditionerList(RefreshedList, _ShampooList):
     """A base's Shampoo list, computed on whole buckets and stacks; to be put before the base's class.
 
     It is not constructed but *adopts* a list that the base has built, so that none of the base's
@@ -72,12 +71,7 @@ class StackedPreconditionerList(_ShampooList):
     subject: str = "inverse root"
     is_linear = True
     _is_kl = False  # whether outer products are of gradients preconditioned in all other dimensions
-    _layout: Layout
     _factors: tuple[MatrixStack, ...]
-    _options: StackedOptions
-    _group: Mapping[str, Any]
-    _ledger: FailureLedger
-    _is_asynchronous: bool
 
     @classmethod
     def adopt(
@@ -183,18 +177,6 @@ class StackedPreconditionerList(_ShampooList):
         """Stacks the state beside the factor matrices."""
         raise NotImplementedError
 
-    def _compute(self, active: ActiveStack) -> Tensor:
-        """The amortized computation on the active rows of a stack, which writes what can be used.
-
-        Returns:
-            The status of each row.
-        """
-        raise NotImplementedError
-
-    def _compute_again(self, number: int, rows: Rows) -> None:
-        """Computes bad rows of a stack anew, by a surer method."""
-        raise NotImplementedError
-
     def _measure(self, number: int, rows: slice) -> FactorMeasures:
         """Measures of some rows of a stack."""
         raise NotImplementedError
@@ -294,10 +276,6 @@ class StackedPreconditionerList(_ShampooList):
         preconditioned = self.precondition_buckets(self._gather(masked_grad_list))
         return to_blocks(preconditioned, self._active.pieces)
 
-    def failure_counts(self) -> dict[str, int]:
-        """How often the amortized computation of a block was not accepted, by parameter."""
-        return self._ledger.counts()
-
     def measure(self, number: int) -> FactorMeasures:
         """Numbers of every factor matrix of a stack and of what was computed of it."""
         spec, dtype = self._layout.stacks[number], self._factors[number].data.dtype
@@ -309,63 +287,7 @@ class StackedPreconditionerList(_ShampooList):
             self._options.max_workspace_bytes,
         )
 
-    @property
-    def ledger(self) -> FailureLedger:
-        """What became of the amortized computations."""
-        return self._ledger
-
-    @property
-    def waits_for_settlement(self) -> bool:
-        """Whether outcomes wait on an accelerator for being settled at the end of the step."""
-        return self._is_asynchronous and not self._settles_late and bool(self._ledger.pending)
-
-    # -------------------------------------------------------------------------- the refresh
-
-    def _due(self, step: int, is_due: bool) -> Sequence[ActiveStack]:
-        """What is to be refreshed in a step: every active stack, or with `stagger_refresh` a share."""
-        frequency = self._group["precondition_frequency"]
-        is_staggered = self._options.stagger_refresh and frequency > 1
-        if is_staggered and step > self._group["start_preconditioning_step"]:
-            return self._active.shares(frequency)[step % frequency]
-        return self._active.stacks if is_due else ()
-
-    def _refresh(self, due: Sequence[ActiveStack]) -> None:
-        """The amortized computation on what is due; rows that went wrong keep what they had."""
-        known_bad = self._ledger.settle() if self._settles_late else []
-        for active in due:
-            self._ledger.record(active.slots, self._compute(active))
-        if self._settles_late:
-            self._repair(known_bad)
-            send_to_host(self._ledger)
-        elif not self.waits_for_settlement:
-            self.settle()
-
-    def settle(self) -> None:
-        """Acts on the outcomes of the amortized computations since the last call.
-
-        Raises:
-            PreconditionerValueError: If a factor matrix or what was computed of it is not finite, or
-                anything is bad under the safety policy "raise".
-            ValueError: If the computation of a block failed more often in a row than is tolerated.
-        """
-        self._repair(self._ledger.settle())
-
-    def _repair(self, bad: Sequence[Slot]) -> None:
-        """Computes anew what went wrong, those rows alone, where the safety config wants it."""
-        safety, members = self._options.safety, set(bad)
-        if not bad or safety is None or safety.policy != "repair":
-            return
-        for number, spec in enumerate(self._layout.stacks):
-            wanted = [slot for slot, member in enumerate(spec.slots) if member in members]
-            if wanted:
-                self._compute_again(number, rows_of(wanted, spec.device))
-
     # --------------------------------------------------------------------- what lists share
-
-    @property
-    def _settles_late(self) -> bool:
-        """Whether outcomes are acted on at the next refresh, so that nobody waits for them."""
-        return self._is_asynchronous and self._options.safety is not None
 
     def _gather(self, blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(gather(blocks, piece) for piece in self._active.pieces)
