@@ -146,7 +146,7 @@ def gradient_policies(configs: Sequence[PreconditionerConfig]) -> list[GradientP
         is_bound = hasattr(config, "safety") or isinstance(config, BaseShampooPreconditionerConfig)
         own.append(safety.gradients if safety is not None else "raise" if is_bound else None)
     order: tuple[GradientPolicy, ...] = ("raise", "skip_step", "skip_block")
-    strictest = next((policy for policy in order if policy in own), "raise")
+    strictest: GradientPolicy = next((policy for policy in order if policy in own), "raise")
     return [strictest if policy is None else policy for policy in own]
 
 

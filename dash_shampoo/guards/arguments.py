@@ -212,8 +212,9 @@ def _check_betas(betas: object, where: str) -> None:
 
 
 def _check_row_parts(row_parts: object, where: str) -> None:
-    is_list = isinstance(row_parts, Sequence) and not isinstance(row_parts, str)
-    parts = row_parts if is_list else [row_parts]
+    parts: Sequence[object] = [row_parts]
+    if isinstance(row_parts, Sequence) and not isinstance(row_parts, str):
+        parts = row_parts
     if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in parts):
         raise TypeError(
             f"Invalid {ROW_PARTS}{where}={_shown(row_parts)}: must be how many equal parts there are, a "
