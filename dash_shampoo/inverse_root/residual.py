@@ -19,7 +19,20 @@ _MAX_APPLICATIONS = 32
 _ROUNDING = 0.05
 
 
-def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor | float) -> Tensor:
+def sketch_of(X: Tensor) -> Tensor:
+    """V X, (B, 4, N): not finite where X is not, or its entries near the largest number of their dtype."""
+    V = fixed_rows(X.shape[-1], X.dtype, X.device)
+    return Products("fp32")(V.expand(X.shape[0], -1, -1), X)
+
+
+def sketched_residual(
+    A: Tensor,
+    X: Tensor,
+    root: Fraction,
+    damping: Tensor | float,
+    sketch: Tensor | None = None,
+    divisor: float = 1.0,
+) -> Tensor:
     """‖V X^⌈p/2⌉ (A + damping·I)^q X^⌊p/2⌋ - V‖_F / ‖V‖_F for the root p/q and four rows V.
 
     It is 0 for X = (A + damping·I)^(-q/p), and at most (1 + E)^p - 1 for a root whose eigenvalues are
@@ -31,6 +44,8 @@ def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor | fl
         X: (B, N, N) its inverse roots, to be tested.
         root: p/q.
         damping: (B,), or one number, what X was meant to have added to the diagonal.
+        sketch: V X, where it is known.
+        divisor: A/divisor is meant with A.
 
     Returns:
         (B,) residuals. NaN, which is to be read as unknown, for a root with p + q above 32; infinite
@@ -58,12 +73,12 @@ def sketched_residual(A: Tensor, X: Tensor, root: Fraction, damping: Tensor | fl
     # In TF32, which the program may allow, the residual of a right root is 2 and more.
     multiply = Products("fp32")
     V = fixed_rows(A.shape[-1], A.dtype, A.device)
-    result = V.expand(A.shape[0], -1, -1)
+    result = sketch_of(X) if sketch is None else sketch
     # Half of the roots on either side, so that the products stay near the size of V.
-    for _ in range((num_roots + 1) // 2):
+    for _ in range((num_roots - 1) // 2):
         result = multiply(result, X)
     for _ in range(num_matrices):
-        product = multiply(result, A)
+        product = multiply(result, A, alpha=1.0 / divisor)
         if isinstance(damping, Tensor):
             result = product.addcmul_(result, damping[:, None, None])
         else:

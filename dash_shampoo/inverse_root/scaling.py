@@ -130,7 +130,8 @@ def compute_scale(A_BNN: Tensor, config: ScalingConfig, epsilon: float = 0.0) ->
             norm_B = frobenius_norm(A_BNN).clamp_min(torch.finfo(A_BNN.dtype).tiny)
             A_scaled = A_BNN * per_block(norm_B.reciprocal().to(A_BNN.dtype))
             A_squared = Products("fp32").square(A_scaled)
-            s_B = trace_bound(A_scaled, A_squared) * norm_B + epsilon
+            trace_B = diagonal(A_BNN).sum(-1, dtype=torch.float64)
+            s_B = trace_bound(trace_B, norm_B.reciprocal(), A_squared) * norm_B + epsilon
         case _:
             raise ValueError(f"No scaling is known for {type(config).__name__}.")
     # Below the smallest normal number 1/s overflows; such a block is a block of zeros.
@@ -185,7 +186,7 @@ def multi_power_iteration(A_BNN: Tensor, config: PowerIterationScaling) -> Tenso
     return quotients_BK.amax(dim=-1).clamp_min(0.0) * largest_B
 
 
-def trace_bound(A_BNN: Tensor, A_squared_BNN: Tensor) -> Tensor:
+def trace_bound(trace_B: Tensor, factor_B: Tensor, A_squared_BNN: Tensor) -> Tensor:
     """Bound λ_max from above by the traces of A, A² and A⁴ = ‖A²‖²_F.
 
         min( m₁/n + √((n-1)/n·(m₂ - m₁²/n)),  √( m₂/n + √((n-1)/n·(m₄ - m₂²/n)) ) )
@@ -195,7 +196,8 @@ def trace_bound(A_BNN: Tensor, A_squared_BNN: Tensor) -> Tensor:
     the rounding errors of the traces, so that the bound holds for what the computer computes.
 
     Args:
-        A_BNN: (B, N, N) symmetric stack whose entries are about 1 or smaller.
+        trace_B: (B,) float64, of a symmetric stack.
+        factor_B: (B,) which gives A, whose entries are about 1 or smaller, from that stack.
         A_squared_BNN: (B, N, N) its squares, as computed.
 
     Returns:
@@ -206,19 +208,19 @@ def trace_bound(A_BNN: Tensor, A_squared_BNN: Tensor) -> Tensor:
 
     Examples:
         >>> A = torch.diag(torch.tensor([1.0, 1.0, 4.0]))[None]
-        >>> round(trace_bound(A, A @ A).item(), 3)
+        >>> round(trace_bound(torch.tensor([6.0]).double(), torch.ones(1), A @ A).item(), 3)
         4.0
     """
-    n = A_BNN.shape[-1]
-    m_3B = A_BNN.new_empty(3, A_BNN.shape[0], dtype=torch.float64)
-    torch.sum(diagonal(A_BNN), -1, dtype=torch.float64, out=m_3B[0])
+    n = A_squared_BNN.shape[-1]
+    m_3B = trace_B.new_empty(3, trace_B.shape[0])
+    torch.mul(trace_B, factor_B, out=m_3B[0])
     torch.sum(diagonal(A_squared_BNN), -1, dtype=torch.float64, out=m_3B[1])
     norm_B = torch.linalg.vector_norm(A_squared_BNN.flatten(1), dim=1)
     torch.mul(norm_B, norm_B.double(), out=m_3B[2])
     sums_2B, squares_2B = m_3B[:2], m_3B[1:]
     means_2B = sums_2B / n
     variances_2B = torch.addcmul(squares_2B, sums_2B, means_2B, value=-1.0).clamp_min_(0.0)
-    variances_2B.add_(squares_2B, alpha=16.0 * torch.finfo(A_BNN.dtype).eps)
+    variances_2B.add_(squares_2B, alpha=16.0 * torch.finfo(A_squared_BNN.dtype).eps)
     bounds_2B = variances_2B.mul_((n - 1) / n).sqrt_().add_(means_2B).clamp_min_(0.0)
     return torch.minimum(bounds_2B[0], bounds_2B[1].sqrt())
 

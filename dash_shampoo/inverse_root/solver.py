@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from torch import Tensor
-
 from dash_shampoo.inverse_root.result import Solution
 
 
@@ -28,7 +26,8 @@ class Solver:
     Attributes:
         solve (Callable): solve(A, root, config, epsilon) gives the `Solution` of a stack (B, N, N), B and
             N at least 1, contiguous, float32 or float64, which it must not write to. Blocks must not
-            touch each other; where A is not finite, the solution must not be.
+            touch each other; where A is not finite, the solution must not be. With `divides`, a fifth
+            argument d, a number, asks for the solution of A/d.
         workspace (Callable): workspace(config, root) is how many N×N matrices it holds at its peak for
             each matrix of the stack, beside A and the root.
         check (Callable): check(config, root) raises ValueError for what it can't do. Default: accepts.
@@ -37,11 +36,13 @@ class Solver:
         is_serial (bool): Whether it occupies one thread of the CPU alone, whatever N is. Default: False.
         has_residual (bool): Whether a sketched residual tells anything. Of an eigendecomposition it
             would measure the rounding of eigenvalues below machine precision times λ_max. Default: True.
+        divides (bool): Whether it divides A by a number without a pass of its own. Default: False.
     """
 
-    solve: Callable[[Tensor, Fraction, Any, float], Solution]
+    solve: Callable[..., Solution]
     workspace: Callable[[Any, Fraction], int]
     check: Callable[[Any, Fraction], None] = _accept
     error: Callable[[Any, Fraction], float] = _exact
     is_serial: bool = False
     has_residual: bool = True
+    divides: bool = False

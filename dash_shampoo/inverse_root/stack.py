@@ -36,6 +36,7 @@ def solve_stack(
     max_workspace_bytes: int,
     residual_threshold: float | None = None,
     value_dtype: torch.dtype | None = None,
+    divisor: float = 1.0,
 ) -> StackOutcome:
     """A^(-1/root) of B matrices, of which only as many are in memory at once as the cap allows.
 
@@ -56,6 +57,7 @@ def solve_stack(
             is solved in any case.
         residual_threshold: As of `inverse_root`.
         value_dtype: What `store` is given; roots that overflow in it are not usable. Default: `dtype`.
+        divisor: The matrices are divided by it, without a pass where the solver can do so. Default: 1.
 
     Returns:
         What became of every matrix.
@@ -67,7 +69,8 @@ def solve_stack(
     value_dtype = dtype if value_dtype is None else value_dtype
 
     def solve(rows: slice) -> StackOutcome:
-        value, outcome = solve_chunk(task, load(rows).contiguous(), value_dtype=value_dtype)
+        A = load(rows).contiguous()
+        value, outcome = solve_chunk(task, A, value_dtype=value_dtype, divisor=divisor)
         store(rows, value, is_usable(outcome.status))
         return outcome
 

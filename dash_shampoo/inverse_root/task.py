@@ -1,7 +1,7 @@
 """One chunk from matrices to roots: the solver, then scaling, symmetry, tests and statuses, the same for all.
 
-After the solver at most two passes go over the chunk: one that scales (or averages with the transpose),
-and on an accelerator one that looks for values that are not finite; the CPU sees those in the residual.
+After the solver at most one pass goes over the chunk, which scales it, or two that average it with its
+transpose. Values that are not finite show in the residual's sketch; only without that a pass looks for them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from dash_shampoo.base import RootInvConfig
 from dash_shampoo.inverse_root.blocks import per_block
 from dash_shampoo.inverse_root.registry import as_root, find_solver
-from dash_shampoo.inverse_root.residual import residual_bound, sketched_residual
+from dash_shampoo.inverse_root.residual import residual_bound, sketch_of, sketched_residual
 from dash_shampoo.inverse_root.result import (
     InverseRootStatus,
     Solution,
@@ -86,7 +86,12 @@ class Task:
 
 
 def solve_chunk(
-    task: Task, A: Tensor, *, out: Tensor | None = None, value_dtype: torch.dtype | None = None
+    task: Task,
+    A: Tensor,
+    *,
+    out: Tensor | None = None,
+    value_dtype: torch.dtype | None = None,
+    divisor: float = 1.0,
 ) -> tuple[Tensor, StackOutcome]:
     """The roots of a chunk, tested and with their statuses.
 
@@ -96,21 +101,27 @@ def solve_chunk(
         out: (B, N, N) where the roots are written; those of blocks that failed are made NaN. Default: a new
             stack, whose bad blocks hold anything.
         value_dtype: The dtype of the roots, without `out`. Default: that of A.
+        divisor: The roots are those of A/divisor.
 
     Returns:
         The roots, and what became of them.
     """
-    solution = task.solver.solve(A, task.root, task.config, task.epsilon)
+    if divisor != 1.0 and not task.solver.divides:
+        A, divisor = A / divisor, 1.0
+    further = (divisor,) if task.solver.divides else ()
+    solution = task.solver.solve(A, task.root, task.config, task.epsilon, *further)
     value = _finished(solution, out)
     status, residual = solution.status, solution.residual
+    sketch = value
     if task.bound is not None:
-        residual = sketched_residual(A, value, task.root, solution.damping)
+        sketch = sketch_of(value)
+        residual = sketched_residual(A, value, task.root, solution.damping, sketch, divisor)
         is_inaccurate = residual > task.bound
         if not is_known_to_be(False, is_inaccurate):
             status = _with_inaccurate(status, is_inaccurate)
     # The sketch of a root that is not finite is not finite, whatever the cause.
     if task.bound is None or residual is None or not is_known_to_be(True, residual.isfinite()):
-        status = _with_non_finite(status, A, value, solution.size)
+        status = _with_non_finite(status, A, sketch, solution.size)
     if status is None:
         status = torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
     if out is not None:
@@ -148,10 +159,10 @@ def _with_inaccurate(status: Tensor | None, is_inaccurate: Tensor) -> Tensor:
 
 
 def _with_non_finite(
-    status: Tensor | None, A: Tensor, value: Tensor, size: Tensor | None
+    status: Tensor | None, A: Tensor, sketch: Tensor, size: Tensor | None
 ) -> Tensor | None:
-    """The status, with the blocks marked whose matrix or root is not finite."""
-    is_finite = finite_blocks(value)
+    """The status, with the blocks marked whose matrix or root, known by its sketch, is not finite."""
+    is_finite = finite_blocks(sketch)
     if is_known_to_be(True, is_finite):
         return status
     is_input_finite = finite_blocks(A) if size is None else size < torch.inf

@@ -121,15 +121,28 @@ class StackedRootInvShampooPreconditionerList(
     def _solve(self, number: int, rows: Rows) -> StackOutcome:
         """Refreshes the roots of some rows of a stack; only usable roots are written."""
         spec, safety = self._layout.stacks[number], self._options.safety
+        # The bias is corrected by the solver, which needs no pass for it; not where the quotient is rounded.
+        divisor = float(self._bias_correction2)
+        is_plain = (
+            self._factors[number].data.dtype == self._solving_dtype
+            and not self._options.use_trace_scaling
+        )
+        if not is_plain:
+            divisor = 1.0
         # A factor matrix of zeros has no root but that of its damping, 1e6 and more, which would
         # multiply the first gradient that comes before the next refresh.
         has_root = self._factors[number].are_nonzero(rows)
+
+        def load(part: slice) -> Tensor:
+            if is_plain:
+                return self._factors[number].read(subset(rows, part))
+            return self._bias_corrected(number, subset(rows, part)).to(self._solving_dtype)
 
         def store(part: slice, value: Tensor, usable: Tensor) -> None:
             self._write(number, subset(rows, part), value, usable & has_root[part])
 
         return solve_stack(
-            lambda part: self._bias_corrected(number, subset(rows, part)).to(self._solving_dtype),
+            load,
             store,
             num_matrices=num_rows(rows),
             size=spec.size,
@@ -141,6 +154,7 @@ class StackedRootInvShampooPreconditionerList(
             max_workspace_bytes=self._options.max_workspace_bytes,
             residual_threshold=None if safety is None else safety.residual_threshold,
             value_dtype=self._options.inv_factor_matrix_dtype,
+            divisor=divisor,
         )
 
     def _write(self, number: int, rows: Rows, value: Tensor, usable: Tensor) -> None:

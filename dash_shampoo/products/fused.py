@@ -28,7 +28,7 @@ _MAX_SIZE = 46340
 _library = torch.library.Library("dash_shampoo", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "symmetric_square_(Tensor(a!) out, Tensor S, Tensor? addends, Tensor? weights, Tensor? scale, "
-    "str precision, float alpha, float beta, float shift) -> ()"
+    "str precision, float alpha, float beta, float shift, Tensor? factors=None, float offset=0.0) -> ()"
 )
 
 
@@ -122,8 +122,10 @@ def fused_square_(
     alpha: float,
     beta: float,
     shift: float,
+    factors: Tensor | None = None,
+    offset: float = 0.0,
 ) -> None:
-    """Out ← scale·(alpha·S² + Σ_r w_r·addend_r + shift·I) of symmetric blocks, in one launch.
+    """Out ← scale·(alpha·T² + Σ_r w_r·addend_r + shift·I), T = f·(S + offset·I), in one launch.
 
     Args:
         out: (B, N, N) contiguous; exactly symmetric afterwards. May be an addend, must not overlap `S`.
@@ -135,9 +137,11 @@ def fused_square_(
         alpha: Factor of the square.
         beta: Factor of the addend, without weights.
         shift: Added to the diagonals.
+        factors: (B,) f. Default: 1.
+        offset: Added to the diagonals of S.
     """
     torch.ops.dash_shampoo.symmetric_square_(
-        out, S, addends, weights, scale, precision, alpha, beta, shift
+        out, S, addends, weights, scale, precision, alpha, beta, shift, factors, offset
     )
 
 
@@ -153,6 +157,8 @@ def launch_square(
     alpha: float,
     beta: float,
     shift: float,
+    factors: Tensor | None = None,
+    offset: float = 0.0,
 ) -> None:
     """Launch the kernel with given tiles: what the operator does, and what tests and `tools/tune.py` do.
 
@@ -168,6 +174,8 @@ def launch_square(
         alpha: See there.
         beta: See there.
         shift: See there.
+        factors: See there.
+        offset: See there.
     """
     num_blocks, size, _ = S.shape
     num_rows = -(-size // tiles.tile)
@@ -181,15 +189,18 @@ def launch_square(
         out if addends is None else addends,
         out if weights is None else weights,
         out if scale is None else scale,
+        out if factors is None else factors,
         size,
         num_tiles,
         num_addends,
         0 if addends is None else addends.stride(0),
         int(weights is not None),
         int(scale is not None),
+        int(factors is not None),
         alpha,
         beta,
         shift,
+        offset,
         PRECISION=precision,
         TILE=tiles.tile,
         STEP=tiles.step,

@@ -74,36 +74,40 @@ def store_twice(out, result, rows, columns, size, is_on_diagonal):
 
 
 # A loop over the addends that could be unrolled would be, and its loads would not fit the registers.
-@triton.jit(do_not_specialize=["num_addends", "has_weights", "has_scale"])
+@triton.jit(do_not_specialize=["num_addends", "has_weights", "has_scale", "has_factors"])
 def symmetric_square(
     out,
     S,
     addends,
     weights,
     scale,
+    factors,
     size,
     tiles_per_matrix,
     num_addends,
     addend_stride,
     has_weights,
     has_scale,
+    has_factors,
     alpha,
     beta,
     shift,
+    offset,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Out = scale·(alpha·S² + Σ beta·addend + shift·I) by one triangle of tiles, each stored twice.
+    """Out = scale·(alpha·T² + Σ beta·addend + shift·I) by one triangle of tiles, each stored twice.
 
-    Unless split, an operand has the mean μ of S's diagonal taken out before it is rounded, S = μI + D, and
-    S² = D² + 2μS - μ²I is put together here.
+    T = f·(S + offset·I). Unless split, an operand has the mean m of S's diagonal taken out before it is
+    rounded: T = D + μI with D = f·(S - mI) and μ = f·(m + offset), and T² = D² + 2μD + μ²I is put together
+    here. Split operands have m = 0.
     """
     program = tl.program_id(0)
     block = (program // tiles_per_matrix).to(tl.int64)
     row, column = tile_of_triangle(program % tiles_per_matrix)
-    offset = block * size * size
-    S, addends = S + offset, addends + offset
+    begin = block * size * size
+    S, addends = S + begin, addends + begin
     rows, columns = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
     inner = tl.arange(0, STEP)
     is_row, is_column = rows[:, None] < size, columns[:, None] < size
@@ -111,6 +115,7 @@ def symmetric_square(
     mean = 0.0
     if PRECISION != "fp16x3":
         mean = mean_of_diagonal(S, size, TILE)
+    factor = tl.load(factors + block, mask=has_factors != 0, other=1.0)
 
     total = tl.zeros((TILE, TILE), tl.float32)
     cross = total
@@ -122,7 +127,7 @@ def symmetric_square(
         if PRECISION != "fp16x3":
             a = tl.where(rows[:, None] == k[None, :], a - mean, a)
             b = tl.where(columns[:, None] == k[None, :], b - mean, b)
-        total, cross = add_product(total, cross, a, b, PRECISION)
+        total, cross = add_product(total, cross, a * factor, b * factor, PRECISION)
     if PRECISION == "fp16x3":
         total += cross * (1.0 / _SPLIT_SCALE)
 
@@ -130,13 +135,14 @@ def symmetric_square(
     is_inside = is_row & (columns[None, :] < size)
     on_diagonal = rows[:, None] == columns[None, :]
     result = alpha * total
-    if PRECISION != "fp16x3":
-        result += (2.0 * alpha * mean) * tl.load(S + place, mask=is_inside, other=0.0)
-        result = tl.where(on_diagonal, result - alpha * mean * mean, result)
+    part = factor * (mean + offset)
+    if part != 0.0:
+        result += (2.0 * alpha * part * factor) * tl.load(S + place, mask=is_inside, other=0.0)
+        result = tl.where(on_diagonal, result + alpha * part * (part - 2.0 * factor * mean), result)
     for number in tl.range(num_addends, num_stages=1):
         weight = tl.load(weights + number, mask=has_weights != 0, other=beta)
         result += weight * tl.load(addends + place, mask=is_inside, other=0.0)
         addends += addend_stride
     result = tl.where(on_diagonal, result + shift, result)
     result *= tl.load(scale + block, mask=has_scale != 0, other=1.0)
-    store_twice(out + offset, result, rows, columns, size, row == column)
+    store_twice(out + begin, result, rows, columns, size, row == column)

@@ -111,12 +111,14 @@ class Products:
         beta: float | Tensor = 1.0,
         shift: float = 0.0,
         scale: Tensor | None = None,
+        factors: Tensor | None = None,
+        offset: float = 0.0,
     ) -> Tensor:
-        """scale·(alpha·S² + beta·addend + shift·I) of symmetric blocks.
+        """scale·(alpha·T² + beta·addend + shift·I) of symmetric blocks, T = f·(S + offset·I).
 
-        Where `can_use_fused` says so, on CUDA and below fp32, it is one kernel. Elsewhere a square in fp32 is
-        one pass, and a large one on the CPU is computed as one triangle. In "tf32", "fp16"
-        and "bf16" the mean μ of the diagonal is taken out before rounding, S = μI + D, and
+        Where `can_use_fused` says so, on CUDA and below fp32, it is one kernel. Elsewhere T is made first,
+        a square in fp32 is one pass, and a large one on the CPU is computed as one triangle. In "tf32",
+        "fp16" and "bf16" the mean μ of the diagonal is taken out before rounding, S = μI + D, and
         S² = D² + 2μS - μ²I is put together in fp32: near a multiple of the identity, rounding then
         loses a part of D instead of a part of μ.
 
@@ -129,6 +131,8 @@ class Products:
             beta: Factor of the addend, or of several (R,).
             shift: Added to the diagonals.
             scale: (B,) factors of the results. Default: 1.
+            factors: (B,) f; what is then of size 1 is T. Default: T = S.
+            offset: Added to the diagonals of S, with factors.
 
         Returns:
             `out`, as symmetric as the device's product of a matrix by itself; exactly by the fused kernel.
@@ -137,8 +141,22 @@ class Products:
         if self.can_fuse(S):
             weights = beta if isinstance(beta, Tensor) else None
             factor = 1.0 if isinstance(beta, Tensor) else beta
-            fused_square_(out, S, addend, weights, scale, self.precision, alpha, factor, shift)
+            fused_square_(
+                out,
+                S,
+                addend,
+                weights,
+                scale,
+                self.precision,
+                alpha,
+                factor,
+                shift,
+                factors,
+                offset,
+            )
             return out
+        if factors is not None:
+            S = _prepared(S, factors, offset)
         return self._reference_square(S, out, alpha, addend, beta, shift, scale)
 
     def _reference_square(
@@ -243,6 +261,13 @@ class Products:
         return contextlib.nullcontext()
 
 
+def _prepared(S: Tensor, factors: Tensor, offset: float) -> Tensor:
+    """f·(S + offset·I) of each block."""
+    T = S * factors[:, None, None]
+    T.diagonal(dim1=-2, dim2=-1).add_(factors[:, None], alpha=offset)
+    return T
+
+
 def _split_product(A: Tensor, B: Tensor) -> Tensor:
     """A @ B by fp16 halves; a square needs two products of them instead of three."""
 
@@ -272,6 +297,10 @@ def _square_on_cpu(
     alpha: float,
     beta: float,
     shift: float,
+    factors: Tensor | None = None,
+    offset: float = 0.0,
 ) -> None:
+    if factors is not None:
+        S = _prepared(S, factors, offset)
     factor = beta if weights is None else weights
     Products(precision)._reference_square(S, out, alpha, addends, factor, shift, scale)

@@ -4,6 +4,9 @@ Where a change of the code changes a number here, `python benchmarks/launches.py
 what it is made. Fewer is better; more needs a reason.
 """
 
+from dataclasses import replace
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -26,7 +29,7 @@ def test_launches_of_a_llama_by_phase():
         "update": 75,
     }  # fmt: skip
     assert +without.launches == steady
-    assert +with_refresh.launches == steady | {"roots": 88}
+    assert +with_refresh.launches == steady | {"roots": 86}
     assert not without.waits
     assert not with_refresh.waits
 
@@ -34,14 +37,14 @@ def test_launches_of_a_llama_by_phase():
 @pytest.mark.parametrize(
     ("config", "launches", "waits", "passes", "mebibytes"),
     [
-        ("default", 174, 0, 12.3, 31.6),
+        ("default", 170, 0, 9.4, 27.4),
         ("eigen", 112, 7, 8.2, 18.4),
         ("coupled_newton", 237, 1, 18.1, 34.5),
         ("newton_db", 261, 1, 9.3, 22.3),
         ("newton_schulz", 256, 1, 21.8, 26.4),
         ("chebyshev", 241, 1, 20.3, 46.7),
         # With the copies of addends, which baddbmm used to make unseen.
-        ("minimax", 244, 1, 19.0, 58.9),
+        ("minimax", 238, 1, 17.0, 54.9),
     ],
 )
 def test_launches_waits_passes_and_memory_of_a_refresh(config, launches, waits, passes, mebibytes):
@@ -53,6 +56,20 @@ def test_launches_waits_passes_and_memory_of_a_refresh(config, launches, waits, 
     assert round(counts.peak_bytes / 2**20, 1) == mebibytes
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="the fused square needs triton")
+@pytest.mark.parametrize("precision", ["auto", "fp16x3", "tf32", "fp16", "bf16"])
+def test_a_refresh_goes_five_times_over_the_stacks_beside_fused_products(precision):
+    default = CONFIGS["default"].make()
+    solver = replace(default.amortized_computation_config, matmul_precision=precision)
+    config = replace(default, amortized_computation_config=solver)
+    case = CASES["146-of-64"]
+    counts, _ = count_steps(case, ds.DashShampoo, preconditioner_config=config)
+    assert counts.launches["roots"] == 158
+    # The norm of T², A to M, the second rung, the write of usable roots; the rest is the sketch.
+    assert round(counts.elements["roots"] / factor_elements(case), 1) == 4.4
+    assert not counts.waits
+
+
 @pytest.mark.parametrize(
     ("config", "launches", "num_products"),
     [
@@ -60,7 +77,7 @@ def test_launches_waits_passes_and_memory_of_a_refresh(config, launches, waits, 
         ("coupled_newton", 155, 29 + 39),
         ("newton_db", 162, 27 + 54),
         ("chebyshev", 161, 14 + 14),
-        ("minimax", 161, 9 + 12),
+        ("minimax", 157, 9 + 12),
         ("newton_schulz", 162, 33 + 54),
     ],
 )

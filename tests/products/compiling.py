@@ -14,8 +14,8 @@ from triton.compiler import ASTSource
 from dash_shampoo.products import kernels
 from dash_shampoo.products.fused import Tiles
 
-_POINTERS = ("out", "S", "addends", "weights", "scale")
-_FLOATS = ("alpha", "beta", "shift")
+_POINTERS = ("out", "S", "addends", "weights", "scale", "factors")
+_FLOATS = ("alpha", "beta", "shift", "offset")
 _ALIGNED = ("out", "S", "addends", "size", "addend_stride")
 
 

@@ -54,9 +54,10 @@ def errors_of(arguments: Arguments, precision: Any, tiles: Tiles) -> dict[str, A
         operands[1] = out
     launch_square(kernels.symmetric_square, tiles, out, *operands)
     beta = arguments.beta if arguments.weights is None else arguments.weights
-    reference = Products(precision)._reference_square(
-        arguments.S, torch.empty_like(out), arguments.alpha, arguments.addends, beta,
-        arguments.shift, arguments.scale,
+    reference = Products(precision).square(
+        arguments.S, alpha=arguments.alpha, addend=arguments.addends, beta=beta,
+        shift=arguments.shift, scale=arguments.scale, factors=arguments.factors,
+        offset=arguments.offset,
     )  # fmt: skip
     return {
         "error": float((out - truth).norm() / truth.norm()),

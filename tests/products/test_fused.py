@@ -124,7 +124,8 @@ def test_the_operator_on_the_cpu_is_the_reference(precision, kind):
     beta = arguments.beta if arguments.weights is None else arguments.weights
     Products(precision).square(
         arguments.S, out=expected, alpha=arguments.alpha, addend=arguments.addends, beta=beta,
-        shift=arguments.shift, scale=arguments.scale,
+        shift=arguments.shift, scale=arguments.scale, factors=arguments.factors,
+        offset=arguments.offset,
     )  # fmt: skip
     assert torch.equal(out, expected)
 

@@ -139,7 +139,7 @@ class _Coefficients:
 
     Attributes:
         lower (float): d, the smallest eigenvalue of M.
-        first (float): S_2 = T + first·t²·A² + constant·I for T = t·A.
+        first (float): S_2 = M + first·t²·A² + constant·I for T = t·A.
         constant (float): See there.
         rungs (tuple): (a, b, c) of S_3 … S_k.
         weights (tuple): Of M, S_2, …, S_k in the sum.
@@ -171,7 +171,7 @@ def _coefficients(table: Table, relative_epsilon: float, margin: float) -> _Coef
     return _Coefficients(
         lower=d,
         first=a / beta,
-        constant=(a * d**2 + b * d + c) / beta,
+        constant=(a * d**2 + b * d + c) / beta - d,
         rungs=((a_3 * beta**2, b_3, c_3), *others),
         weights=(weight, weights[0] * beta, *weights[1:]),
         shift=shift,
@@ -179,7 +179,9 @@ def _coefficients(table: Table, relative_epsilon: float, margin: float) -> _Coef
     )
 
 
-def minimax(A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float) -> Solution:
+def minimax(
+    A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float, divisor: float = 1.0
+) -> Solution:
     """(A + δI)^(-1/p) = c^(1/p)·f(M), M = c(A + δI), f ≈ x^(-1/p) on [l, 1] by k squarings.
 
     δ = epsilon + relative_epsilon·λ̂ and c = 1/(λ̂(1 + relative_epsilon)(1 + margin)), with λ̂ the bound of
@@ -199,14 +201,16 @@ def minimax(A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float) ->
         root: p, one of the tables'.
         config: Accuracy or number of squarings, relative damping, precision of the products.
         epsilon: Absolute damping, at least 0; the relative one is added to it.
+        divisor: A/divisor is meant with A. Default: 1.
 
     Returns:
         Roots times c^(-1/p); damping = δ. A block of zeros gives about epsilon^(-1/p)·I, and about I with
         epsilon = 0.
 
     Note:
-        k matmuls, all of them squares, and four passes beside them; where the squares are not fused, the sum
-        of the rungs and the scale are two more. No host sync. The workspace is k stacks beside the root.
+        k matmuls, all of them squares, and three passes beside them; where the squares are not fused, A is
+        divided by one more, the sum of the rungs and the scale are two, and on a device each rung copies M.
+        No host sync. The workspace is k stacks beside the root.
 
     References:
         Polar Express, arXiv 2505.16932 (minimax polynomials, composed with each other and for the
@@ -227,37 +231,51 @@ def minimax(A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float) ->
     (flat, basis), X = stacks_like(A, k), torch.empty_like(A)
 
     # A is divided by about its trace first: A of 1e±30 neither overflows nor vanishes in its fourth power.
-    # Numbers per block are float64.
-    T, square, dtype = basis[0], X, A.dtype
+    # Numbers per block are float64. The root of A/d is that of A with d times the damping, but for its scale.
+    M, square, dtype, shift = basis[0], X, A.dtype, divisor * epsilon
+    n, is_fused = A.shape[-1], products.can_fuse(A)
     trace_B = diagonal(A).sum(-1, dtype=torch.float64)
-    size_B = (trace_B.abs() + A.shape[-1] * epsilon).clamp_min_(torch.finfo(dtype).tiny)
+    if shift > 0.0:
+        trace_B.add_(n * shift)
+    size_B = trace_B.abs().clamp_min_(n * torch.finfo(dtype).tiny)
     inverse_B = power(size_B, -1.0, dtype)
-    torch.mul(A, per_block(inverse_B), out=T)
-    if epsilon > 0.0:
-        diagonal(T).add_(inverse_B[:, None], alpha=epsilon)
-    products.square(T, out=square)
-    bound_B = trace_bound(T, square)
+    if is_fused:
+        products.square(A, factors=inverse_B, offset=shift, out=square)
+    else:
+        torch.mul(A, per_block(inverse_B), out=M)
+        if shift > 0.0:
+            diagonal(M).add_(inverse_B[:, None], alpha=shift)
+        products.square(M, out=square)
+    bound_B = trace_bound(trace_B, inverse_B, square)
     # A negative definite A has bound 0; dividing by it makes the result infinite, as it should be.
     stretch_B = (bound_B * ((1.0 + relative_epsilon) * (1.0 + config.margin))).reciprocal_()
     is_zero_B = (trace_B == 0.0) & (bound_B == 0.0)
     stretch_B.masked_fill_(is_zero_B, 1.0)
-    T.mul_(per_block(stretch_B.to(dtype)))
+    if is_fused:
+        inverse_B = (stretch_B * inverse_B).to(dtype)
+        torch.mul(A, per_block(inverse_B), out=M)
+        if shift > 0.0:
+            diagonal(M).add_(inverse_B[:, None], alpha=shift)
+    else:
+        M.mul_(per_block(stretch_B.to(dtype)))
+    diagonal(M).add_(poly.lower)
     factor_B = (poly.first * stretch_B.square()).to(dtype)
-    torch.addcmul(T, square, per_block(factor_B), out=basis[1])
+    torch.addcmul(M, square, per_block(factor_B), out=basis[1])
     diagonal(basis[1]).add_(poly.constant)
-    diagonal(T).add_(poly.lower)
 
+    if divisor != 1.0:
+        size_B.div_(divisor)
     damping_B = relative_epsilon * bound_B * size_B + epsilon
     scale_B = (stretch_B / size_B).masked_fill_(is_zero_B, poly.lower)
     scale_B = scale_B.pow_(1.0 / float(root)).to(dtype)
-    is_fused = products.can_fuse(A)
     _climb(flat, basis, X, poly, products, scale_B if is_fused else None)
     return Solution(
         X,
         damping=damping_B.masked_fill_(is_zero_B, 1.0).to(dtype),
         size=damping_B,
         scale=None if is_fused else scale_B,
-        is_symmetric=is_fused or A.device.type == "cpu",
+        # Products of a matrix by itself are symmetric up to their rounding.
+        is_symmetric=True,
     )
 
 
@@ -303,4 +321,4 @@ def _error(config: MinimaxConfig, root: Fraction) -> float:
     return table_of(config, root).error
 
 
-SOLVER = Solver(solve=minimax, workspace=_workspace, check=check, error=_error)
+SOLVER = Solver(solve=minimax, workspace=_workspace, check=check, error=_error, divides=True)
