@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -12,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
 
+from experiments.schedule import LearningRate
 from experiments.settings import SettingsError
 from experiments.tokens import TokenData
 
@@ -34,9 +35,11 @@ def build(config: DictConfig, key: str, **arguments: Any) -> Any:
         return instantiate(config, _convert_="all", **arguments)
     except MissingMandatoryValue as error:
         raise SettingsError(f"{error.full_key} must be given: {error.full_key}=...") from error
-    except (InstantiationException, OmegaConfBaseException) as error:
+    except (InstantiationException, OmegaConfBaseException, TypeError) as error:
         cause = error.__cause__ or error
-        raise SettingsError(f"{key}: {cause}") from error
+        # The full_key that a message ends with is what we say first.
+        message = str(cause).partition("\nfull_key: ")[0]
+        raise SettingsError(f"{key}: {message}") from error
 
 
 def build_model(config: DictConfig, vocab_size: int, sequence_length: int) -> nn.Module:
@@ -98,6 +101,28 @@ def build_optimizer(
     return optimizer
 
 
+def build_learning_rate(config: DictConfig, optimizer: Optimizer, total_steps: int) -> LearningRate:
+    """Make what sets the learning rates, and set those of the first step.
+
+    Args:
+        config: The group ``schedule``.
+        optimizer: Whose.
+        total_steps: Length of the run.
+
+    Returns:
+        The learning rates of the run.
+
+    Raises:
+        SettingsError: If the schedule can't be computed.
+    """
+    learning_rate = LearningRate(optimizer, total_steps, build(config, "schedule"))
+    try:
+        learning_rate.apply(0)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return learning_rate
+
+
 def parameter_groups(model: nn.Module, config: DictConfig) -> list[dict[str, Any]]:
     """Split a model's parameters into groups by rules on their names.
 
@@ -116,8 +141,13 @@ def parameter_groups(model: nn.Module, config: DictConfig) -> list[dict[str, Any
     rest = dict(model.named_parameters())
     if config.get("by_parameter"):
         return [{"params": [pair]} for pair in rest.items()]
+    rules: Any = config.rules
+    if not isinstance(rules, Mapping):
+        raise SettingsError(
+            f"parameter_groups.rules={rules!r} must map names to {{match: ..., options: ...}}."
+        )
     groups = []
-    for name, rule in config.rules.items():
+    for name, rule in rules.items():
         key = f"parameter_groups.rules.{name}"
         matched = [n for n, _ in model.named_parameters() if re.search(rule.match, n)]
         if not matched:

@@ -8,12 +8,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.builders import build, build_optimizer, parameter_groups
+from experiments.builders import build, build_learning_rate, build_optimizer, parameter_groups
 from experiments.environment import environment
 from experiments.images import Images, SmallConvNet
 from experiments.metrics import FILE_NAME, MetricsFile
 from experiments.parallel import Process, parallelise, process_group
-from experiments.schedule import LearningRate
 from experiments.settings import SettingsError, optimizer_name, plain
 
 
@@ -64,8 +63,8 @@ def _train(config: DictConfig, process: Process, images: Images, log: MetricsFil
         groups = parameter_groups(model, config.parameter_groups)  # the parameters are others now
     optimizer = build_optimizer(config.optimizer, groups, distributed_config)
     num_batches = -(-len(images.labels) // config.batch_size)
-    factor = build(config.schedule, "schedule")
-    schedule = LearningRate(optimizer, config.epochs * num_batches, factor)
+    num_steps = config.epochs * num_batches
+    schedule = build_learning_rate(config.schedule, optimizer, num_steps)
     if process.is_first:
         size = sum(p.numel() for p in model.parameters())
         print(f"{images.name}, {size:,} parameters, {optimizer_name(config)}")

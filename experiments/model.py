@@ -212,6 +212,8 @@ class Transformer(nn.Module):
             )
         if not 0 <= shape.dropout < 1:
             raise ValueError(f"model.dropout={shape.dropout} must be in [0, 1).")
+        if num_layers < 1:
+            raise ValueError(f"model.num_layers={num_layers} must be at least 1.")
         self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(vocab_size, shape.width)
         if not shape.is_llama:

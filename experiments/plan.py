@@ -97,7 +97,9 @@ def _vocabulary(config: DictConfig) -> int:
     """That of the model, else of the data, else of the paper's."""
     data = config.data
     if (own := config.vocab_size or data.get("vocab_size")) is not None:
-        return int(own)
+        if type(own) is not int or own < 1:
+            raise SettingsError(f"data.vocab_size={own} must be a whole number of at least 1.")
+        return own
     if "tokenizer" in data:
         return BYTE_VOCABULARY if data.tokenizer == "bytes" else DEFAULT_PIECES
     if OmegaConf.is_missing(data, "train") or OmegaConf.is_missing(data, "validation"):

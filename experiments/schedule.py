@@ -84,11 +84,11 @@ def cosine_with_restarts(
         The factor.
 
     Raises:
-        ValueError: If a share or a factor is not in [0, 1], or `cycles` is less than 1.
+        ValueError: If a share or a factor is not in [0, 1], or `cycles` is not a whole number of at least 1.
     """
     _check(warmup_fraction=warmup_fraction, end_factor=end_factor)
-    if cycles < 1:
-        raise ValueError(f"schedule.cycles={cycles} must be at least 1.")
+    if not isinstance(cycles, int) or cycles < 1:
+        raise ValueError(f"schedule.cycles={cycles} must be a whole number of at least 1.")
     rise = warmup_fraction * total_steps
     if step + 1 < rise:
         return (step + 1) / rise
@@ -98,7 +98,7 @@ def cosine_with_restarts(
 
 def _check(**shares: float) -> None:
     for name, value in shares.items():
-        if not 0 <= value <= 1:
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ValueError(f"schedule.{name}={value} must be in [0, 1].")
 
 

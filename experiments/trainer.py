@@ -15,8 +15,8 @@ from tqdm import tqdm
 import dash_shampoo
 from experiments import checkpoint, resuming
 from experiments.builders import (
-    build,
     build_data,
+    build_learning_rate,
     build_model,
     build_optimizer,
     optimizer_family,
@@ -28,7 +28,6 @@ from experiments.metrics import Stopwatch, peak_memory_mib
 from experiments.model import count_parameters, flops_per_token
 from experiments.parallel import Process, gradient_sync, parallelise
 from experiments.sampler import BatchSampler
-from experiments.schedule import LearningRate
 from experiments.settings import Precision, SettingsError, plain
 from experiments.signals import StopRequest
 from experiments.sinks import RunLog, open_sinks
@@ -103,12 +102,7 @@ class Trainer:
         groups = parameter_groups(model, config.parameter_groups)
         self.optimizer = build_optimizer(config.optimizer, groups, distributed_config)
         self.configured = checkpoint.plain_groups(self.optimizer)
-        factor = build(config.schedule, "schedule")
-        self.learning_rate = LearningRate(self.optimizer, config.steps, factor)
-        try:
-            self.learning_rate.apply(0)
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
+        self.learning_rate = build_learning_rate(config.schedule, self.optimizer, config.steps)
         self.averaged = averaged_model(config, self.model)
         self._optimizer_mode("train")
         self._peak = peak_flops(config, process)

@@ -90,7 +90,7 @@ def test_it_restarts():
         fall = factors[start : start + 25]
         assert fall == sorted(fall, reverse=True)
         assert fall[-1] == pytest.approx(0.1, abs=0.01)
-    with pytest.raises(ValueError, match="cycles=0 must be at least 1"):
+    with pytest.raises(ValueError, match="cycles=0 must be a whole number of at least 1"):
         cosine_with_restarts(0, 10, warmup_fraction=0.1, cycles=0, end_factor=0.1)
 
 
