@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ STRUCTURE = (
 )
 _AVERAGING = "iterate_averaging_config"
 _FOLLOWS_BETA1 = -1.0
+_NAMES = tuple(name for name in OPTIONS if name != "lr")
+_values_of = itemgetter(*_NAMES)
 
 
 class GroupSettings:
@@ -52,13 +55,17 @@ class GroupSettings:
             ValueError: If it is out of range.
         """
         check_lr(group["lr"], where)
-        if _options(group) != self._known:
+        options = _options(group)
+        if options != self._known:
             # Refreshing less often than before is no contradiction to a start that was given once.
             start = group["start_preconditioning_step"]
             is_edit = start == self._known["start_preconditioning_step"]
             check_options(group, where, is_edit=is_edit)
+        beta3 = group["beta3"]
         self.resolve_beta3(group)
-        return _options(group) != self._known
+        if group["beta3"] is not beta3:
+            options = _options(group)
+        return options != self._known
 
     def resolve_beta3(self, group: dict[str, Any]) -> None:
         """beta3 = -1 means beta1, also where a scheduler cycles that; an explicit one stays.
@@ -111,7 +118,7 @@ class GroupSettings:
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options in a group, without the learning rate, which changes at every step."""
-    options = {name: group[name] for name in OPTIONS if name != "lr"}
+    options = dict(zip(_NAMES, _values_of(group), strict=True))
     options[ROW_PARTS] = group.get(ROW_PARTS)
     return options
 
