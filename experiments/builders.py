@@ -3,11 +3,12 @@
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 from torch.optim import Optimizer
@@ -31,6 +32,7 @@ def build(config: DictConfig, key: str, **arguments: Any) -> Any:
     Raises:
         SettingsError: If there is no such target or it refuses its arguments.
     """
+    _check_flags(config, key)
     try:
         return instantiate(config, _convert_="all", **arguments)
     except MissingMandatoryValue as error:
@@ -40,6 +42,23 @@ def build(config: DictConfig, key: str, **arguments: Any) -> Any:
         # The full_key that a message ends with is what we say first.
         message = str(cause).partition("\nfull_key: ")[0]
         raise SettingsError(f"{key}: {message}") from error
+
+
+def _check_flags(config: DictConfig, key: str) -> None:
+    """Refuses a word where true or false is meant, in a node and those in it: any word would be true."""
+    flags: set[str] = set()
+    if "_target_" in config:
+        with suppress(ImportError, ValueError, TypeError, InstantiationException):
+            parameters = inspect.signature(get_method(config._target_)).parameters
+            flags = {n for n, p in parameters.items() if p.annotation in (bool, "bool")}
+    for name in map(str, config):
+        if OmegaConf.is_missing(config, name) or OmegaConf.is_interpolation(config, name):
+            continue
+        value = config[name]
+        if name in flags and isinstance(value, str):
+            raise SettingsError(f"{key}.{name}={value} must be true or false.")
+        if isinstance(value, DictConfig):
+            _check_flags(value, f"{key}.{name}")
 
 
 def build_model(config: DictConfig, vocab_size: int, sequence_length: int) -> nn.Module:

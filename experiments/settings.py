@@ -259,6 +259,8 @@ def check(config: DictConfig) -> None:
         require(0 <= config.get(name, 0) <= 1, name, config.get(name), "in [0, 1]")
     norm = config.get("clip_grad_norm")
     require(norm is None or norm > 0, "clip_grad_norm", norm, "> 0 or null")
+    peak = config.get("peak_tflops")
+    require(peak is None or peak > 0, "peak_tflops", peak, "> 0 or null")
     unused = [word for word in overrides() if word.startswith(("solver=", "solver."))]
     if unused and not has_solver(config):
         raise SettingsError(

@@ -35,6 +35,9 @@ WRONG = {
     "from-meta python": "the command line does not call cifar10_example",
     "classify images=cifar": "Could not find 'images/cifar'. Available options",
     "classify epochs=0": "epochs=0 must be at least 1",
+    "train model.tie_embeddings=abc": "model.tie_embeddings=abc must be true or false",
+    "train optimizer.use_bias_correction=abc": "optimizer.use_bias_correction=abc must be true or",
+    "train peak_tflops=-1": "peak_tflops=-1.0 must be > 0 or null",
     "study --tsaks x": "--tsaks",
 }
 
