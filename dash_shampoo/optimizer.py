@@ -205,8 +205,6 @@ class DashShampoo(ConsolidatingShampoo):
         on_buckets = buckets.on_buckets(state_lists)
         if on_buckets is None:
             return buckets.nothing(state_lists)
-        if buckets.corrects_late:
-            settings["use_bias_correction"] = False
         directions = super()._compute_search_directions(state_lists=on_buckets, **settings)
         return buckets.to_blocks(directions)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -58,6 +59,9 @@ def resharded(
     after = blocks_of_shards(param.shape, num_shards(param), group)
     if before.keys() != keys.keys() or before == after:
         return saved
+    # One rank's own part of a state can have the keys of a complete one of fewer shards.
+    if all(key in after and _can_be_of(saved[key], after[key][1]) for key in keys):
+        return saved
     keys_then = {position: key for key, position in before.items()}
     for key, position in after.items():
         if position not in keys_then:
@@ -73,6 +77,22 @@ def resharded(
     result = {key: value for key, value in saved.items() if key not in keys}
     result.update({key: saved[keys_then[position]] for key, position in after.items()})
     return result
+
+
+def _can_be_of(tree: Any, shape: tuple[int, ...]) -> bool:
+    """Whether the tensors of a block's state have the sizes that those of a block of this shape have."""
+    if isinstance(tree, Mapping):
+        return all(_can_be_of(value, shape) for value in tree.values())
+    if not isinstance(tree, Tensor):
+        return True
+    size = getattr(tree, "_local_tensor", tree).numel()
+    sizes = {
+        0,
+        1,
+        math.prod(shape),
+        *(size for n in shape for size in (n, n * n, n * (n + 1) // 2)),
+    }
+    return size in sizes
 
 
 def _in_words(number: int | None) -> str:

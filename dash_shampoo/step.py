@@ -129,11 +129,6 @@ class BucketStep:
         block_names: For each block the name of its parameter.
         gradient_policy: What a gradient that is not finite leads to.
         run: Calls what must stay out of a compiled step.
-
-    Attributes:
-        corrects_late: Whether `directions` corrects the bias of the filtered gradients, which the base must
-            not then. Where directions are linear in these, dividing a number per slot does what dividing
-            all entries does; in 16 bits, the base's quotients are rounded, and ours are to be the same.
     """
 
     def __init__(
@@ -155,9 +150,6 @@ class BucketStep:
             self._shampoo.layout
             if isinstance(self._shampoo, StackedPreconditionerList)
             else layout_of_shapes(distributor.local_blocked_params)
-        )
-        self.corrects_late = getattr(self._shampoo, "is_linear", True) and all(
-            bucket.spec.dtype.itemsize >= 4 for bucket in self._layout.buckets
         )
         labels = [
             ".".join(map(str, info.composable_block_ids))
@@ -223,9 +215,7 @@ class BucketStep:
                 self._shampoo.limit_(directions)
 
         return self.run(  # type: ignore[no-any-return]
-            lambda: precondition_and_graft(
-                lists, filtered_grads, is_warm_up, use_grafting, self._correction(lists), limit_
-            )
+            precondition_and_graft, lists, filtered_grads, is_warm_up, use_grafting, limit_
         )
 
     def to_blocks(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -233,13 +223,6 @@ class BucketStep:
         return self.run(self._to_blocks, directions)  # type: ignore[no-any-return]
 
     # ---------------------------------------------------------------------------- internals
-
-    def _correction(self, lists: BucketLists) -> float:
-        """What the base would have divided the filtered gradients by, in its own arithmetic."""
-        beta1, beta3 = self._group["betas"][0], self._group["beta3"]
-        if not self.corrects_late or beta1 == 0.0 or not self._group["use_bias_correction"]:
-            return 1.0
-        return float(1.0 - beta3 * beta1 ** (lists[STEP] - 1))
 
     def _on_buckets(self, state_lists: Mapping[str, Any]) -> BucketLists | None:
         selection = self._select(state_lists)

@@ -20,7 +20,8 @@ from benchmarks.ours import CONFIGS
 SHAPES = ((20, 13), (8, 8), (8, 8), (5, 9))
 # The functions that hand a number of the step to the device, on either base: the learning rate, the bias
 # corrections of the grafting and of the filtered gradients, and in a refresh that of the factor matrices.
-IN_EVERY_STEP = {"_group_step_body", "precondition", "_divided_"}
+FILTER = {"embedded": "_filter", "meta": "_compute_filtered_grad_list"}[ds.base.name]
+IN_EVERY_STEP = {"_group_step_body", "precondition", FILTER}
 IN_A_REFRESH = {
     "newton_db": {"solve_chunk"},
     "newton_schulz": {"solve_chunk"},

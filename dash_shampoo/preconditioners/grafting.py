@@ -22,7 +22,6 @@ def precondition_and_graft(
     filtered_grads: Sequence[Tensor],
     is_warm_up: bool,
     use_grafting: bool,
-    correction: float,
     limit_: Callable[[Sequence[Tensor]], None],
 ) -> tuple[Tensor, ...]:
     """P = P_shampoo · ‖P_grafting‖ / ‖P_shampoo‖ by slot; P_grafting before the first roots.
@@ -32,8 +31,6 @@ def precondition_and_graft(
         filtered_grads: (K, *shape) of each piece; not modified.
         is_warm_up: Whether the grafting's direction is taken as it is.
         use_grafting: Whether there is a grafting.
-        correction: What the gradients are still to be divided by; other than 1 for lists alone whose
-            directions are linear in them, since what is divided are the directions' lengths.
         limit_: Shortens directions without one, where no gradient can have them.
 
     Returns:
@@ -41,24 +38,18 @@ def precondition_and_graft(
     """
     if is_warm_up:
         grafted = _precondition(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
-        return _in_dtypes_of(filtered_grads, _divided_(grafted, correction))
+        return _in_dtypes_of(filtered_grads, grafted)
     directions = _precondition(lists[SHAMPOO_PRECONDITIONER_LIST], filtered_grads)
     if use_grafting:
         grafted = _precondition(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
         scales, norms = [*map(slot_norms, grafted)], [*map(slot_norms, directions)]
         torch._foreach_add_(norms, _SMALLEST_NORM)
         torch._foreach_div_(scales, norms)
-        for direction, scale in zip(directions, _divided_(scales, correction), strict=True):
+        for direction, scale in zip(directions, scales, strict=True):
             direction.mul_(scale.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
     else:
-        limit_(_divided_(directions, correction))
+        limit_(directions)
     return _in_dtypes_of(filtered_grads, directions)
-
-
-def _divided_(tensors: Sequence[Tensor], divisor: float) -> Sequence[Tensor]:
-    if divisor != 1.0:
-        torch._foreach_div_(list(tensors), divisor)
-    return tensors
 
 
 def _in_dtypes_of(grads: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -63,13 +63,11 @@ class StackedPreconditionerList(RefreshedList, _ShampooList):
         list_seams: What the list needs of the base's list.
         block_seams: What it needs of the base's record of a block.
         subject: What it computes of factor matrices, for messages.
-        is_linear: Whether directions are linear in the (filtered) gradients.
     """
 
     list_seams: tuple[str, ...] = LIST_SEAMS
     block_seams: tuple[str, ...] = BLOCK_SEAMS
     subject: str = "inverse root"
-    is_linear = True
     _is_kl = False  # whether outer products are of gradients preconditioned in all other dimensions
     _factors: tuple[MatrixStack, ...]
 

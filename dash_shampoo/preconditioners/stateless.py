@@ -15,7 +15,6 @@ class StackedStatelessPreconditionerList(StackedPreconditionerList):
 
     list_seams: tuple[str, ...] = ("_dims_list", "_preconditioner_config")
     block_seams: tuple[str, ...] = ()
-    is_linear = False
 
     _local_kronecker_factors_unwrapped = ()
 

@@ -46,7 +46,7 @@ AdagradPreconditionerList SGDPreconditionerList FILTERED_GRAD_LIST GRAFTING_PREC
 MASKED_BLOCKED_GRADS MASKED_BLOCKED_PARAMS MASKED_FILTERED_GRAD_LIST MASKED_MOMENTUM_BUFFER_LIST
 LR_CPU_PINNED MASKED_WEIGHT_BUFFER_LIST MOMENTUM_BUFFER_LIST PREVIOUS_GRAD_SELECTOR WEIGHT_BUFFER_LIST
 META_ONLY assign_owners name native_config own_distributor_class take_weights
- ROW_PARTS sizes_of_parts pack packed_diagonal unpack"""
+ ROW_PARTS blocks_of_shards sizes_of_parts pack packed_diagonal unpack"""
 EXPORTED = tuple(NAMES.split())
 
 
