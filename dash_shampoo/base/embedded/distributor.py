@@ -238,9 +238,9 @@ class Distributor:
         """The blocks of a parameter, part by part."""
         local = self._local_tensor(param).detach()
         blocks: list[Tensor] = []
-        for rows, part, shape in cut_by_rows(
-            param.shape, local, first_row(param), self._param_group
-        ):
+        has_parts = self._param_group.get(keys.ROW_PARTS) is not None
+        first = first_row(param) if has_parts else 0
+        for rows, part, shape in cut_by_rows(param.shape, local, first, self._param_group):
             blocks.extend(self._cut_part(param, index, rows, part, shape, len(blocks)))
         return blocks
 

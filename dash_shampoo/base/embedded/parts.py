@@ -50,7 +50,7 @@ def cut_by_rows(
     Args:
         whole: The parameter's shape.
         local: What the process holds of it, a run of its rows.
-        first: The first of these rows.
+        first: The first of these rows; not looked at without `row_parts`.
         param_group: The group.
 
     Yields:
