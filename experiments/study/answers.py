@@ -1,6 +1,7 @@
 """The page of a study: a table and a picture for each question."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -140,7 +141,11 @@ def _draw(question: Question, found: Answer, path: Path) -> None:
 
 
 def _mean_curve(one: Result) -> tuple[list[float], list[float]]:
-    losses = zip(*(fit.losses for fit in one.fits), strict=True)
-    seconds = zip(*(fit.seconds for fit in one.fits), strict=True)
-    count = len(one.fits)
-    return [sum(x) / count for x in losses], [sum(x) / count for x in seconds]
+    """Mean losses and seconds at the steps at which all runs were validated: not all versions do it alike."""
+    shared = sorted(set.intersection(*(set(fit.steps) for fit in one.fits)))
+
+    def means(values: Sequence[Sequence[float]]) -> list[float]:
+        by_step = [dict(zip(f.steps, v, strict=True)) for f, v in zip(one.fits, values, strict=True)]
+        return [statistics.fmean(found[step] for found in by_step) for step in shared]
+
+    return means([fit.losses for fit in one.fits]), means([fit.seconds for fit in one.fits])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dash_shampoo as ds
@@ -130,6 +130,9 @@ _TRUNCATED = {
 }
 _ONE_SIDED = root(ds.MinimaxConfig(num_squarings=5), {1: 0.5, 2: {0: 0.0, 1: 0.5}, 3: 0.5, 4: 0.5})
 
+# Its directions have entries of ±1, so that grafting to them gives each block a root mean square of 1.
+_SIGN = ds.SignDescentPreconditionerConfig()
+
 QUESTIONS = {
     "peers": Question(
         "Which optimizer reaches the lowest loss?",
@@ -222,12 +225,18 @@ QUESTIONS = {
     ),
     "frequency": Question(
         "How often should roots be refreshed?",
-        {f"every {every}": Shampoo(squares(5), frequency=every) for every in (1, 3, 10, 30)},
+        {
+            **{f"every {every}": Shampoo(squares(5), frequency=every) for every in (1, 3, 10, 30)},
+            "every 10, a tenth in each step": Shampoo(
+                replace(squares(5), stagger_refresh=True), frequency=10
+            ),
+        },
     ),
     "length": Question(
         "What should the length of an update be?",
         {
             "Adam's (grafting)": Shampoo(squares(5)),
+            "root mean square of 1": Shampoo(squares(5), grafting=_SIGN, lr=0.0025),
             "its own": Shampoo(squares(5), grafts=False, lr=0.0005),
             "Adam's, right side alone": Shampoo(_ONE_SIDED),
         },

@@ -114,7 +114,8 @@ class Shampoo:
         beta2: Of factor matrices, of grafting and of Adam.
         frequency: Steps from one refresh to the next.
         epsilon: Absolute damping.
-        grafts: Whether the length of an update is Adam's.
+        grafts: Whether the length of an update is another method's.
+        grafting: That method; None is Adam.
         routing: What the preconditioner works on: "all"; "matrices", with vectors by Adam in the same
             optimizer; "hidden" matrices, with embedding and head by Adam too.
         stacked: Whether it is `DashShampoo` or the base's class.
@@ -134,6 +135,7 @@ class Shampoo:
     block: int | None = None
     as_matrices: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    grafting: ds.PreconditionerConfig | None = None
 
     def __repr__(self) -> str:
         # What a later version adds, with a default that changes nothing, does not make it another side.
@@ -150,7 +152,7 @@ class Shampoo:
             epsilon=self.epsilon,
             max_preconditioner_dim=self.block or block,
             precondition_frequency=self.frequency,
-            grafting_config=adam if self.grafts else None,
+            grafting_config=(self.grafting or adam) if self.grafts else None,
             preconditioner_config=self.config,
             **self.options,
         )
