@@ -145,7 +145,9 @@ def _mean_curve(one: Result) -> tuple[list[float], list[float]]:
     shared = sorted(set.intersection(*(set(fit.steps) for fit in one.fits)))
 
     def means(values: Sequence[Sequence[float]]) -> list[float]:
-        by_step = [dict(zip(f.steps, v, strict=True)) for f, v in zip(one.fits, values, strict=True)]
+        by_step = [
+            dict(zip(f.steps, v, strict=True)) for f, v in zip(one.fits, values, strict=True)
+        ]
         return [statistics.fmean(found[step] for found in by_step) for step in shared]
 
     return means([fit.losses for fit in one.fits]), means([fit.seconds for fit in one.fits])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import dash_shampoo as ds
 from experiments.study.sides import AdamW, Muon, PackageSOAP, Routing, Shampoo, Side, root
@@ -130,6 +130,7 @@ _TRUNCATED = {
 }
 _ONE_SIDED = root(ds.MinimaxConfig(num_squarings=5), {1: 0.5, 2: {0: 0.0, 1: 0.5}, 3: 0.5, 4: 0.5})
 
+_SQUARES = cast(ds.DashShampooPreconditionerConfig, squares(5))
 # Its directions have entries of ±1, so that grafting to them gives each block a root mean square of 1.
 _SIGN = ds.SignDescentPreconditionerConfig()
 
@@ -228,7 +229,7 @@ QUESTIONS = {
         {
             **{f"every {every}": Shampoo(squares(5), frequency=every) for every in (1, 3, 10, 30)},
             "every 10, a tenth in each step": Shampoo(
-                replace(squares(5), stagger_refresh=True), frequency=10
+                replace(_SQUARES, stagger_refresh=True), frequency=10
             ),
         },
     ),
