@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dash_shampoo.base import blocks_of_shards
+from dash_shampoo.guards.trees import local
 
 _KEY = re.compile(r"(?:rank_(\d+)-)?block_\d+")
 
@@ -85,14 +86,8 @@ def _can_be_of(tree: Any, shape: tuple[int, ...]) -> bool:
         return all(_can_be_of(value, shape) for value in tree.values())
     if not isinstance(tree, Tensor):
         return True
-    size = getattr(tree, "_local_tensor", tree).numel()
-    sizes = {
-        0,
-        1,
-        math.prod(shape),
-        *(size for n in shape for size in (n, n * n, n * (n + 1) // 2)),
-    }
-    return size in sizes
+    of_factors = (count for n in shape for count in (n, n * n, n * (n + 1) // 2))
+    return local(tree).numel() in {0, 1, math.prod(shape), *of_factors}
 
 
 def _in_words(number: int | None) -> str:

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guards": {"base", "buckets", "checkpoint"},
     "distribution": {"base"},
     "consolidation": {"base", "distribution", "guards", "resharding"},
-    "resharding": {"base"},
+    "resharding": {"base", "guards"},
     "diagnostics": {"base", "buckets", "inverse_root", "preconditioners", "safety", "step"},
     "optimizer": {
         "base",

@@ -60,6 +60,16 @@ def mean_of_diagonal(S, size, TILE: tl.constexpr):
 
 
 @triton.jit
+def shifted_back(total, S, factor, mean, offset, place, is_inside, on_diagonal):
+    """A tile of T² from that of D², where T = D + μI, D = f·(S - mI) and μ = f·(m + offset)."""
+    part = factor * (mean + offset)
+    if part != 0.0:
+        total += (2.0 * part * factor) * tl.load(S + place, mask=is_inside, other=0.0)
+        total = tl.where(on_diagonal, total + part * (part - 2.0 * factor * mean), total)
+    return total
+
+
+@triton.jit
 def store_twice(out, result, rows, columns, size, is_on_diagonal):
     """Writes a tile of a symmetric matrix to its place and, mirrored, to that beyond the diagonal."""
     is_inside = (rows[:, None] < size) & (columns[None, :] < size)
@@ -134,11 +144,8 @@ def symmetric_square(
     place = rows[:, None] * size + columns[None, :]
     is_inside = is_row & (columns[None, :] < size)
     on_diagonal = rows[:, None] == columns[None, :]
+    total = shifted_back(total, S, factor, mean, offset, place, is_inside, on_diagonal)
     result = alpha * total
-    part = factor * (mean + offset)
-    if part != 0.0:
-        result += (2.0 * alpha * part * factor) * tl.load(S + place, mask=is_inside, other=0.0)
-        result = tl.where(on_diagonal, result + alpha * part * (part - 2.0 * factor * mean), result)
     for number in tl.range(num_addends, num_stages=1):
         weight = tl.load(weights + number, mask=has_weights != 0, other=beta)
         result += weight * tl.load(addends + place, mask=is_inside, other=0.0)

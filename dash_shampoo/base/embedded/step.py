@@ -108,8 +108,7 @@ class ShampooStep:
         )
 
         if weight_decay != 0.0 and weight_decay_type != WeightDecayType.L2:
-            pinned_lr = state_lists[keys.LR_CPU_PINNED]
-            alpha = weight_decay * _relative_decay(weight_decay_type, pinned_lr, peak_lr)
+            alpha = weight_decay * _relative_decay(weight_decay_type, state_lists, peak_lr)
             if iterate_averaging_enabled:
                 torch._foreach_mul_(state_lists[keys.MASKED_WEIGHT_BUFFER_LIST], 1 - lr * alpha)
             else:
@@ -191,13 +190,13 @@ def _filter(
     return tuple(torch._foreach_div(filtered, divisor))
 
 
-def _relative_decay(weight_decay_type: WeightDecayType, pinned_lr: Tensor, peak_lr: float) -> float:
+def _relative_decay(weight_decay_type: WeightDecayType, state_lists: Any, peak_lr: float) -> float:
     match weight_decay_type:
         case WeightDecayType.DECOUPLED:
             return 1.0
         case WeightDecayType.CORRECTED:
             # Read from the CPU: reading the learning rate on the device would wait for it.
-            return pinned_lr.item() / peak_lr
+            return float(state_lists[keys.LR_CPU_PINNED].item() / peak_lr)
         case WeightDecayType.INDEPENDENT:
             return 1 / peak_lr
         case _:
