@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.builders import build, build_learning_rate, build_optimizer, parameter_groups
+from experiments.composition import optimizer_name, plain
 from experiments.environment import environment
 from experiments.images import Images, SmallConvNet
 from experiments.metrics import FILE_NAME, MetricsFile
 from experiments.parallel import Process, parallelise, process_group
-from experiments.settings import SettingsError, optimizer_name, plain
+from experiments.settings import SettingsError
 
 
 def run(config: DictConfig) -> int:
@@ -57,10 +58,8 @@ def _open_log(config: DictConfig, process: Process, images: Images) -> MetricsFi
 def _train(config: DictConfig, process: Process, images: Images, log: MetricsFile | None) -> int:
     torch.manual_seed(config.seed)
     model = SmallConvNet(images, config.channels, config.bias).to(process.device)
-    groups = parameter_groups(model, config.parameter_groups)
     wrapped, distributed_config = parallelise(model, config.parallelism, process)
-    if config.parallelism.strategy in ("fully_shard", "hybrid_shard"):
-        groups = parameter_groups(model, config.parameter_groups)  # the parameters are others now
+    groups = parameter_groups(model, config.parameter_groups)  # sharding makes other parameters
     optimizer = build_optimizer(config.optimizer, groups, distributed_config)
     num_batches = -(-len(images.labels) // config.batch_size)
     num_steps = config.epochs * num_batches

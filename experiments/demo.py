@@ -20,12 +20,13 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from experiments.builders import build_data
+from experiments.composition import overrides
 from experiments.environment import environment
 from experiments.main import fail
 from experiments.metrics import FILE_NAME, read_metrics
 from experiments.parallel import Process, process_group
 from experiments.plots import COLOURS, Curve, plot_losses, plot_step_times
-from experiments.settings import SettingsError, overrides
+from experiments.settings import SettingsError
 from experiments.tables import markdown_table
 from experiments.trainer import RunError, Trainer
 

@@ -7,12 +7,12 @@ import difflib
 import math
 import posixpath
 import shlex
-import sys
 from collections.abc import Sequence
 
 from experiments.command_line import Parser
 from experiments.dash_options import FLAGS, MAPPED, NOT_NEEDED, REFUSED, Given, is_known
 from experiments.settings import SettingsError
+from experiments.translating import processes_of, show, split_command
 
 _DESCRIPTION = (
     "Translates a run of the DASH repository into one of ours. The command is printed on the standard "
@@ -43,10 +43,7 @@ def main(words: Sequence[str]) -> int:
     """
     parser = Parser(prog="python -m experiments from-dash", description=_DESCRIPTION)
     parser.add_argument("line", help="all of it, in quotes: 'python main.py --opt dash-gpu ...'")
-    command, notes = translate(parser.parse_args(words).line)
-    for note in notes:
-        print(f"# {note}", file=sys.stderr)
-    print(command)
+    show(*translate(parser.parse_args(words).line))
     return 0
 
 
@@ -62,16 +59,10 @@ def translate(line: str) -> tuple[str, list[str]]:
     Raises:
         SettingsError: If an option is unknown or has no counterpart.
     """
-    try:
-        words = shlex.split(line.replace("\\\n", " "))
-    except ValueError as error:
-        raise SettingsError(f"the command line can't be read: {error}") from error
-    script = next((i for i, w in enumerate(words) if posixpath.basename(w) == "main.py"), None)
-    if script is None:
-        raise SettingsError("the command line does not call main.py: give all of it, in quotes.")
-    translation = Translation(_read(words[script + 1 :]), processes_of(words[:script]))
+    launcher, words = split_command(line, "main.py")
+    translation = Translation(_read(words), processes_of(launcher))
     settings = translation.settings()
-    launch = [*words[:script], "-m", "experiments", "train"]
+    launch = [*launcher, "-m", "experiments", "train"]
     environment = translation.environment if "wandb" in translation.given else []
     return " ".join([*environment, shlex.join([*launch, *settings])]), translation.notes
 
@@ -100,28 +91,6 @@ def _read(words: Sequence[str]) -> dict[str, str]:
             raise SettingsError(f"--{name} needs a value.")
         given[name] = " ".join(values)
     return {n: v for n, v in given.items() if not (n in FLAGS and v == "False")}
-
-
-def processes_of(launch: Sequence[str]) -> int:
-    """How many processes of a node torchrun was told to start; 1 without it.
-
-    Args:
-        launch: The words of the command line before the script.
-
-    Returns:
-        The number.
-
-    Raises:
-        SettingsError: If it is none.
-    """
-    for word, following in zip(launch, [*launch[1:], ""], strict=True):
-        name, _, value = word.replace("_", "-").partition("=")
-        if name == "--nproc-per-node":
-            text = value or following
-            if not text.isdigit():
-                raise SettingsError(f"--nproc-per-node {text} must be a number.")
-            return int(text)
-    return 1
 
 
 class Translation(Given):

@@ -8,12 +8,11 @@ Source: facebookresearch/optimizers, distributed_shampoo/examples at f606606; fa
 import difflib
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 
 from experiments.command_line import Parser
-from experiments.from_dash import processes_of
 from experiments.settings import SettingsError
+from experiments.translating import processes_of, show, split_command
 
 _DESCRIPTION = (
     "Translates a run of Distributed Shampoo's CIFAR-10 example into one of ours. The command is printed "
@@ -89,10 +88,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("line", help="all of it, in quotes: 'python -m ....cifar10_example ...'")
     parser.add_argument("--images", default="cifar10", help="or digits, which need no download")
     options = parser.parse_args(words)
-    command, notes = translate(options.line, options.images)
-    for note in notes:
-        print(f"# {note}", file=sys.stderr)
-    print(command)
+    show(*translate(options.line, options.images))
     return 0
 
 
@@ -109,19 +105,10 @@ def translate(line: str, images: str = "cifar10") -> tuple[str, list[str]]:
     Raises:
         SettingsError: If a setting is unknown or has no counterpart.
     """
-    try:
-        words = shlex.split(line.replace("\\\n", " "))
-    except ValueError as error:
-        raise SettingsError(f"the command line can't be read: {error}") from error
-    script = next((i for i, w in enumerate(words) if "cifar10_example" in w), None)
-    if script is None:
-        raise SettingsError(
-            "the command line does not call cifar10_example: give all of it, in quotes."
-        )
-    launch = words[:script]
+    launch, words = split_command(line, "cifar10_example")
     if launch and launch[-1] == "-m":
         launch = launch[:-1]
-    given, inner, notes = _read(words[script + 1 :])
+    given, inner, notes = _read(words)
     settings = [
         *_optimizer(given, inner["optimizer"], notes),
         *_run(given, inner["parallelism"], images, processes_of(launch), notes),

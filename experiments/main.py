@@ -106,7 +106,7 @@ def through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) -
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from experiments import settings
+    from experiments import composition, settings
 
     statuses: list[int] = []
 
@@ -120,7 +120,7 @@ def through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) -
         except settings.SettingsError as error:
             statuses.append(fail(str(error), 2))
         except OmegaConfBaseException as error:
-            statuses.append(fail(settings.one_sentence(error), 2))
+            statuses.append(fail(composition.one_sentence(error), 2))
         if statuses[-1] >= 128:
             sys.exit(statuses[-1])
 
@@ -139,7 +139,7 @@ def through_hydra(command: str, run: Callable[..., int], words: Sequence[str]) -
         sys.argv = [f"experiments {command}", *_with_names(words)]
         start(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        return fail(settings.one_sentence(error), 2)
+        return fail(composition.one_sentence(error), 2)
     except ValueError as error:
         if statuses or not _is_of_hydra(error):
             raise

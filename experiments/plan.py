@@ -21,12 +21,13 @@ from dash_shampoo.planning import (
     plan_optimizer,
 )
 from experiments.builders import build, build_data, build_model, parameter_groups
+from experiments.composition import choice, optimizer_name
 from experiments.corpus import BYTE_VOCABULARY, DEFAULT_PIECES
 from experiments.fit import fit_table, fits
 from experiments.memory import ModelMemory, model_memory
 from experiments.model import count_parameters
 from experiments.plan_report import plan_record, plan_text, sweep_record, sweep_text
-from experiments.settings import Precision, SettingsError, choice, optimizer_name, require
+from experiments.settings import Precision, SettingsError, require
 
 _LARGEST_SWEEP = 1024
 _PAPERS_VOCABULARY = 32_000

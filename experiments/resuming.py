@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from experiments import checkpoint
 from experiments.builders import optimizer_family
+from experiments.composition import plain
 from experiments.parallel import Process
 from experiments.runs import leaves
 from experiments.sampler import BatchSampler
-from experiments.settings import Resume, SettingsError, plain
+from experiments.settings import Resume, SettingsError
 
 # A continued run must agree in these, or the batches and the model would be other ones.
 _FIXED = (

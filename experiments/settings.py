@@ -4,9 +4,7 @@ The classes below are what Hydra checks every word of the command line against. 
 (``optimizer``, ``model``, ...) are filled from the YAML files of ``configs/``.
 """
 
-import difflib
 import inspect
-import re
 import textwrap
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,11 +13,10 @@ from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 import dash_shampoo
+from experiments.composition import choice, has_solver, overrides
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
@@ -300,79 +297,6 @@ def dtype_of(name: str | None, key: str) -> torch.dtype | None:
     """
     require(name is None or name in _DTYPES, key, name, f"one of {', '.join(_DTYPES)}, or null")
     return None if name is None else _DTYPES[name]
-
-
-def choice(group: str) -> str:
-    """Which file a group was read from, in the command that is running."""
-    return str(HydraConfig.get().runtime.choices[group])
-
-
-def optimizer_name(config: DictConfig) -> str:
-    """The optimizer, and the solver if it has one, in words.
-
-    Args:
-        config: The composed settings of the command that is running.
-
-    Returns:
-        Such as "dash with newton_db".
-    """
-    name = choice("optimizer")
-    return f"{name} with {choice('solver')}" if has_solver(config) else name
-
-
-def has_solver(config: DictConfig) -> bool:
-    """Whether the optimizer makes use of the group ``solver``.
-
-    Args:
-        config: The composed settings.
-
-    Returns:
-        True if it refers to it.
-    """
-    return "${solver." in str(plain(config)["optimizer"])
-
-
-def overrides() -> list[str]:
-    """The settings of the command line, of the command that is running."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """A configuration as nested dicts and lists of plain values, for checkpoints and reports.
-
-    Args:
-        config: Any configuration. Interpolations stay as they are written, since their values
-            (dtypes, enums) may not be plain.
-
-    Returns:
-        The dict.
-    """
-    container = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def one_sentence(error: Exception) -> str:
-    """What an error of Hydra or OmegaConf says, without its traces of the machinery.
-
-    Args:
-        error: The error.
-
-    Returns:
-        One line, with the nearest name that exists where a name does not.
-    """
-    if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is not of the form key=value, or its value is malformed."
-    causes = [error] if error.__cause__ is None else [error, error.__cause__]
-    text = "\n".join(str(cause).partition("Config search path")[0] for cause in causes)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    lines = [x for x in lines if not x.startswith(("full_key:", "object_type=", "See https:"))]
-    parent, key = (getattr(causes[-1], name, None) for name in ("parent_node", "key"))
-    near = difflib.get_close_matches(str(key), [str(k) for k in parent or ()], n=3)
-    lines += [f"Did you mean {' or '.join(near)}?"] if near and key not in near else []
-    return re.sub(
-        r"(?<=[^.:?!;,]) (?=(To append|Key|Did|Value|Invalid|Available)\b)", ". ", " ".join(lines)
-    )
 
 
 def register() -> None:

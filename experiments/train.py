@@ -17,10 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
+from experiments.composition import choice, optimizer_name, overrides
 from experiments.main import fail
 from experiments.parallel import Process, process_group
 from experiments.runs import read_run
-from experiments.settings import Resume, SettingsError, choice, optimizer_name, overrides
+from experiments.settings import Resume, SettingsError
 from experiments.trainer import RunError, Trainer, TrainResult
 
 

@@ -22,13 +22,14 @@ from experiments.builders import (
     optimizer_family,
     parameter_groups,
 )
+from experiments.composition import plain
 from experiments.environment import environment, peak_flops
 from experiments.evaluation import Evaluator, block_records, failures
 from experiments.metrics import Stopwatch, peak_memory_mib
 from experiments.model import count_parameters, flops_per_token
 from experiments.parallel import Process, gradient_sync, parallelise
 from experiments.sampler import BatchSampler
-from experiments.settings import Precision, SettingsError, plain
+from experiments.settings import Precision, SettingsError
 from experiments.signals import StopRequest
 from experiments.sinks import RunLog, open_sinks
 from experiments.startup import averaged_model, check_disk, check_vocabulary, unwrapped

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import settings
+from experiments.composition import plain
 from experiments.main import COMMANDS, main
 from tests.experiments.composing import CONFIGS, composed, options
 
@@ -24,7 +25,7 @@ def test_each_option_of_each_group_composes(group):
     assert options(group)
     for name in options(group):
         command = "classify" if group == "images" else "train"
-        assert settings.plain(composed([f"{group}={name}"], command))["seed"] > 0
+        assert plain(composed([f"{group}={name}"], command))["seed"] > 0
 
 
 @pytest.mark.parametrize(
