@@ -20,7 +20,13 @@ from dash_shampoo.planning import (
     Parallelism,
     plan_optimizer,
 )
-from experiments.builders import build, build_data, build_model, parameter_groups
+from experiments.builders import (
+    build,
+    build_data,
+    build_model,
+    build_optimizer,
+    parameter_groups,
+)
 from experiments.composition import choice, optimizer_name
 from experiments.corpus import BYTE_VOCABULARY, DEFAULT_PIECES
 from experiments.fit import fit_table, fits
@@ -184,4 +190,6 @@ def _optimizer_arguments(config: DictConfig) -> dict[str, Any]:
         )
     if constructor.args:
         raise SettingsError("optimizer._args_ can't be planned: give arguments by name.")
+    # Its constructor checks them, with a parameter of any kind.
+    build_optimizer(config, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
     return dict(constructor.keywords)

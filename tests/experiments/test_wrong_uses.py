@@ -38,6 +38,8 @@ WRONG = {
     "train model.tie_embeddings=abc": "model.tie_embeddings=abc must be true or false",
     "train optimizer.use_bias_correction=abc": "optimizer.use_bias_correction=abc must be true or",
     "train peak_tflops=-1": "peak_tflops=-1.0 must be > 0 or null",
+    "plan optimizer.weight_decay_type=abc": "Invalid weight_decay_type='abc': must be one of",
+    "plan optimizer.lr=-1": "Invalid lr=-1",
     "study --tsaks x": "--tsaks",
 }
 
