@@ -7,11 +7,13 @@ reversed every round; given is the ratio of the processor's times, median of the
 """
 
 import argparse
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dash_shampoo as ds
 from benchmarks.cases import CASES, Case, make_gradients, make_parameters, set_gradients
 from benchmarks.peers import NEVER
+from benchmarks.step_time import processor
 
 
 class Unchecked(ds.DashShampoo):
@@ -74,6 +77,7 @@ def main(words: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--case", choices=list(CASES), default="146-of-64", help="parameters")
     parser.add_argument("--rounds", type=int, default=500, help="pairs of steps")
+    parser.add_argument("--output", type=Path, help="a file to which the result is added")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
     torch.empty(31 * 2**18)  # as in step_time.py
@@ -84,7 +88,23 @@ def main(words: Sequence[str]) -> str:
         f"with ÷ without checks {middle:.3f} [{low:.3f}, {high:.3f}]"
     )
     print(text)
+    if options.output:
+        is_new = not options.output.exists()
+        with options.output.open("a") as file:
+            file.write(_head(words) if is_new else "")
+            file.write(f"- {text}\n")
     return text
+
+
+def _head(words: Sequence[str]) -> str:
+    command = " ".join(["python benchmarks/checks.py", *words])
+    return (
+        "# What the checks before a step cost\n\n"
+        f"{date.today()}, {processor('cpu')}, 1 thread; dash_shampoo {ds.__version__}, torch "
+        f"{torch.__version__}, Python {platform.python_version()}; `{command}`, on each base. fp32, Adam "
+        "grafting, DefaultDashConfig. Medians of pairs of steps of one optimizer, with and without the "
+        "checks in turn, by the processor's time; in brackets the quartiles.\n\n"
+    )
 
 
 if __name__ == "__main__":

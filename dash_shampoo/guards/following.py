@@ -59,9 +59,17 @@ class FollowingShampoo(ReconstructibleShampoo):
                 with self._inside():
                     self._check_mode()
                     self._check_gradients()
-                    _BASE_STEP(self)
+                    self._step_of_base()
                 self._look_for_gradients()
         return loss
+
+    def _step_of_base(self) -> None:
+        try:
+            _BASE_STEP(self)
+        except RuntimeError:
+            # Other rows of the same memory (`p.data = p.data[:100]`) are noticed by their gradient.
+            self._check_shapes()
+            raise
 
     def _check_mode(self) -> None:
         # The base asks when the state has taken the gradients already.
@@ -92,9 +100,10 @@ class FollowingShampoo(ReconstructibleShampoo):
             raise
 
     def _look_for_gradients(self) -> None:
-        if self._has_warned or any(
-            any(lists[PREVIOUS_GRAD_SELECTOR] or ()) for lists in self._per_group_state_lists
-        ):
+        for state_lists in self._per_group_state_lists:
+            if any(state_lists[PREVIOUS_GRAD_SELECTOR] or ()):
+                return
+        if self._has_warned:
             return
         params = [param for cohort in self._cohorts for param in cohort.params]
         # A process may own no block of a parameter that has a gradient.
@@ -127,9 +136,9 @@ class FollowingShampoo(ReconstructibleShampoo):
         elif self._seen.have_moved():
             self._check_shapes()
             self._reconstruct(self._steps(), "Parameters lie in other memory")
-        if len(self.state) < sum(len(cohort.params) for cohort in self._cohorts):
+        present = self._seen.params
+        if len(self.state) < len(present):
             # Whoever empties the state wants to begin anew, as with torch's optimizers.
-            present = [param for cohort in self._cohorts for param in cohort.params]
             steps = self._steps()
             self._reconstruct(
                 {param: steps.get(param, 0) for param in present}, "State was removed"
@@ -191,7 +200,7 @@ class FollowingShampoo(ReconstructibleShampoo):
     def _follow_settings(self) -> bool:
         has_changed = False
         for index, (group, known) in enumerate(zip(self.param_groups, self._settings, strict=True)):
-            if not known.follow(group, f" of parameter group {index}"):
+            if not known.follow(group, index):
                 continue
             has_changed = True
             name = known.needs_rebuild(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -16,23 +17,29 @@ class SeenParameters:
     Args:
         groups: The user's parameter groups.
         params: The parameters that have state.
+
+    Attributes:
+        params: The same.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], params: Sequence[Tensor]) -> None:
-        self._ids = _ids(groups)
-        self._params = tuple(params)
+        self._members = tuple(tuple(group["params"]) for group in groups)
+        self.params = tuple(params)
         self._shapes = tuple(p.shape for p in params)
         self._has_dtensors = any(local(p) is not p for p in params)
         self._fingerprints = self._take()
 
     def _take(self) -> tuple[list[int], list[Any]]:
         # Another dtype, device or layout is other memory, or other strides. About 0.1 µs each.
-        params = [*map(local, self._params)] if self._has_dtensors else self._params
+        params = [*map(local, self.params)] if self._has_dtensors else self.params
         return [*map(Tensor.data_ptr, params)], [*map(Tensor.stride, params)]
 
     def have_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether other parameters are in the groups, or in another order."""
-        return _ids(groups) != self._ids
+        return len(groups) != len(self._members) or not all(
+            len(group["params"]) == len(members) and all(map(is_, group["params"], members))
+            for group, members in zip(groups, self._members, strict=True)
+        )
 
     def have_moved(self) -> bool:
         """Whether a parameter lies in other memory than its blocks."""
@@ -40,11 +47,7 @@ class SeenParameters:
 
     def reshaped(self) -> Tensor | None:
         """A parameter that has another shape than its state, or None."""
-        for param, shape in zip(self._params, self._shapes, strict=True):
+        for param, shape in zip(self.params, self._shapes, strict=True):
             if param.shape != shape:
                 return param
         return None
-
-
-def _ids(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    return [list(map(id, group["params"])) for group in groups]

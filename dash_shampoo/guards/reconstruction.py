@@ -97,7 +97,7 @@ class ReconstructibleShampoo(DistributedShampoo):
             vars(self).update(outer)
 
     def _neutral(self) -> AbstractContextManager[None]:
-        return neutral({p.device.type for c in self._cohorts for p in c.params[:1]})
+        return neutral(lambda: {p.device.type for c in self._cohorts for p in c.params[:1]})
 
     def _construct(self, steps: Mapping[Tensor, int]) -> None:
         """Constructs the base from the groups as they are.

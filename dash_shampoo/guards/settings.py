@@ -23,8 +23,9 @@ STRUCTURE = (
 )
 _AVERAGING = "iterate_averaging_config"
 _FOLLOWS_BETA1 = -1.0
-_NAMES = tuple(name for name in OPTIONS if name != "lr")
-_values_of = itemgetter(*_NAMES)
+# All but the last are in every group.
+_NAMES = (*(name for name in OPTIONS if name != "lr"), ROW_PARTS)
+_values_of = itemgetter(*_NAMES[:-1])
 
 
 class GroupSettings:
@@ -37,15 +38,18 @@ class GroupSettings:
     def __init__(self, group: Mapping[str, Any]) -> None:
         self._follows_beta1 = group["beta3"] == _FOLLOWS_BETA1
         self._last_beta3 = group["beta3"]
-        self._built = self._known = _options(group)
+        self._last_lr: object = None
+        self._known = _options(group)
         self.first_beta1: float = group["betas"][0]
 
-    def follow(self, group: dict[str, Any], where: str) -> bool:
+    def follow(self, group: dict[str, Any], index: int) -> bool:
         """Takes notice of edits: resolves beta3 = -1, checks what is new.
+
+        Where nothing was edited this is two comparisons: it comes before every step.
 
         Args:
             group: The user's group.
-            where: For messages.
+            index: Its number, for messages.
 
         Returns:
             Whether something besides the learning rate is not as it was built.
@@ -54,18 +58,21 @@ class GroupSettings:
             TypeError: If an edited option has a wrong type.
             ValueError: If it is out of range.
         """
-        check_lr(group["lr"], where)
-        options = _options(group)
-        if options != self._known:
-            # Refreshing less often than before is no contradiction to a start that was given once.
-            start = group["start_preconditioning_step"]
-            is_edit = start == self._known["start_preconditioning_step"]
-            check_options(group, where, is_edit=is_edit)
-        beta3 = group["beta3"]
+        if group["lr"] is not self._last_lr:
+            check_lr(group["lr"], f" of parameter group {index}")
+            self._last_lr = group["lr"]
+        if _options(group) == self._known:
+            return False
+        # Refreshing less often than before is no contradiction to a start that was given once.
+        start = group["start_preconditioning_step"]
+        is_edit = start == self._before("start_preconditioning_step")
+        check_options(group, f" of parameter group {index}", is_edit=is_edit)
         self.resolve_beta3(group)
-        if group["beta3"] is not beta3:
-            options = _options(group)
-        return options != self._known
+        return _options(group) != self._known
+
+    def _before(self, name: str) -> Any:
+        """An option as the last step knew it."""
+        return self._known[_NAMES.index(name)]
 
     def resolve_beta3(self, group: dict[str, Any]) -> None:
         """beta3 = -1 means beta1, also where a scheduler cycles that; an explicit one stays.
@@ -90,7 +97,7 @@ class GroupSettings:
         """The settings of a state that was built for the group as it is; this object stays as it was."""
         result = copy.copy(self)
         result._last_beta3 = group["beta3"]
-        result._built = result._known = _options(group)
+        result._known = _options(group)
         return result
 
     def needs_rebuild(self, group: Mapping[str, Any]) -> str | None:
@@ -104,23 +111,22 @@ class GroupSettings:
                 f"betas[0] can't change from 0 to {group['betas'][0]}: there is no filtered gradient to "
                 "go on with. Construct the optimizer with betas[0] above 0."
             )
-        if type(self._built[_AVERAGING]) is not type(group[_AVERAGING]):
+        averaging = self._before(_AVERAGING)
+        if type(averaging) is not type(group[_AVERAGING]):
             raise ValueError(
-                f"{_AVERAGING} can't change from {self._built[_AVERAGING]} to {group[_AVERAGING]} after "
+                f"{_AVERAGING} can't change from {averaging} to {group[_AVERAGING]} after "
                 "construction: the state has no buffers for it. Construct a new optimizer."
             )
         for name in STRUCTURE:
-            then, now = self._built[name], group.get(name)
+            then, now = self._before(name), group.get(name)
             if now is not then and now != then:
                 return name
         return None
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in a group, without the learning rate, which changes at every step."""
-    options = dict(zip(_NAMES, _values_of(group), strict=True))
-    options[ROW_PARTS] = group.get(ROW_PARTS)
-    return options
+def _options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The options in a group, by `_NAMES`, without the learning rate, which changes at every step."""
+    return (*_values_of(group), group.get(ROW_PARTS))
 
 
 def apply_(state_lists: Mapping[str, Any], group: Mapping[str, Any]) -> None:

@@ -95,11 +95,11 @@ def test_what_was_set_is_restored():
         for name in ("autocast", "default dtype bf16", "default device", "matmul precision"):
             stack.enter_context(SURROUNDINGS[name]())
         strange = settings()
-        with neutral(["cpu"]):
+        with neutral(lambda: ["cpu"]):
             assert settings()[:6] == plain[:6]
             assert not torch.is_grad_enabled()
         assert settings() == strange
-        with pytest.raises(ZeroDivisionError), neutral(["cpu"]):
+        with pytest.raises(ZeroDivisionError), neutral(lambda: ["cpu"]):
             raise ZeroDivisionError
         assert settings() == strange
     assert settings() == plain

@@ -150,6 +150,40 @@ def test_another_shape_is_an_error(config):
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [lambda w: w[:1], lambda w: w[:12], lambda w: w.view(8, 16), lambda w: w.view(-1)],
+    ids=["a row", "rows", "other rows", "flat"],
+)
+def test_another_shape_of_the_same_memory_is_an_error(config, cut):
+    model = network()
+    optimizer = construct(model.named_parameters(), config)
+    train(model, optimizer, range(2))
+    before = [tensor.clone() for _, tensor in leaves(optimizer.state_dict()["state"])]
+    model.zero_grad()
+    model[0].weight.data = cut(model[0].weight.data)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    with pytest.raises(ValueError, match=r"'0.weight' has now the shape"):
+        optimizer.step()
+    after = [tensor for _, tensor in leaves(optimizer.state_dict()["state"])]
+    assert [*map(torch.equal, before, after)] == [True] * len(before)
+
+
+def test_other_strides_of_the_same_memory(config):
+    """Square and transposed in place: neither address nor shape tells."""
+    results = []
+    for is_copied in (False, True):
+        p = torch.nn.Parameter(torch.arange(64.0).view(4, 4, 4).square())
+        optimizer = construct([p], config)
+        for dims in ((0, 1), (1, 2), (0, 2)):
+            p.grad = p.detach().cos()
+            optimizer.step()
+            p.data = p.data.transpose(*dims)
+            p.data = p.data.clone() if is_copied else p.data
+        results.append(p.detach())
+    assert torch.equal(*results)
+
+
 def test_replaced_parameters_with_their_state(config):
     """What a tool does that wraps a model after the optimizer was built."""
     straight, model = network(), network()
