@@ -215,7 +215,7 @@ def solver_configs() -> dict[str, ds.RootInvConfig]:
         "newton_schulz": ds.NewtonSchulzRootInvConfig(),
         "chebyshev": ds.ChebyshevConfig(),
     }
-    for precision in ("auto", "fp32", *FUSED_PRECISIONS):
+    for precision in ("auto", *FUSED_PRECISIONS):
         configs[f"minimax {precision}"] = ds.MinimaxConfig(
             relative_epsilon=1e-4,
             num_squarings=5,

@@ -11,6 +11,7 @@ Nothing is tuned while training.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import json
@@ -24,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dash_shampoo.inverse_root import eigh_device
-from dash_shampoo.products import fused
+from dash_shampoo.products import Products, fused
 
 SIZES = (32, 64, 128, 256, 512, 1024, 2048)
 # About as many bytes for every size, but at least some blocks.
@@ -35,9 +36,10 @@ CANDIDATES = [
     for tile, step, num_warps, num_stages in [
         *itertools.product((32,), (32,), (2, 4), (2, 3)),
         *itertools.product((64,), (16, 32, 64), (4,), (2, 3, 4)),
-        *itertools.product((128,), (16, 32), (8,), (2, 3, 4)),
+        *itertools.product((128,), (8, 16, 32), (8,), (2, 3, 4)),
     ]
 ]
+TORCH = fused.Tiles(0, 0, 0, 0, 0)
 
 
 def milliseconds(call: Callable[[], object], repeats: int = 10) -> float:
@@ -54,23 +56,34 @@ def milliseconds(call: Callable[[], object], repeats: int = 10) -> float:
     return statistics.median(times)
 
 
-def fastest_tiles(precision: str, size: int) -> fused.Tiles | None:
-    """The candidate that squares a stack of a size in the least time; None where none runs."""
+def fastest(
+    launch: Callable[[fused.Tiles], object], reference: Callable[[], object], name: str
+) -> fused.Tiles:
+    """The candidate that is launched in the least time; `TORCH` where torch's products take less."""
+    times = {TORCH: milliseconds(reference)}
+    for tiles in CANDIDATES:
+        try:
+            times[tiles] = milliseconds(lambda tiles=tiles: launch(tiles))  # type: ignore[misc]
+        except Exception as error:  # more shared memory than there is
+            print(f"{name} {tiles}: {type(error).__name__}")
+    return min(times, key=lambda tiles: times[tiles])
+
+
+def square_tiles(precision: Any, size: int) -> fused.Tiles:
+    """The tiles that square a stack of a size in the least time."""
     from dash_shampoo.products import kernels
 
     S = torch.eye(size, device="cuda").expand(max(1, ELEMENTS // size**2), -1, -1).contiguous()
-    out, times = torch.zeros_like(S), {}
-    for tiles in CANDIDATES:
-        operands = (out, S, out, None, None, precision, 0.5, 0.5, 0.1)
+    out, M = torch.zeros_like(S), S.clone()
 
-        def square(tiles: fused.Tiles = tiles, operands: Any = operands) -> None:
-            fused.launch_square(kernels.symmetric_square, tiles, *operands)
+    def launch(tiles: fused.Tiles) -> None:
+        operands = (out, S, M, None, None, precision, 0.5, 0.5, 0.1)
+        fused.launch_square(kernels.symmetric_square, tiles, *operands)
 
-        try:
-            times[tiles] = milliseconds(square)
-        except Exception as error:  # more shared memory than there is
-            print(f"{precision} {size} {tiles}: {type(error).__name__}")
-    return min(times, key=lambda tiles: times[tiles]) if times else None
+    def reference() -> None:
+        Products(precision)._reference_square(S, out, 0.5, M, 0.5, 0.1, None)
+
+    return fastest(launch, reference, f"square {precision} {size}")
 
 
 def merged(rows: Sequence[tuple[int, tuple[Any, ...]]]) -> list[list[Any]]:
@@ -89,14 +102,8 @@ def tune_squares() -> dict[str, list[list[Any]]]:
     """The tiles of every precision on this device."""
     table = {}
     for precision in fused.FUSED_PRECISIONS:
-        best = [(size, fastest_tiles(precision, size)) for size in SIZES]
-        table[precision] = merged(
-            [
-                (size, (tiles.tile, tiles.step, tiles.num_warps, tiles.num_stages))
-                for size, tiles in best
-                if tiles is not None
-            ]
-        )
+        best = [(size, square_tiles(precision, size)) for size in SIZES]
+        table[precision] = merged([(size, dataclasses.astuple(tiles)[1:]) for size, tiles in best])
     return table
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 TABLE = Path(__file__).with_name("tiles.json")
 """Tiles by device and precision; `tools/tune.py` measures and writes it."""
 
-FUSED_PRECISIONS = ("fp16x3", "tf32", "fp16", "bf16")
+FUSED_PRECISIONS = ("fp32", "fp16x3", "tf32", "fp16", "bf16")
 # Tensor cores for TF32 and bf16 came with it.
 _LEAST_CAPABILITY = (8, 0)
 # Places in a matrix are counted in 32 bits.
@@ -38,7 +38,7 @@ class Tiles:
 
     Attributes:
         max_size (int): The largest N that it is for; 0 for any.
-        tile (int): Rows and columns of a tile of the result.
+        tile (int): Rows and columns of a tile of the result; 0 where torch's products are faster.
         step (int): Columns of the operands that are multiplied at a time.
         num_warps (int): Warps of a program.
         num_stages (int): Steps that are in flight.
@@ -89,21 +89,28 @@ def find_tiles(capability: tuple[int, int], precision: str, size: int) -> Tiles:
 def can_use_fused(S: Tensor, precision: str) -> bool:
     """Whether the fused kernel squares a stack: on CUDA from compute capability 8.0, where Triton is.
 
+    In "fp32", which has no tensor cores, it saves the copies of addends and half of the multiplications: it
+    pays as long as it multiplies half as fast as cuBLAS. The table says where torch's products serve.
+
     Args:
         S: (B, N, N) stack.
         precision: Precision of the operands.
 
     Returns:
-        False also for "fp32", which has no tensor cores, and for stacks that are not contiguous float32.
+        False also for stacks that are not contiguous float32, and where the table has torch's products.
     """
-    return (
+    if not (
         precision in FUSED_PRECISIONS
         and S.is_cuda
         and S.dtype == torch.float32
         and S.is_contiguous()
         and S.shape[-1] <= _MAX_SIZE
         and _has_triton()
-        and torch.cuda.get_device_capability(S.device) >= _LEAST_CAPABILITY
+    ):
+        return False
+    capability = torch.cuda.get_device_capability(S.device)
+    return (
+        capability >= _LEAST_CAPABILITY and find_tiles(capability, precision, S.shape[-1]).tile > 0
     )
 
 

@@ -43,6 +43,8 @@ def add_product(total, cross, a, b, PRECISION: tl.constexpr):
         total = tl.dot(a_high, tl.trans(b_high), total)
         cross = tl.dot(a_high, tl.trans(b_low), cross)
         cross = tl.dot(a_low, tl.trans(b_high), cross)
+    elif PRECISION == "fp32":
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
     else:
         a, b = rounded_operand(a, PRECISION), rounded_operand(b, PRECISION)
         total = tl.dot(a, tl.trans(b), total, input_precision="tf32")
@@ -109,9 +111,9 @@ def symmetric_square(
 ):
     """Out = scale·(alpha·T² + Σ beta·addend + shift·I) by one triangle of tiles, each stored twice.
 
-    T = f·(S + offset·I). Unless split, an operand has the mean m of S's diagonal taken out before it is
-    rounded: T = D + μI with D = f·(S - mI) and μ = f·(m + offset), and T² = D² + 2μD + μ²I is put together
-    here. Split operands have m = 0.
+    T = f·(S + offset·I). An operand that is rounded, not split, has the mean m of S's diagonal taken out
+    before: T = D + μI with D = f·(S - mI) and μ = f·(m + offset), and T² = D² + 2μD + μ²I is put together
+    here. The others have m = 0.
     """
     program = tl.program_id(0)
     block = (program // tiles_per_matrix).to(tl.int64)
@@ -122,8 +124,9 @@ def symmetric_square(
     inner = tl.arange(0, STEP)
     is_row, is_column = rows[:, None] < size, columns[:, None] < size
 
+    IS_CENTRED: tl.constexpr = PRECISION != "fp16x3" and PRECISION != "fp32"
     mean = 0.0
-    if PRECISION != "fp16x3":
+    if IS_CENTRED:
         mean = mean_of_diagonal(S, size, TILE)
     factor = tl.load(factors + block, mask=has_factors != 0, other=1.0)
 
@@ -134,7 +137,7 @@ def symmetric_square(
         is_inner = k[None, :] < size
         a = tl.load(S + rows[:, None] * size + k[None, :], mask=is_row & is_inner, other=0.0)
         b = tl.load(S + columns[:, None] * size + k[None, :], mask=is_column & is_inner, other=0.0)
-        if PRECISION != "fp16x3":
+        if IS_CENTRED:
             a = tl.where(rows[:, None] == k[None, :], a - mean, a)
             b = tl.where(columns[:, None] == k[None, :], b - mean, b)
         total, cross = add_product(total, cross, a * factor, b * factor, PRECISION)

@@ -116,7 +116,7 @@ class Products:
     ) -> Tensor:
         """scale·(alpha·T² + beta·addend + shift·I) of symmetric blocks, T = f·(S + offset·I).
 
-        Where `can_use_fused` says so, on CUDA and below fp32, it is one kernel. Elsewhere T is made first,
+        Where `can_use_fused` says so, on CUDA, it is one kernel. Elsewhere T is made first,
         a square in fp32 is one pass, and a large one on the CPU is computed as one triangle. In "tf32",
         "fp16" and "bf16" the mean μ of the diagonal is taken out before rounding, S = μI + D, and
         S² = D² + 2μS - μ²I is put together in fp32: near a multiple of the identity, rounding then

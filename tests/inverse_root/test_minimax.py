@@ -331,7 +331,7 @@ def test_of_2400_random_stacks_no_wrong_root_is_accepted():
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="the fused square needs triton")
-@pytest.mark.parametrize("precision", ["fp16x3", "tf32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16x3", "tf32", "fp16", "bf16"])
 def test_passes_beside_fused_products_on_an_accelerator(precision):
     A = torch.eye(64).expand(4, 64, 64).contiguous()
     config = ds.MinimaxConfig(relative_epsilon=1e-4, num_squarings=5, matmul_precision=precision)

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from dash_shampoo.products import Products, count_products
+from benchmarks.device_counts import DeviceCounts
+from dash_shampoo.products import Products, count_products, fused
 from dash_shampoo.products.fused import (
     FUSED_PRECISIONS,
     can_use_fused,
@@ -68,7 +70,7 @@ def test_the_kernel_is_as_accurate_as_the_reference(interpreted, precision, kind
 
 
 def test_the_error_is_that_of_the_precision(interpreted):
-    bounds = {"fp16x3": 5e-7, "tf32": 5e-4, "fp16": 5e-4, "bf16": 4e-3}
+    bounds = {"fp32": 5e-7, "fp16x3": 5e-7, "tf32": 5e-4, "fp16": 5e-4, "bf16": 4e-3}
     for key, case in interpreted.items():
         assert case["error"] <= bounds[key.split()[0]], (key, case)
         if "bf16" in key:
@@ -92,13 +94,20 @@ def test_the_table_is_whole():
 
 
 @pytest.mark.parametrize(("device", "precision", "tiles"), CONFIGURATIONS)
-def test_a_kernel_compiles_to_tensor_cores_without_spills(device, precision, tiles, tmp_path):
+def test_a_kernel_compiles_to_the_units_of_its_precision_without_spills(
+    device, precision, tiles, tmp_path
+):
     pytest.importorskip("triton", reason="the kernels need triton")
     from tests.products.compiling import compile_square, resources
 
     compiled = compile_square(device, precision, tiles)
-    pattern = TENSOR_CORES[device] if tiles.tile >= LEAST_TILE else SMALL_TENSOR_CORES
-    assert re.search(pattern, compiled.asm["ptx"]), "no tensor cores"
+    if precision == "fp32":
+        used = "|".join((SMALL_TENSOR_CORES, *TENSOR_CORES.values()))
+        assert not re.search(used, compiled.asm["ptx"]), "they round to TF32"
+        assert len(re.findall(r"\bfma\.rn\.f32", compiled.asm["ptx"])) > tiles.step
+    else:
+        pattern = TENSOR_CORES[device] if tiles.tile >= LEAST_TILE else SMALL_TENSOR_CORES
+        assert re.search(pattern, compiled.asm["ptx"]), "no tensor cores"
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0, f"registers are spilled: {used}"
     assert compiled.metadata.shared <= SHARED_MEMORY[device]
@@ -107,6 +116,19 @@ def test_a_kernel_compiles_to_tensor_cores_without_spills(device, precision, til
 def test_the_predicate():
     S = torch.eye(8).expand(2, 8, 8).contiguous()
     assert not can_use_fused(S, "fp16"), "it is on the CPU"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton")
+def test_a_row_of_the_table_can_leave_a_size_to_torch(monkeypatch):
+    rows = [fused.Tiles(64, 0, 0, 0, 0), fused.Tiles(0, 64, 16, 4, 3)]
+    monkeypatch.setitem(tile_table()["sm_90"], "fp32", rows)
+    find_tiles.cache_clear()
+    small, large = torch.eye(64)[None].clone(), torch.eye(65)[None].clone()
+    with DeviceCounts({}, default="outside") as device:
+        device.place([small, large])
+        assert (can_use_fused(small, "fp32"), can_use_fused(large, "fp32")) == (False, True)
+        assert can_use_fused(small, "fp16")
+    find_tiles.cache_clear()
 
 
 def test_tiles_of_a_device_that_is_not_in_the_table():
