@@ -104,9 +104,10 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
         from (preconditioner, grafting, blocking, distribution) stays the constructor's. Blocks that
         other ranks own may be in it.
 
-        Under `fully_shard` blocks are cut from the rows of each rank. A consolidated state fits another
-        number of ranks, or one process, where every block of there is a block of here: where the shards
-        of both are multiples of `max_preconditioner_dim` rows, for instance.
+        Under `fully_shard`, with replicas (HSDP) or without, blocks are cut from the rows of each shard.
+        A consolidated state fits another number of shards, or one process, where every block of there
+        is a block of here: where the shards of both are multiples of `max_preconditioner_dim` rows, for
+        instance. How many replicas there are does not matter.
 
         Args:
             state_dict: As returned by `state_dict()`.

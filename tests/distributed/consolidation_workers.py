@@ -137,11 +137,17 @@ class Sharded(torch.nn.Module):
         self.odd = torch.nn.Linear(16, 12, bias=False) if with_odd else None
 
 
-def build_sharded(with_odd=False):
+def build_sharded(shape, with_odd):
+    """Under `fully_shard` on a mesh of this shape, with replicas where it has two dimensions; plain on ()."""
     torch.manual_seed(0)
     model = Sharded(with_odd)
-    if dist.is_initialized():
-        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    config = ds.SingleDeviceDistributedConfig()
+    if shape:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("r", "s")[-len(shape) :])
+        fully_shard(model, mesh=mesh)
+        config = ds.FullyShardDistributedConfig()
+        if len(shape) == 2:
+            config = ds.HybridShardDistributedConfig(device_mesh=mesh)
     optimizer = ds.DashShampoo(
         model.named_parameters(),
         lr=0.05,
@@ -150,9 +156,7 @@ def build_sharded(with_odd=False):
         max_preconditioner_dim=4,
         precondition_frequency=2,
         grafting_config=ds.AdamPreconditionerConfig(),
-        distributed_config=ds.FullyShardDistributedConfig()
-        if dist.is_initialized()
-        else ds.SingleDeviceDistributedConfig(),
+        distributed_config=config,
     )
     return model, optimizer
 
@@ -187,9 +191,9 @@ def whole(model):
     }
 
 
-def saved_in_shards(rank, path, with_odd):
+def saved_in_shards(rank, path, shape, with_odd):
     """Three steps, the whole state saved by rank 0, three more."""
-    model, optimizer = build_sharded(with_odd)
+    model, optimizer = build_sharded(shape, with_odd)
     weights = train_sharded(model, optimizer, 0, 3)
     optimizer.consolidate_state_dict()
     state = optimizer.state_dict()
@@ -198,10 +202,10 @@ def saved_in_shards(rank, path, with_odd):
     return train_sharded(model, optimizer, 3, 6)
 
 
-def loaded_in_shards(rank, path, with_odd):
+def loaded_in_shards(rank, path, shape, with_odd):
     """What was said to the state of another number of ranks, and three steps more."""
     del rank
-    model, optimizer = build_sharded(with_odd)
+    model, optimizer = build_sharded(shape, with_odd)
     saved = torch.load(path, weights_only=True)
     train_sharded(model, optimizer, 6, 7)  # some other state, which a refusal must leave alone
     before = [value.clone() for value in map(local, leaves(optimizer.state_dict()["state"]))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -78,7 +80,15 @@ def test_a_partial_state_is_refused_with_what_happened(kind, why, tmp_path):
         assert f"holds the blocks of rank {rank} alone" in warnings[0]
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 1), (2, 4), (4, 2), (2, 0), (0, 2)])
+# Shapes of meshes: how many shards, or how many replicas of how many shards; () is one plain process.
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"),
+    [
+        *(((2,), (1,)), ((2,), (4,)), ((4,), (2,)), ((2,), ()), ((), (2,))),
+        *(((2, 2), (2, 1)), ((2, 2), (1, 2)), ((2, 2), (4,)), ((2, 2), ())),
+        ((2, 1), (2, 2)),
+    ],
+)
 def test_blocks_that_coincide_are_loaded_on_another_number_of_ranks(saved_by, loaded_by, tmp_path):
     path = str(tmp_path / "checkpoint.pt")
     expected = _run(saved_by, workers.saved_in_shards, tmp_path / "saving", path, False)[0]
@@ -90,7 +100,13 @@ def test_blocks_that_coincide_are_loaded_on_another_number_of_ranks(saved_by, lo
             torch.testing.assert_close(result["params"][name], param, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 4), (4, 2), (2, 0)])
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"),
+    [
+        *(((2,), (4,)), ((4,), (2,)), ((2,), ())),
+        *(((2, 2), (4,)), ((2, 1), (2, 2))),
+    ],
+)
 def test_blocks_that_differ_are_refused_before_harm_on_all_ranks(saved_by, loaded_by, tmp_path):
     path = str(tmp_path / "checkpoint.pt")
     _run(saved_by, workers.saved_in_shards, tmp_path / "saving", path, True)
@@ -102,7 +118,8 @@ def test_blocks_that_differ_are_refused_before_harm_on_all_ranks(saved_by, loade
         assert result["unchanged"]
 
 
-def _run(size, worker, directory, *args):
-    """In so many processes; 0 means without `fully_shard`, here."""
+def _run(shape, worker, directory, path, with_odd):
+    """On a mesh of this shape; () means without `fully_shard`, here."""
     directory.mkdir()
-    return run(size, worker, directory, *args) if size else [worker(0, *args)]
+    args = (path, shape, with_odd)
+    return run(math.prod(shape), worker, directory, *args) if shape else [worker(0, *args)]
