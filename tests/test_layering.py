@@ -23,8 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "products": set(),
     "inverse_root": {"base", "products"},
     "config": {"base", "inverse_root"},
-    "eigenbasis": {"base", "inverse_root"},
-    "orthogonalization": {"base", "inverse_root"},
+    "eigenbasis": {"base", "inverse_root", "products"},
+    "orthogonalization": {"base", "inverse_root", "products"},
     "safety": {"base", "config", "inverse_root"},
     "gradients": {"base", "buckets", "config", "safety"},
     "preconditioners": {
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "eigenbasis",
         "inverse_root",
         "orthogonalization",
+        "products",
         "safety",
     },
     "step": {"base", "buckets", "config", "gradients", "preconditioners", "safety"},

@@ -30,6 +30,7 @@ from dash_shampoo.eigenbasis.result import EigenbasisResult, can_look
 from dash_shampoo.inverse_root import InverseRootStatus
 from dash_shampoo.inverse_root.blocks import damped
 from dash_shampoo.inverse_root.chunks import map_chunks, plan_chunks
+from dash_shampoo.products import exact_products
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,10 @@ def _solve(
         clean = torch.where(is_finite[:, None, None], A, identity)
     clean = damped(clean.contiguous(), damping)
     can_autocast = torch.amp.is_autocast_available(device_type)
-    with torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():
+    with (
+        torch.autocast(device_type, enabled=False) if can_autocast else nullcontext(),
+        exact_products(A.device, A.shape[-1] ** 3),
+    ):
         result = method.function(clean, Q, config)
         if looks and method.follows:
             result = _decompose_the_lost(result, clean, Q)

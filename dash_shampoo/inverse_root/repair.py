@@ -96,7 +96,7 @@ def _by_eigenvalues(A: Tensor, root: Fraction, damping: Tensor) -> InverseRootRe
     """(max(λ, 0) + damping)^(-1/p) by the eigendecomposition; FAILED where that does not converge."""
     L_BN, V_BNN, failed = decompose(A, EigenConfig())
     f_BN = power(L_BN.clamp_min(0.0) + damping[:, None], -1.0 / root)
-    with exact_products():
+    with exact_products(A.device):
         value = (V_BNN * f_BN[:, :, None]).mT @ V_BNN
     status = torch.zeros(A.shape[:1], dtype=torch.uint8, device=A.device)
     status[~value.isfinite().flatten(1).all(dim=1)] = int(InverseRootStatus.NON_FINITE_RESULT)

@@ -160,7 +160,7 @@ def _over_chunks(
     with (
         torch.no_grad(),
         torch.autocast(device.type, enabled=False) if can_autocast else contextlib.nullcontext(),
-        exact_products(),
+        exact_products(device, size**3),
     ):
         outcomes = map_chunks(solve, chunks)
     return StackOutcome.joined(outcomes)

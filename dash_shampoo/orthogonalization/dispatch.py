@@ -19,6 +19,7 @@ from dash_shampoo.orthogonalization.gram import GramOrthogonalizationConfig, gra
 from dash_shampoo.orthogonalization.minimax_polar import MinimaxPolarConfig, minimax_polar
 from dash_shampoo.orthogonalization.newton_schulz import newton_schulz
 from dash_shampoo.orthogonalization.svd import svd
+from dash_shampoo.products import exact_products
 
 _METHODS: dict[type[OrthogonalizationConfig], Callable[[Tensor, Any], Tensor]] = {
     SVDOrthogonalizationConfig: svd,
@@ -91,7 +92,10 @@ def orthogonalize(G: Tensor, config: OrthogonalizationConfig) -> Tensor:
     if not is_clean:
         clean = torch.where(is_finite[:, None, None], clean, 0.0)
     can_autocast = torch.amp.is_autocast_available(device_type)
-    with torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():
+    with (
+        torch.autocast(device_type, enabled=False) if can_autocast else nullcontext(),
+        exact_products(G.device, min(G.shape[1:]) ** 3),
+    ):
         result = method(clean, config)
     if scale != 1.0:
         result = result * scale

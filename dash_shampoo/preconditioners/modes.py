@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from dash_shampoo.products import exact_products
+
 
 def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
     """G ×_k X_k over some dimensions k of a piece.
@@ -25,12 +27,16 @@ def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) ->
     """
     result = blocks
     shape = list(blocks.shape)
-    for dimension, size in enumerate(blocks.shape[1:]):
-        # (K, d_k, rest) → (K, rest, d_k)
-        front = result.reshape(shape[0], size, math.prod(result.shape[1:]) // max(size, 1)).mT
-        matrix = matrices.get(dimension)
-        result = front if matrix is None else torch.bmm(front.to(dtype), matrix)
-        shape[dimension + 1] = result.shape[-1]
+    numel = math.prod(shape[1:])
+    with exact_products(
+        blocks.device, numel * min((X.shape[-1] for X in matrices.values()), default=0)
+    ):
+        for dimension, size in enumerate(blocks.shape[1:]):
+            # (K, d_k, rest) → (K, rest, d_k)
+            front = result.reshape(shape[0], size, math.prod(result.shape[1:]) // max(size, 1)).mT
+            matrix = matrices.get(dimension)
+            result = front if matrix is None else torch.bmm(front.to(dtype), matrix)
+            shape[dimension + 1] = result.shape[-1]
     return result.reshape(shape)
 
 

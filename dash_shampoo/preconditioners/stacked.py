@@ -29,6 +29,7 @@ from dash_shampoo.preconditioners.modes import unfold
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.preconditioners.refresh import RefreshedList
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS, LIST_SEAMS
+from dash_shampoo.products import exact_products
 from dash_shampoo.safety import FailureLedger, is_asynchronous
 
 if TYPE_CHECKING:
@@ -319,10 +320,12 @@ class StackedPreconditionerList(RefreshedList, _ShampooList):
                 rows = piece.factor_rows(factor)
                 stack = self._factors[factor.stack]
                 weight = self._weighting_factor / (unfolded.shape[-1] if is_normalized else 1)
-                for part in (
-                    self._chunks(unfolded) if stack.packed else (slice(0, unfolded.shape[0]),)
-                ):
-                    stack.accumulate_outer_(subset(rows, part), unfolded[part], self._beta2, weight)
+                count, size, length = unfolded.shape
+                with exact_products(unfolded.device, size * size * length):
+                    for part in self._chunks(unfolded) if stack.packed else (slice(0, count),):
+                        stack.accumulate_outer_(
+                            subset(rows, part), unfolded[part], self._beta2, weight
+                        )
 
     def _chunks(self, unfolded: Tensor) -> tuple[slice, ...]:
         """Rows in chunks that keep what a packed stack needs, products and triangles, under the cap."""

@@ -18,9 +18,11 @@ from dash_shampoo.inverse_root import (
     inverse_root,
 )
 from dash_shampoo.inverse_root.blocks import minus_multiple
+from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.products import (
     Products,
     count_products,
+    exact_products,
     is_tf32_allowed,
     multiple_of_identity,
     precision,
@@ -241,6 +243,75 @@ def test_the_program_s_precision_of_products_has_no_say(setting: str) -> None:
     for one, other in zip(expected, found, strict=True):
         assert torch.equal(one.value, other.value)
         assert torch.equal(one.residual.nan_to_num(7.0), other.residual.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("setting", ["highest", "medium", "high"])
+@pytest.mark.parametrize("size", [0, 2**20])
+def test_products_on_the_cpu_are_exact_by_either_library(setting: str, size: int) -> None:
+    A = torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    expected = A.double() @ A.double()
+    matmul = torch.backends.mkldnn.matmul
+    try:
+        torch.set_float32_matmul_precision(setting)
+        before = matmul.fp32_precision
+        with exact_products(A.device, size):
+            error = (A @ A - expected).norm() / expected.norm()
+            within = matmul.fp32_precision
+        assert error < 1e-6
+        assert matmul.fp32_precision == before
+        assert torch.get_float32_matmul_precision() == setting
+        is_fast = size > 0 and precision._FASTEST_EXACT == "bf16"
+        assert within in (("bf16",) if is_fast else ("ieee", "none"))
+        with exact_products(torch.device("cuda"), size):
+            assert matmul.fp32_precision == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "error", "setting"),
+    [
+        ("AuthenticAMD", "AVX512", 1e-7, "bf16"),
+        ("AuthenticAMD", "AVX512", 2e-3, "ieee"),  # operands are rounded to bf16
+        ("AuthenticAMD", "AVX512", math.nan, "ieee"),
+        ("AuthenticAMD", "AVX2", 1e-7, "ieee"),
+        ("GenuineIntel", "AVX512", 1e-7, "ieee"),
+    ],
+)
+def test_onednn_multiplies_where_it_is_faster_and_exact(
+    monkeypatch, vendor: str, capability: str, error: float, setting: str
+) -> None:
+    monkeypatch.setattr(precision, "_is_from_amd", lambda: vendor == "AuthenticAMD")
+    monkeypatch.setattr(precision, "_product_error", lambda size: error)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    assert precision._fastest_exact_setting() == setting
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (15, 15), (16, 16), (33, 20), (64, 1)])
+@pytest.mark.parametrize("setting", ["ieee", "bf16"])
+def test_no_block_s_products_depend_on_how_many_blocks_there_are(
+    monkeypatch, shape: tuple[int, int], setting: str
+) -> None:
+    monkeypatch.setattr(precision, "_FASTEST_EXACT", setting)
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(9, *shape, generator=generator)
+    L, R = (torch.randn(9, n, n, generator=generator) for n in shape)
+    together = contract(G, {0: L, 1: R}, torch.float32)
+    F = torch.randn(9, shape[0], shape[0], generator=generator)
+
+    def update(rows: slice) -> torch.Tensor:
+        with exact_products(F.device, shape[0] ** 2 * shape[1]):
+            return torch.baddbmm(F[rows], G[rows], G[rows].mT, beta=0.9, alpha=0.1)
+
+    all_factors = update(slice(0, 9))
+    for rows in (slice(0, 1), slice(1, 3), slice(3, 9)):
+        alone = contract(G[rows].clone(), {0: L[rows], 1: R[rows]}, torch.float32)
+        assert torch.equal(alone, together[rows])
+        if shape[1] > 1:  # MKL's sums with an addend depend on it for a column
+            assert torch.equal(update(rows), all_factors[rows])
 
 
 @pytest.mark.parametrize("is_allowed", [False, True])
