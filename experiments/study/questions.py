@@ -93,12 +93,15 @@ def truncated(exponent: float, cutoff: float) -> ds.RootInvShampooPreconditioner
     return root(ds.EigenConfig(rank_deficient_stability_config=pseudo), exponent)
 
 
-def _base(config: ds.PreconditionerConfig, lr: float, grafts: bool = True) -> Shampoo:
+def _base(
+    config: ds.PreconditionerConfig, lr: float, grafts: bool = True, frequency: int = 1
+) -> Shampoo:
     """As people use the base: everything by Shampoo, block by block."""
     return Shampoo(
         config,
         lr=lr,
         grafts=grafts,
+        frequency=frequency,
         routing="all",
         stacked=False,
         epsilon=1e-10 if grafts else 1e-8,
@@ -145,6 +148,8 @@ QUESTIONS = {
             "SOAP (pytorch_optimizer), every 10": PackageSOAP(frequency=10),
             "Distributed Shampoo, eigen": _base(_EXACT, 0.008),
             "Distributed Shampoo, SOAP": _base(_BASE_SOAP, 0.004, grafts=False),
+            "Distributed Shampoo, eigen, every 10": _base(_EXACT, 0.008, frequency=10),
+            "Distributed Shampoo, SOAP, every 10": _base(_BASE_SOAP, 0.004, False, 10),
             "DashShampoo, 9 squares, everything": Shampoo(squares(9), routing="all"),
             "DashShampoo, 5 squares, everything": Shampoo(squares(5), routing="all"),
             "DashShampoo, 5 squares, hidden matrices": Shampoo(squares(5)),
