@@ -49,7 +49,7 @@ _FREE = {
 }
 _FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_", "mv", "dot"}
-_PRODUCTS |= {"symmetric_square_"}
+_PRODUCTS |= {"symmetric_square_", "accumulate_outer_", "two_sided_"}
 # Functional forms that copy first, unless they write to what they read, and a matrix that is filled with
 # zeros first.
 _TWO_KERNELS = {"masked_fill", "baddbmm", "addmm", "eye", "index_copy", "index_put", "index_add"}

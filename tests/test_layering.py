@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # "experiments" all that lies in that folder beside the package.
 MAY_IMPORT: dict[str, set[str]] = {
     "base": set(),
-    "buckets": {"base"},
+    "buckets": {"base", "products"},
     "products": set(),
     "inverse_root": {"base", "products"},
     "config": {"base", "inverse_root"},

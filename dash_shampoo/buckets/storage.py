@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dash_shampoo.base import pack, packed_diagonal, unpack
 from dash_shampoo.buckets.layout import Rows
+from dash_shampoo.products import accumulate_outer_, can_use_outer
 
 
 def stack_(tensors: Sequence[Tensor]) -> Tensor:
@@ -107,19 +108,22 @@ class MatrixStack:
             self.write_(rows, torch.where(chosen, matrices, self.read(rows)))
 
     def accumulate_outer_(self, rows: slice, unfolded: Tensor, decay: float, weight: float) -> None:
-        """F ← decay·F + weight·U Uᵀ, taken in the stack's dtype.
+        """F ← decay·F + weight·U Uᵀ, taken in the stack's dtype; by one kernel where `can_use_outer` says so.
 
         In a lower one, rounded before they are summed, outer products make factor matrices indefinite
         by 1e-4·λ_max, and then no root is right.
 
         Args:
             rows: K rows.
-            unfolded: U, (K, N, M), of any dtype.
+            unfolded: U, (K, N, M) or (K, N, M₁, M₂) with M = M₁·M₂ columns, of any dtype.
             decay: Factor of the old value.
             weight: Factor of U Uᵀ.
         """
         stored = self.data[rows]
-        operand = unfolded.to(stored.dtype)
+        if can_use_outer(stored, unfolded):
+            accumulate_outer_(stored, unfolded, decay, weight)
+            return
+        operand = unfolded.flatten(2).to(stored.dtype)
         if self.packed:
             if decay != 1.0:
                 stored.mul_(decay)

@@ -7,14 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from dash_shampoo.products import exact_products
+from dash_shampoo.products import can_use_two_sided, exact_products, two_sided
 
 
 def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
     """G ×_k X_k over some dimensions k of a piece.
 
     Every dimension in turn is contracted from the front and appended at the back, so that after the
-    last one the order is the original; each contraction is one batched matmul.
+    last one the order is the original; each contraction is one batched matmul. Small matrices are contracted
+    on both sides by one kernel, where `can_use_two_sided` says so.
 
     Args:
         blocks: G, (K, *shape).
@@ -23,8 +24,14 @@ def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) ->
 
     Returns:
         A contiguous or transposed tensor (K, *shape) with m_k in place of d_k, of `dtype` where a
-        matrix was applied.
+        matrix was applied; where one kernel does it, of that of the blocks.
     """
+    if (
+        blocks.ndim == 3
+        and len(matrices) == 2
+        and can_use_two_sided(blocks, matrices[0], matrices[1])
+    ):
+        return two_sided(blocks, matrices[0], matrices[1])
     result = blocks
     shape = list(blocks.shape)
     numel = math.prod(shape[1:])
@@ -41,8 +48,23 @@ def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) ->
 
 
 def unfold(blocks: Tensor, dimension: int) -> Tensor:
-    """Mode-k unfoldings (K, d_k, numel / d_k) of blocks (K, *shape)."""
+    """Mode-k unfoldings of blocks (K, *shape), as a view of contiguous ones.
+
+    Args:
+        blocks: (K, *shape).
+        dimension: k.
+
+    Returns:
+        (K, d_k, numel / d_k), or (K, d_k, M₁, M₂) for a dimension in the middle, where no view has the
+        columns in one dimension; flattened, these are the columns.
+
+    Examples:
+        >>> unfold(torch.zeros(5, 2, 3), 1).shape, unfold(torch.zeros(5, 2, 3, 4), 1).shape
+        (torch.Size([5, 3, 2]), torch.Size([5, 3, 2, 4]))
+    """
     count, *shape = blocks.shape
-    size = shape[dimension]
-    rest = math.prod(shape) // size if size else 0
-    return blocks.movedim(dimension + 1, 1).reshape(count, size, rest)
+    before, after = math.prod(shape[:dimension]), math.prod(shape[dimension + 1 :])
+    parts = blocks.reshape(count, before, shape[dimension], after).movedim(1, 2)
+    if before == 1:
+        return parts[:, :, 0]
+    return parts[..., 0] if after == 1 else parts

@@ -29,7 +29,7 @@ from dash_shampoo.preconditioners.modes import unfold
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.preconditioners.refresh import RefreshedList
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS, LIST_SEAMS
-from dash_shampoo.products import exact_products
+from dash_shampoo.products import can_use_outer, exact_products
 from dash_shampoo.safety import FailureLedger, is_asynchronous
 
 if TYPE_CHECKING:
@@ -319,10 +319,12 @@ class StackedPreconditionerList(RefreshedList, _ShampooList):
                 unfolded = unfold(operand, factor.dimension)
                 rows = piece.factor_rows(factor)
                 stack = self._factors[factor.stack]
-                weight = self._weighting_factor / (unfolded.shape[-1] if is_normalized else 1)
-                count, size, length = unfolded.shape
+                count, size = unfolded.shape[:2]
+                length = unfolded.shape[2:].numel()
+                weight = self._weighting_factor / (length if is_normalized else 1)
+                is_direct = not stack.packed or can_use_outer(stack.data, unfolded)
                 with exact_products(unfolded.device, size * size * length):
-                    for part in self._chunks(unfolded) if stack.packed else (slice(0, count),):
+                    for part in (slice(0, count),) if is_direct else self._chunks(unfolded):
                         stack.accumulate_outer_(
                             subset(rows, part), unfolded[part], self._beta2, weight
                         )

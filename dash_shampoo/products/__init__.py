@@ -1,17 +1,23 @@
-"""Batched matrix products at a stated precision, and what counts them from outside."""
+"""Batched matrix products at a stated precision, by kernels of their own where they pay, and their count."""
 
 from dash_shampoo.products.counting import ProductCount, count_products
 from dash_shampoo.products.identity import has_identity, multiple_of_identity
+from dash_shampoo.products.outer import accumulate_outer_, can_use_outer
 from dash_shampoo.products.precision import MatmulPrecision, exact_products, is_tf32_allowed
 from dash_shampoo.products.product import Products
+from dash_shampoo.products.sides import can_use_two_sided, two_sided
 
 __all__ = [
     "MatmulPrecision",
     "ProductCount",
     "Products",
+    "accumulate_outer_",
+    "can_use_outer",
+    "can_use_two_sided",
     "count_products",
     "exact_products",
     "has_identity",
     "is_tf32_allowed",
     "multiple_of_identity",
+    "two_sided",
 ]

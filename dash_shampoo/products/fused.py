@@ -1,4 +1,4 @@
-"""The fused symmetric square on CUDA: an operator of torch, the predicate that chooses it, its tiles.
+"""The fused symmetric square on CUDA: an operator of torch, and the predicate that chooses it.
 
 The operator `dash_shampoo::symmetric_square_` is one kernel launch. Being an operator, it is seen by dispatch
 modes (counting, fake tensors); on the CPU, where nobody calls it but they, it is the reference.
@@ -6,84 +6,19 @@ modes (counting, fake tensors); on the CPU, where nobody calls it but they, it i
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TABLE = Path(__file__).with_name("tiles.json")
-"""Tiles by device and precision; `tools/tune.py` measures and writes it."""
+from dash_shampoo.products.tiles import Tiles, can_use_kernel, library, tiles_for
 
 FUSED_PRECISIONS = ("fp32", "fp16x3", "tf32", "fp16", "bf16")
-# Tensor cores for TF32 and bf16 came with it.
-_LEAST_CAPABILITY = (8, 0)
-# Places in a matrix are counted in 32 bits.
-_MAX_SIZE = 46340
 
-_library = torch.library.Library("dash_shampoo", "DEF")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
+library.define(  # type: ignore[no-untyped-call]
     "symmetric_square_(Tensor(a!) out, Tensor S, Tensor? addends, Tensor? weights, Tensor? scale, "
     "str precision, float alpha, float beta, float shift, Tensor? factors=None, float offset=0.0) -> ()"
 )
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel cuts its matrices.
-
-    Attributes:
-        max_size (int): The largest N that it is for; 0 for any.
-        tile (int): Rows and columns of a tile of the result; 0 where torch's products are faster.
-        step (int): Columns of the operands that are multiplied at a time.
-        num_warps (int): Warps of a program.
-        num_stages (int): Steps that are in flight.
-    """
-
-    max_size: int
-    tile: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-
-@lru_cache(maxsize=1)
-def tile_table() -> dict[str, dict[str, list[Tiles]]]:
-    """The committed table: tiles by "sm_90" and precision, ordered by size."""
-    rows = json.loads(TABLE.read_text())["square"]
-    return {
-        device: {name: [Tiles(*row) for row in tiles] for name, tiles in of_device.items()}
-        for device, of_device in rows.items()
-    }
-
-
-@lru_cache(maxsize=1024)
-def find_tiles(capability: tuple[int, int], precision: str, size: int) -> Tiles:
-    """The tiles of the newest device of this generation in the table, else those of sm_80.
-
-    Shared memory is what sets a limit to tiles, and another generation may have less.
-
-    Args:
-        capability: Compute capability, at least 8.0.
-        precision: One of `FUSED_PRECISIONS`.
-        size: N.
-
-    Returns:
-        The tiles.
-
-    Examples:
-        >>> find_tiles((8, 6), "fp16", 32) == find_tiles((8, 0), "fp16", 32)
-        True
-    """
-    major, minor = capability
-    names = [f"sm_{major}{number}" for number in range(minor, -1, -1)]
-    device = next((name for name in names if name in tile_table()), "sm_80")
-    rows = tile_table()[device][precision]
-    return next(tiles for tiles in rows if tiles.max_size == 0 or size <= tiles.max_size)
 
 
 def can_use_fused(S: Tensor, precision: str) -> bool:
@@ -99,24 +34,12 @@ def can_use_fused(S: Tensor, precision: str) -> bool:
     Returns:
         False also for stacks that are not contiguous float32, and where the table has torch's products.
     """
-    if not (
+    return (
         precision in FUSED_PRECISIONS
-        and S.is_cuda
         and S.dtype == torch.float32
         and S.is_contiguous()
-        and S.shape[-1] <= _MAX_SIZE
-        and _has_triton()
-    ):
-        return False
-    capability = torch.cuda.get_device_capability(S.device)
-    return (
-        capability >= _LEAST_CAPABILITY and find_tiles(capability, precision, S.shape[-1]).tile > 0
+        and can_use_kernel("square", S, precision, S.shape[-1])
     )
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
 
 
 def fused_square_(
@@ -216,18 +139,18 @@ def launch_square(
     )
 
 
-@torch.library.impl(_library, "symmetric_square_", "CUDA")
+@torch.library.impl(library, "symmetric_square_", "CUDA")
 def _on_cuda(out: Tensor, S: Tensor, *arguments: Any) -> None:
     from dash_shampoo.products import kernels  # Triton is imported by the first launch
 
     if S.numel() == 0:
         return
-    tiles = find_tiles(torch.cuda.get_device_capability(S.device), arguments[3], S.shape[-1])
+    tiles = tiles_for("square", S, arguments[3], S.shape[-1])
     # Triton launches on the current device.
     with torch.cuda.device(S.device):
         launch_square(kernels.symmetric_square, tiles, out, S, *arguments)
 
 
-@torch.library.impl(_library, "symmetric_square_", "Meta")
+@torch.library.impl(library, "symmetric_square_", "Meta")
 def _on_meta(*arguments: Any) -> None:
     pass

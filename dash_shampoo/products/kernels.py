@@ -156,3 +156,139 @@ def symmetric_square(
     result = tl.where(on_diagonal, result + shift, result)
     result *= tl.load(scale + block, mask=has_scale != 0, other=1.0)
     store_twice(out + begin, result, rows, columns, size, row == column)
+
+
+@triton.jit
+def place_of_column(k, num_inner, outer_stride, inner_stride, IS_NESTED: tl.constexpr):
+    """Where the k-th column of an unfolding lies: those of a middle dimension are runs of `num_inner`."""
+    if IS_NESTED:
+        return (k // num_inner) * outer_stride + (k % num_inner) * inner_stride
+    return k * inner_stride
+
+
+@triton.jit
+def outer_operand(G, rows, k, place, size, num_columns, row_stride, PRECISION: tl.constexpr):
+    """A tile of an unfolding, rounded for "tf32" alone: products of halves have no error."""
+    is_inside = (rows[:, None] < size) & (k[None, :] < num_columns)
+    tile = tl.load(G + rows[:, None] * row_stride + place[None, :], mask=is_inside, other=0.0)
+    if PRECISION == "tf32":
+        tile = rounded_operand(tile, PRECISION)
+    return tile
+
+
+@triton.jit
+def accumulate_outer(
+    factors,
+    G,
+    size,
+    num_columns,
+    num_inner,
+    tiles_per_matrix,
+    factor_stride,
+    block_stride,
+    row_stride,
+    outer_stride,
+    inner_stride,
+    decay,
+    weight,
+    PRECISION: tl.constexpr,
+    IS_PACKED: tl.constexpr,
+    IS_NESTED: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """F ← decay·F + weight·GGᵀ by one triangle of tiles, into both triangles, or the packed upper one."""
+    program = tl.program_id(0)
+    block = (program // tiles_per_matrix).to(tl.int64)
+    row, column = tile_of_triangle(program % tiles_per_matrix)
+    factors, G = factors + block * factor_stride, G + block * block_stride
+    rows, columns = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
+    inner = tl.arange(0, STEP)
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, num_columns, STEP):
+        k = start + inner
+        place = place_of_column(k, num_inner, outer_stride, inner_stride, IS_NESTED)
+        a = outer_operand(G, rows, k, place, size, num_columns, row_stride, PRECISION)
+        b = outer_operand(G, columns, k, place, size, num_columns, row_stride, PRECISION)
+        if PRECISION == "fp32":
+            total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        else:
+            total = tl.dot(a, tl.trans(b), total, input_precision="tf32")
+    is_inside = (rows[:, None] < size) & (columns[None, :] < size)
+    if IS_PACKED:
+        # Row by row of the upper triangle, so that the mirrored entry is the one that is stored.
+        is_inside = is_inside & (rows[:, None] >= columns[None, :])
+        place = columns[None, :] * (2 * size - columns[None, :] - 1) // 2 + rows[:, None]
+        old = tl.load(factors + place, mask=is_inside, other=0.0)
+        tl.store(factors + place, decay * old + weight * total, mask=is_inside)
+    else:
+        place = rows[:, None] * size + columns[None, :]
+        old = tl.load(factors + place, mask=is_inside, other=0.0)
+        result = decay * old + weight * total
+        store_twice(factors, result, rows, columns, size, row == column)
+
+
+@triton.jit
+def sided_operand(x, PRECISION: tl.constexpr):
+    """A tile as operand of `two_sided`; rounded to the nearest."""
+    return rounded_operand(x.to(tl.float32), PRECISION)
+
+
+@triton.jit
+def two_sided(
+    out,
+    G,
+    X,
+    Y,
+    num_rows,
+    num_columns,
+    tiles_per_block,
+    block_stride,
+    row_stride,
+    column_stride,
+    x_stride,
+    x_row,
+    x_column,
+    y_stride,
+    y_row,
+    y_column,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """U = XᵀGY of each block; a tile of rows of XᵀG, WIDTH columns wide, never leaves the program."""
+    program = tl.program_id(0)
+    block = (program // tiles_per_block).to(tl.int64)
+    G, X, Y = G + block * block_stride, X + block * x_stride, Y + block * y_stride
+    out += block * num_rows * num_columns
+    rows = (program % tiles_per_block) * TILE + tl.arange(0, TILE)
+    wide, inner = tl.arange(0, WIDTH), tl.arange(0, STEP)
+    is_row, is_wide = rows[:, None] < num_rows, wide < num_columns
+    half = tl.zeros((TILE, WIDTH), tl.float32)
+    for start in range(0, num_rows, STEP):
+        i = start + inner
+        # Of X a column is needed as a row.
+        x = tl.load(
+            X + i[None, :] * x_row + rows[:, None] * x_column,
+            mask=is_row & (i[None, :] < num_rows),
+            other=0.0,
+        )
+        g = tl.load(
+            G + i[:, None] * row_stride + wide[None, :] * column_stride,
+            mask=(i[:, None] < num_rows) & is_wide[None, :],
+            other=0.0,
+        )
+        a, b = sided_operand(x, PRECISION), sided_operand(g, PRECISION)
+        half = tl.dot(a, b, half, input_precision="tf32")
+    left = sided_operand(half, PRECISION)
+    for start in range(0, num_columns, STEP):
+        j = start + inner
+        is_inside = j[None, :] < num_columns
+        y = tl.load(
+            Y + wide[:, None] * y_row + j[None, :] * y_column,
+            mask=is_wide[:, None] & is_inside,
+            other=0.0,
+        )
+        result = tl.dot(left, sided_operand(y, PRECISION), input_precision="tf32")
+        tl.store(out + rows[:, None] * num_columns + j[None, :], result, mask=is_row & is_inside)

@@ -1,4 +1,4 @@
-"""Operands of the fused square, and the truth in float64."""
+"""Operands of the kernels, and the truth in float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dash_shampoo.base import pack, unpack
+from dash_shampoo.preconditioners.modes import unfold
 
 NUM_BLOCKS = 3
 
@@ -75,3 +78,80 @@ def make(kind: str, size: int) -> Arguments:
 
 
 KINDS = ("plain", "first", "rung", "last")
+
+
+# --------------------------------------------------------------------------- F ← βF + w·GGᵀ
+
+DECAY, WEIGHT = 0.9, 0.1
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """Factor matrices and the unfolding of gradients that enters them.
+
+    Attributes:
+        stack (Tensor): (B, N, N) or packed (B, P); of which `rows` are updated.
+        rows (slice): See there.
+        unfolded (Tensor): As of `accumulate_outer_`.
+    """
+
+    stack: Tensor
+    rows: slice
+    unfolded: Tensor
+
+    @property
+    def old(self) -> Tensor:
+        """(K, N, N) the matrices before."""
+        return self.matrices(self.stack)
+
+    def matrices(self, stack: Tensor) -> Tensor:
+        """(K, N, N) the updated rows of a stack."""
+        return unpack(stack[self.rows]) if stack.ndim == 2 else stack[self.rows]
+
+    def truth(self) -> Tensor:
+        """(K, N, N) in float64."""
+        U = self.unfolded.double().flatten(2)
+        return DECAY * self.old.double() + WEIGHT * U @ U.mT
+
+
+UPDATES = ("rows", "columns", "middle", "vectors", "one")
+
+
+def make_update(kind: str, size: int, dtype: torch.dtype, is_packed: bool) -> Update:
+    """A slice of a stack, and gradients of blocks of some shape in one of their dimensions."""
+    generator = torch.Generator().manual_seed(size)
+    count = 1 if kind == "one" else NUM_BLOCKS
+    shape, dimension = {
+        "rows": ((size, 53), 0),
+        "columns": ((21, size), 1),
+        "middle": ((3, size, 5), 1),
+        "vectors": ((size,), 0),
+        "one": ((size, 40), 0),
+    }[kind]
+    blocks = torch.randn(count, *shape, generator=generator).to(dtype)
+    stack = symmetric(size, 3)[:1].repeat(count + 2, 1, 1)
+    if is_packed:
+        stack = pack(stack)
+    return Update(stack, slice(1, 1 + count), unfold(blocks, dimension))
+
+
+# ------------------------------------------------------------------------------------ XᵀGY
+
+SIDES = ((7, 5), (33, 20), (70, 40), (12, 100))
+
+
+def make_sides(
+    rows: int, columns: int, dtype: torch.dtype, count: int = NUM_BLOCKS
+) -> list[Tensor]:
+    """Blocks that are rows of larger ones, a matrix for the left side, and a transposed one for the right."""
+    generator = torch.Generator().manual_seed(rows)
+    G = torch.randn(count, rows + 3, columns, generator=generator)[:, :rows]
+    X = torch.randn(count, rows, rows, generator=generator) / rows**0.5
+    Y = torch.randn(count, columns, columns, generator=generator).mT / columns**0.5
+    return [G, X.to(dtype), Y.to(dtype)]

@@ -1,66 +1,26 @@
-"""The fused square: its numbers by Triton's interpreter, its machine code, its predicate and its operator."""
+"""The fused square: its numbers by Triton's interpreter, its predicate and its operator."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.device_counts import DeviceCounts
-from dash_shampoo.products import Products, count_products, fused
-from dash_shampoo.products.fused import (
-    FUSED_PRECISIONS,
-    can_use_fused,
-    find_tiles,
-    fused_square_,
-    tile_table,
-)
+from dash_shampoo.products import Products, count_products
+from dash_shampoo.products.fused import FUSED_PRECISIONS, can_use_fused, fused_square_
+from dash_shampoo.products.tiles import Tiles, find_tiles, tile_table
 from tests.products.fused_cases import KINDS, make
-
-ROOT = Path(__file__).resolve().parents[2]
-# Of what one block may have; CUDA C Programming Guide, table of technical specifications. The rows of sm_80
-# also serve 8.6, 8.9 and 12.0, which have the least.
-SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-TENSOR_CORES = {
-    "sm_80": r"\bmma\.sync",
-    "sm_90": r"wgmma\.mma_async",
-    "sm_100": r"tcgen05\.mma",
-}
-# Those multiply tiles of 64 rows and more.
-SMALL_TENSOR_CORES, LEAST_TILE = r"\bmma\.sync", 64
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    pytest.importorskip("triton", reason="the kernels need triton")
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.products.interpreted"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", FUSED_PRECISIONS)
 def test_the_kernel_is_as_accurate_as_the_reference(interpreted, precision, kind):
     cases = {
-        key: case for key, case in interpreted.items() if key.startswith(f"{precision} {kind}")
+        key: case
+        for key, case in interpreted["square"].items()
+        if key.startswith(f"{precision} {kind}")
     }
     assert len(cases) == 5
     for key, case in cases.items():
@@ -71,46 +31,10 @@ def test_the_kernel_is_as_accurate_as_the_reference(interpreted, precision, kind
 
 def test_the_error_is_that_of_the_precision(interpreted):
     bounds = {"fp32": 5e-7, "fp16x3": 5e-7, "tf32": 5e-4, "fp16": 5e-4, "bf16": 4e-3}
-    for key, case in interpreted.items():
+    for key, case in interpreted["square"].items():
         assert case["error"] <= bounds[key.split()[0]], (key, case)
         if "bf16" in key:
             assert case["error"] > 1e-6, "bf16 rounds"
-
-
-CONFIGURATIONS = [
-    (device, precision, tiles)
-    for device, rows in tile_table().items()
-    for precision, of_precision in rows.items()
-    for tiles in of_precision
-]
-
-
-def test_the_table_is_whole():
-    assert set(tile_table()) == set(SHARED_MEMORY)
-    for rows in tile_table().values():
-        assert set(rows) == set(FUSED_PRECISIONS)
-        for tiles in rows.values():
-            assert [row.max_size == 0 for row in tiles] == [False] * (len(tiles) - 1) + [True]
-
-
-@pytest.mark.parametrize(("device", "precision", "tiles"), CONFIGURATIONS)
-def test_a_kernel_compiles_to_the_units_of_its_precision_without_spills(
-    device, precision, tiles, tmp_path
-):
-    pytest.importorskip("triton", reason="the kernels need triton")
-    from tests.products.compiling import compile_square, resources
-
-    compiled = compile_square(device, precision, tiles)
-    if precision == "fp32":
-        used = "|".join((SMALL_TENSOR_CORES, *TENSOR_CORES.values()))
-        assert not re.search(used, compiled.asm["ptx"]), "they round to TF32"
-        assert len(re.findall(r"\bfma\.rn\.f32", compiled.asm["ptx"])) > tiles.step
-    else:
-        pattern = TENSOR_CORES[device] if tiles.tile >= LEAST_TILE else SMALL_TENSOR_CORES
-        assert re.search(pattern, compiled.asm["ptx"]), "no tensor cores"
-    used = resources(compiled, tmp_path)
-    assert used["STACK"] == used["LOCAL"] == 0, f"registers are spilled: {used}"
-    assert compiled.metadata.shared <= SHARED_MEMORY[device]
 
 
 def test_the_predicate():
@@ -120,8 +44,8 @@ def test_the_predicate():
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton")
 def test_a_row_of_the_table_can_leave_a_size_to_torch(monkeypatch):
-    rows = [fused.Tiles(64, 0, 0, 0, 0), fused.Tiles(0, 64, 16, 4, 3)]
-    monkeypatch.setitem(tile_table()["sm_90"], "fp32", rows)
+    rows = [Tiles(64, 0, 0, 0, 0), Tiles(0, 64, 16, 4, 3)]
+    monkeypatch.setitem(tile_table("square")["sm_90"], "fp32", rows)
     find_tiles.cache_clear()
     small, large = torch.eye(64)[None].clone(), torch.eye(65)[None].clone()
     with DeviceCounts({}, default="outside") as device:
@@ -132,9 +56,9 @@ def test_a_row_of_the_table_can_leave_a_size_to_torch(monkeypatch):
 
 
 def test_tiles_of_a_device_that_is_not_in_the_table():
-    assert find_tiles((8, 9), "tf32", 1024) == find_tiles((8, 0), "tf32", 1024)
-    assert find_tiles((10, 3), "fp16", 64) == find_tiles((10, 0), "fp16", 64)
-    assert find_tiles((12, 0), "fp16", 64) == find_tiles((8, 0), "fp16", 64)
+    assert find_tiles("square", (8, 9), "tf32", 1024) == find_tiles("square", (8, 0), "tf32", 1024)
+    assert find_tiles("square", (10, 3), "fp16", 64) == find_tiles("square", (10, 0), "fp16", 64)
+    assert find_tiles("square", (12, 0), "fp16", 64) == find_tiles("square", (8, 0), "fp16", 64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
