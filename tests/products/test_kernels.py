@@ -205,12 +205,8 @@ def test_updates_on_a_device(name, kind, size, is_packed):
     update = make_update(kind, size, DTYPES[name], is_packed)
     truth = update.truth()
     stack, unfolded = update.stack.cuda(), update.unfolded.cuda()
-    tiles = find_tiles(
-        "outer_small" if is_packed or kind == "middle" else "outer",
-        torch.cuda.get_device_capability(),
-        name,
-        size,
-    )
+    rows = "outer_small" if is_packed or kind == "middle" else "outer"
+    tiles = find_tiles(rows, torch.cuda.get_device_capability(), name, size)
     tiles = tiles if tiles.tile else Tiles(0, 64, 16, 4, 3)
     outer.launch_outer(
         kernels.accumulate_outer, tiles, stack[update.rows], unfolded, DECAY, WEIGHT, name
