@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import GRAFTING_PRECONDITIONER_LIST, SHAMPOO_PRECONDITIONER_LIST
+from dash_shampoo.preconditioners.modes import parts
 from dash_shampoo.safety import slot_norms
 
+# Where the base's elementwise lists have the second moments of the active blocks.
+_MOMENTS = "_masked_preconditioner_list"
 # What the base adds to a norm before it divides by it.
 _SMALLEST_NORM = 1e-16
 _LARGEST_FP16 = torch.finfo(torch.float16).max
@@ -41,8 +44,8 @@ def precondition_and_graft(
         return _in_dtypes_of(filtered_grads, grafted)
     directions = _precondition(lists[SHAMPOO_PRECONDITIONER_LIST], filtered_grads)
     if use_grafting:
-        grafted = _precondition(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
-        scales, norms = [*map(slot_norms, grafted)], [*map(slot_norms, directions)]
+        scales = _norms_of_directions(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
+        norms = [*map(slot_norms, directions)]
         torch._foreach_add_(norms, _SMALLEST_NORM)
         torch._foreach_div_(scales, norms)
         for direction, scale in zip(directions, scales, strict=True):
@@ -50,6 +53,27 @@ def precondition_and_graft(
     else:
         limit_(directions)
     return _in_dtypes_of(filtered_grads, directions)
+
+
+def _norms_of_directions(lists: Any, grads: Sequence[Tensor]) -> list[Tensor]:
+    """(K,) norms of a list's directions, which on the CPU never leave a core's cache."""
+    cuts = [parts(grad) for grad in grads]
+    if all(len(cut) == 1 for cut in cuts):
+        return [*map(slot_norms, _precondition(lists, grads))]
+    moments: Sequence[Tensor] | None = getattr(lists, _MOMENTS, None)
+    norms = []
+    try:
+        for number, (grad, cut) in enumerate(zip(grads, cuts, strict=True)):
+            norms_of_parts = []
+            for part in cut:
+                if moments is not None:
+                    setattr(lists, _MOMENTS, (moments[number][part],))
+                norms_of_parts.append(slot_norms(_precondition(lists, (grad[part],))[0]))
+            norms.append(torch.cat(norms_of_parts))
+    finally:
+        if moments is not None:
+            setattr(lists, _MOMENTS, moments)
+    return norms
 
 
 def _in_dtypes_of(grads: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -72,15 +96,15 @@ def _precondition(lists: Any, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not any(is_half):
         directions = lists.precondition(masked_grad_list=grads)
     else:
-        moments: Sequence[Tensor] | None = getattr(lists, "_masked_preconditioner_list", None)
+        moments: Sequence[Tensor] | None = getattr(lists, _MOMENTS, None)
         if moments is not None:
-            lists._masked_preconditioner_list = tuple(map(_in_range, moments))
+            setattr(lists, _MOMENTS, tuple(map(_in_range, moments)))
         grads = tuple(g.float() if h else g for g, h in zip(grads, is_half, strict=True))
         try:
             directions = lists.precondition(masked_grad_list=grads)
         finally:
             if moments is not None:
-                lists._masked_preconditioner_list = moments
+                setattr(lists, _MOMENTS, moments)
     # The identity (SGD) gives the very gradients back, which may be the state.
     return tuple(
         direction.clone() if direction is grad else direction

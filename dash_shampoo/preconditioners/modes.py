@@ -1,4 +1,4 @@
-"""Products of blocks with matrices in one of their dimensions, and unfoldings, all blocks at once."""
+"""Products of blocks with matrices in a dimension, unfoldings, and how a piece is cut for caches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.products import can_use_two_sided, exact_products, two_sided
+
+# Blocks of a part: with what is made of them they should fit a core's cache.
+_PART_BYTES = 2**20
+
+
+def parts(blocks: Tensor) -> list[slice]:
+    """The rows of a piece (K, *shape) in parts, on the CPU such that each stays in a core's cache."""
+    count = len(blocks)
+    per_row = max(blocks[:1].numel() * blocks.element_size(), 1)
+    rows = max(_PART_BYTES // per_row, 1) if blocks.device.type == "cpu" else count
+    if rows >= count:
+        return [slice(0, count)]
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
 def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) -> Tensor:

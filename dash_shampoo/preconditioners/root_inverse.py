@@ -21,7 +21,7 @@ from dash_shampoo.inverse_root import (
 )
 from dash_shampoo.preconditioners.limits import limit_
 from dash_shampoo.preconditioners.measures import FactorMeasures, measure_roots
-from dash_shampoo.preconditioners.modes import contract
+from dash_shampoo.preconditioners.modes import contract, parts
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous
@@ -91,14 +91,27 @@ class StackedRootInvShampooPreconditionerList(
         self, grads: Tensor, piece: Piece, skipped: int | None = None
     ) -> Tensor:
         """U = G ×₁ R₁ ×₂ R₂ …, over the preconditioned dimensions except factor number `skipped`."""
-        matrices = {
-            factor.dimension: self._inverse_factors[factor.stack].read(piece.factor_rows(factor))
-            for number, factor in enumerate(piece.bucket.factors)
-            if number != skipped
-        }
-        if not matrices:
+        dtype = self._options.inv_factor_matrix_dtype
+        factors = [f for number, f in enumerate(piece.bucket.factors) if number != skipped]
+        if not factors:
             return grads.clone()
-        return contract(grads, matrices, self._options.inv_factor_matrix_dtype).to(grads.dtype)
+
+        def direction(part: slice) -> Tensor:
+            matrices = {
+                factor.dimension: self._inverse_factors[factor.stack].read(
+                    subset(piece.factor_rows(factor), part)
+                )
+                for factor in factors
+            }
+            return contract(grads[part], matrices, dtype).to(grads.dtype)
+
+        cuts = parts(grads)
+        if len(cuts) == 1:
+            return direction(cuts[0])
+        result = torch.empty_like(grads, memory_format=torch.contiguous_format)
+        for part in cuts:
+            result[part] = direction(part)
+        return result
 
     # ------------------------------------------------------------------ inverse roots
 
