@@ -77,7 +77,7 @@ def unfold(blocks: Tensor, dimension: int) -> Tensor:
     """
     count, *shape = blocks.shape
     before, after = math.prod(shape[:dimension]), math.prod(shape[dimension + 1 :])
-    parts = blocks.reshape(count, before, shape[dimension], after).movedim(1, 2)
+    grid = blocks.reshape(count, before, shape[dimension], after).movedim(1, 2)
     if before == 1:
-        return parts[:, :, 0]
-    return parts[..., 0] if after == 1 else parts
+        return grid[:, :, 0]
+    return grid[..., 0] if after == 1 else grid
