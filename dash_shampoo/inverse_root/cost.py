@@ -1,17 +1,20 @@
-"""What an inverse root costs, seen from outside while its solver runs on a small matrix."""
+"""What an inverse root costs with its write, seen from outside while its solver runs on a small matrix."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from fractions import Fraction
 
 import torch
+from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.stack import inverse_root
-from dash_shampoo.products import ProductCount, count_products
+from dash_shampoo.inverse_root.stack import solve_stack
+from dash_shampoo.products import ProductCount, assumed_kernels, count_products
 
 # No solver has tall operands of this width, so that a product of N×N matrices is told from the others.
 _SIZE = 48
+_NO_CAP = 2**40
 
 
 def num_products(
@@ -21,6 +24,8 @@ def num_products(
     epsilon: float = 0.0,
     dtype: torch.dtype = torch.float32,
     condition_number: float = 1e6,
+    residual_threshold: float | None = None,
+    has_kernels: bool = False,
 ) -> ProductCount:
     """Count what a solver multiplies for one N×N matrix; the same for every N.
 
@@ -31,6 +36,8 @@ def num_products(
         dtype: Dtype of the matrix.
         condition_number: Of the matrix, whose eigenvalues are spread evenly in their logarithm; solvers with
             a stopping rule depend on it.
+        residual_threshold: As of `solve_stack`.
+        has_kernels: Whether what is counted is a device's that has our kernels; else it is the CPU's.
 
     Returns:
         The count.
@@ -51,7 +58,28 @@ def num_products(
     Q = torch.linalg.qr(noise).Q
     A = ((Q * eigenvalues) @ Q.T).to(dtype)[None]
     A = (A + A.mT) / 2
-    inverse_root(A, root, config, epsilon)  # a first solve also makes the constants that stay
-    with count_products(num_blocks=1, size=_SIZE) as count:
-        inverse_root(A, root, config, epsilon)
+    value = torch.empty_like(A)
+
+    def store(rows: slice, roots: Tensor, usable: Tensor) -> None:
+        value[rows].copy_(roots)
+
+    def solve() -> None:
+        solve_stack(
+            lambda rows: A[rows],
+            store,
+            num_matrices=1,
+            size=_SIZE,
+            root=root,
+            config=config,
+            epsilon=epsilon,
+            dtype=dtype,
+            device=A.device,
+            max_workspace_bytes=_NO_CAP,
+            residual_threshold=residual_threshold,
+        )
+
+    with assumed_kernels() if has_kernels else nullcontext():
+        solve()  # which also makes the constants that stay
+        with count_products(num_blocks=1, size=_SIZE) as count:
+            solve()
     return count

@@ -97,6 +97,7 @@ class GroupCost:
         # Without factor matrices the defaults are never used.
         config = profile.shampoo or RootInvShampooPreconditionerConfig()
         solver: Any = config.amortized_computation_config
+        safety = getattr(config, "safety", None)
         is_wide = config.factor_matrix_dtype == torch.float64
         compute_dtype = torch.float64 if is_wide else torch.float32
         self._inverse_dtype, self._num_passes = _application(config)
@@ -112,7 +113,13 @@ class GroupCost:
         self._solver_precision = precision_of(compute_dtype) if precision == "fp32" else precision
         self.solver_cost: Callable[[float], SolverCost] = cache(
             lambda root: (
-                measure_solver(solver, root, profile.options["epsilon"], compute_dtype)
+                measure_solver(
+                    solver,
+                    root,
+                    profile.options["epsilon"],
+                    compute_dtype,
+                    None if safety is None else safety.residual_threshold,
+                )
                 if isinstance(solver, RootInvConfig)
                 else eigenbasis_cost(solver)
             )

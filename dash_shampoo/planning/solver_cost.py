@@ -21,7 +21,6 @@ from dash_shampoo.base import (
 from dash_shampoo.eigenbasis import OrthogonalIterationConfig
 from dash_shampoo.inverse_root import MinimaxConfig, num_products
 from dash_shampoo.orthogonalization import GramOrthogonalizationConfig, MinimaxPolarConfig
-from dash_shampoo.products import ProductCount
 
 REFERENCE_CONDITION_NUMBER = 1e6
 """Solvers with a stopping rule are counted on eigenvalues spread evenly, in their logarithm, over
@@ -42,6 +41,7 @@ class SolverCost:
         num_symmetric_matmuls: Those of a matrix by itself.
         num_columns: Sum of K over products of N×N by N×K.
         num_eigendecompositions: Calls of `torch.linalg.eigh` per matrix.
+        num_moved: N×N matrices that products read and write.
         num_passes: N×N matrices that everything else goes over.
         depends_on_data: Whether a stopping rule decides, so that the numbers hold for
             `REFERENCE_CONDITION_NUMBER` only.
@@ -51,6 +51,7 @@ class SolverCost:
     num_symmetric_matmuls: float
     num_columns: float
     num_eigendecompositions: float
+    num_moved: float
     num_passes: float
     depends_on_data: bool
 
@@ -63,22 +64,28 @@ class SolverCost:
         return _EIGENDECOMPOSITION_FLOPS_PER_CUBE * self.num_eigendecompositions * size**3
 
     def elements_moved(self, size: int) -> float:
-        """Elements read and written: 3N² by a square product, N² + 2NK by a tall one, 2N² by a pass."""
-        tall = self.num_columns * 2 * size + (size**2 if self.num_columns else 0)
-        square = 3 * (self.num_matmuls + self.num_eigendecompositions) * size**2
-        return square + tall + 2 * self.num_passes * size**2
+        """Elements read and written: by products, 2N² by a pass, 3N² by an eigendecomposition."""
+        matrices = self.num_moved + 2 * self.num_passes + 3 * self.num_eigendecompositions
+        return matrices * size**2 + 2 * self.num_columns * size
 
 
 def measure_solver(
-    config: RootInvConfig, root: float, epsilon: float, dtype: torch.dtype
+    config: RootInvConfig,
+    root: float,
+    epsilon: float,
+    dtype: torch.dtype,
+    residual_threshold: float | None = None,
 ) -> SolverCost:
     """Counts a solver's operations by running it on a small matrix of known spectrum on the CPU.
+
+    Squares are those of a device that has our kernels, and so is what goes over the matrices beside them.
 
     Args:
         config: The solver.
         root: p of A^(-1/p).
         epsilon: The damping, as in training.
         dtype: Dtype of the factor matrices.
+        residual_threshold: Of the test that each root is put to. Default: none.
 
     Returns:
         The cost of one matrix.
@@ -93,7 +100,7 @@ def measure_solver(
         (True, False)
     """
     cost, reference = (
-        _count(config, root, epsilon, dtype, condition_number)
+        _count(config, root, epsilon, dtype, residual_threshold, condition_number)
         for condition_number in (REFERENCE_CONDITION_NUMBER, _WELL_CONDITIONED)
     )
     depends_on_data = cost != reference
@@ -123,12 +130,17 @@ def eigenbasis_cost(config: EigendecompositionConfig) -> SolverCost:
             products, symmetric = (
                 config.num_iterations * n for n in of_one[config.orthogonalization]
             )
-            return SolverCost(products, symmetric, 0.0, 0.0, 0.0, config.tolerance > 0.0)
+            return _of_products(products, symmetric, config.tolerance > 0.0)
         case QREigendecompositionConfig():
             steps = config.max_iterations
             products = 2.0 + steps * (1.0 + 4 / 3) + max(steps - 1, 0)
-            return SolverCost(products, 0.0, 0.0, 0.0, 0.0, config.tolerance > 0.0)
-    return SolverCost(0.0, 0.0, 0.0, 1.0, 0.0, config.tolerance > 0.0)
+            return _of_products(products, 0.0, config.tolerance > 0.0)
+    return SolverCost(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, config.tolerance > 0.0)
+
+
+def _of_products(number: float, num_symmetric: float, depends_on_data: bool) -> SolverCost:
+    """The cost of products of which no operand is said to be shared."""
+    return SolverCost(number, num_symmetric, 0.0, 0.0, 3.0 * number, 0.0, depends_on_data)
 
 
 def orthogonalization_flops(
@@ -168,27 +180,35 @@ def orthogonalization_flops(
 _ROUNDING_PASSES = {"fp16": 1.0, "bf16": 1.0, "fp16x3": 12.0}
 
 
-def _num_passes(config: RootInvConfig, count: ProductCount) -> float:
-    is_fused = isinstance(config, MinimaxConfig)
-    precision = getattr(config, "matmul_precision", "fp32")
-    return count.num_passes + count.num_products * (
-        0.0 if is_fused else _ROUNDING_PASSES.get(precision, 0.0)
-    )
-
-
 def _count(
-    config: RootInvConfig, root: float, epsilon: float, dtype: torch.dtype, condition_number: float
-) -> tuple[float, float, float, float, float]:
-    passes_of: Any = config
-    if hasattr(passes_of, "matmul_precision"):
-        passes_of = replace(passes_of, matmul_precision="fp32")
+    config: RootInvConfig,
+    root: float,
+    epsilon: float,
+    dtype: torch.dtype,
+    residual_threshold: float | None,
+    condition_number: float,
+) -> tuple[float, float, float, float, float, float]:
+    counted: Any = config
+    precision = getattr(config, "matmul_precision", "fp32")
+    rounding = 0.0
+    # All products of minimax are squares, whose operands the kernel rounds.
+    if precision != "fp32" and not isinstance(config, MinimaxConfig):
+        counted = replace(counted, matmul_precision="fp32")
+        rounding = _ROUNDING_PASSES.get(precision, 0.0)
     count = num_products(
-        passes_of, root, epsilon=epsilon, dtype=dtype, condition_number=condition_number
+        counted,
+        root,
+        epsilon=epsilon,
+        dtype=dtype,
+        condition_number=condition_number,
+        residual_threshold=residual_threshold,
+        has_kernels=True,
     )
     return (
         count.num_products,
         count.num_symmetric,
         count.num_columns,
         count.num_eigendecompositions,
-        _num_passes(config, count),
+        count.num_moved,
+        count.num_passes + rounding * count.num_products,
     )

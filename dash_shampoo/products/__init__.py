@@ -6,12 +6,14 @@ from dash_shampoo.products.outer import accumulate_outer_, can_use_outer
 from dash_shampoo.products.precision import MatmulPrecision, exact_products, is_tf32_allowed
 from dash_shampoo.products.product import Products
 from dash_shampoo.products.sides import can_use_two_sided, two_sided
+from dash_shampoo.products.tiles import assumed_kernels
 
 __all__ = [
     "MatmulPrecision",
     "ProductCount",
     "Products",
     "accumulate_outer_",
+    "assumed_kernels",
     "can_use_outer",
     "can_use_two_sided",
     "count_products",

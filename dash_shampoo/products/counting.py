@@ -21,6 +21,7 @@ class ProductCount:
         num_symmetric (float): Those of a matrix by itself, which a triangle kernel does at half the cost.
         num_columns (float): Sum of K over products of N×N by N×K, K < N.
         num_eigendecompositions (float): Symmetric eigendecompositions.
+        num_moved (float): N×N matrices that the products read and write, addends included.
         num_passes (float): N×N matrices that other operations go over, each by its largest operand.
     """
 
@@ -28,6 +29,7 @@ class ProductCount:
     num_symmetric: float = 0.0
     num_columns: float = 0.0
     num_eigendecompositions: float = 0.0
+    num_moved: float = 0.0
     num_passes: float = 0.0
 
 
@@ -60,7 +62,7 @@ def count_products(num_blocks: int, size: int) -> Iterator[ProductCount]:
 
 # What touches no element, or is counted as a product.
 _NO_PASSES = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach"}
-_NO_PASSES |= {"symmetric_square_", "_linalg_eigh", "set_", "alias", "resize_"}
+_NO_PASSES |= {"symmetric_square_", "mv", "_linalg_eigh", "set_", "alias", "resize_"}
 # Where an operator has its factors.
 _FACTORS = {"bmm": 0, "mm": 0, "baddbmm": 1, "addmm": 1, "addmm_": 1, "baddbmm_": 1}
 
@@ -79,10 +81,15 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         name = func.overloadpacket.__name__  # type: ignore[attr-defined]
         if name in _FACTORS:
-            left, right = args[_FACTORS[name] : _FACTORS[name] + 2]
-            self._add(left, right)
+            first = _FACTORS[name]
+            left, right = args[first : first + 2]
+            addends = args[:first] if (kwargs or {}).get("beta") != 0.0 else ()
+            self._add(left, right, *addends)
         elif name == "symmetric_square_":
-            self._add(args[1], args[1])
+            self._add(args[1], args[1], *(() if args[2] is None else (args[2],)))
+        elif name == "mv":  # a sum of stacks
+            moved = args[0].numel() + args[0].shape[0]
+            self._count.num_moved += moved / (self._num_blocks * self._size**2)
         elif name == "_linalg_eigh":
             self._count.num_eigendecompositions += _num_matrices(args[0]) / self._num_blocks
         result = func(*args, **(kwargs or {}))
@@ -98,7 +105,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False
         return value.shape[-2:] == (n, n) or value.shape[-1] in (n**2, self._num_blocks * n**2)
 
-    def _add(self, left: Tensor, right: Tensor) -> None:
+    def _add(self, left: Tensor, right: Tensor, *addends: Tensor) -> None:
         n, count = self._size, self._count
         num_rows, num_columns = left.shape[-2], right.shape[-1]
         if n == 0 or left.shape[-1] != n:
@@ -106,11 +113,14 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         matrices = _num_matrices(left) / self._num_blocks
         if max(num_rows, num_columns) == n > min(num_rows, num_columns):
             count.num_columns += matrices * min(num_rows, num_columns)
+            count.num_moved += matrices
             return
         share = matrices * num_rows * num_columns / n**2
         count.num_products += share
-        if left.data_ptr() == right.data_ptr() and left.device.type != "meta":
-            count.num_symmetric += share
+        is_symmetric = left.data_ptr() == right.data_ptr() and left.device.type != "meta"
+        count.num_symmetric += share if is_symmetric else 0.0
+        operands = (left, *(() if is_symmetric else (right,)), *addends)
+        count.num_moved += share + sum(t.numel() for t in operands) / (self._num_blocks * n**2)
 
 
 def _num_matrices(A: Tensor) -> int:
