@@ -203,6 +203,9 @@ QUESTIONS = {
             "1/4, vectors 1/2 (DefaultDashConvnetConfig)": Shampoo(
                 ds.DefaultDashConvnetConfig, routing="all"
             ),
+            "1/4, vectors 1/2, β2 .99": Shampoo(
+                ds.DefaultDashConvnetConfig, routing="all", beta2=0.99
+            ),
         },
         _CONVNETS,
     ),
