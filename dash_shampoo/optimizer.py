@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,23 +10,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from dash_shampoo.base import (
     DISTRIBUTOR,
     ROW_PARTS,
     SHAMPOO_PRECONDITIONER_LIST,
-    CoupledHigherOrderConfig,
-    CoupledNewtonConfig,
     Distributor,
-    EigenConfig,
-    EighEigendecompositionConfig,
-    MatrixFunctionConfig,
-    NewtonSchulzOrthogonalizationConfig,
     PreconditionerConfig,
-    QREigendecompositionConfig,
-    SVDOrthogonalizationConfig,
 )
-from dash_shampoo.base import name as base_name
+from dash_shampoo.captured import CapturedStep, check_capturable
 from dash_shampoo.config import gradient_policies
 from dash_shampoo.consolidation import ConsolidatingShampoo
 from dash_shampoo.diagnostics import HISTORY, BlockDiagnostics, diagnose, observe
@@ -43,6 +37,8 @@ from dash_shampoo.preconditioners import (
     StackedOptions,
     StackedPreconditionerList,
     config_for_base,
+    explanation_of,
+    fall_back,
     method_of,
     missing_seam,
     scalar_list,
@@ -61,18 +57,6 @@ from dash_shampoo.step import (
 )
 
 logger = logging.getLogger(__name__)
-
-_TESTED_COMMIT = "f606606"
-
-_METHODS_OF_BASE = (
-    CoupledHigherOrderConfig,
-    CoupledNewtonConfig,
-    EigenConfig,
-    EighEigendecompositionConfig,
-    NewtonSchulzOrthogonalizationConfig,
-    QREigendecompositionConfig,
-    SVDOrthogonalizationConfig,
-)
 
 
 class DashShampoo(ConsolidatingShampoo):
@@ -93,9 +77,20 @@ class DashShampoo(ConsolidatingShampoo):
     eigenvalue-corrected Shampoo (SOAP), spectral and sign descent. One that is not known, of a future
     release, runs on the base's own list.
 
+    Args:
+        *args: As of the base's `DistributedShampoo`.
+        capturable: Whether a group's step is put into CUDA graphs by the optimizer itself, between its
+            gathered gradients and its directions: one graph for each kind of step (with and without a
+            refresh, each selection of gradients, each set of options), recorded at the second step of
+            the kind and replayed from then on. Steps that wait for the device by nature (eigh, QR, solvers
+            that look for convergence) stay as they are. Results are the same up to the round-off of the
+            bias corrections, which are then computed on the device. It has been tested with a
+            stand-in for CUDA graphs on the CPU, and has never run on a GPU. (Default: False)
+        **kwargs: As of the base's class.
+
     Raises:
-        ValueError: If a hyper-parameter is out of range, or the solver is unknown or cannot compute a
-            root that the preconditioner config asks for.
+        ValueError: If a hyper-parameter is out of range, the solver is unknown or cannot compute a
+            root that the preconditioner config asks for, or no step of a group can be captured.
 
     References:
         arXiv 2309.06497 (Distributed Shampoo); arXiv 2602.02016 (DASH).
@@ -111,28 +106,52 @@ class DashShampoo(ConsolidatingShampoo):
         >>> optimizer.step()
     """
 
+    __signature__ = ConsolidatingShampoo.__signature__.replace(
+        parameters=[
+            *ConsolidatingShampoo.__signature__.parameters.values(),
+            inspect.Parameter("capturable", inspect.Parameter.KEYWORD_ONLY, default=False),
+        ]
+    )
     # Of inverse roots and of gradients, from before the base was last constructed anew.
     _earlier_failures: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
     collects_diagnostics = False
     """Whether steps note what `diagnostics` tells of them; no step waits for that. (Default: False)"""
 
+    def __init__(
+        self, params: ParamsT, *args: Any, capturable: bool = False, **kwargs: Any
+    ) -> None:
+        if not isinstance(capturable, bool):
+            raise TypeError(f"Invalid capturable={capturable!r}: must be True or False.")
+        self._capturable = capturable
+        super().__init__(params, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_capturable": self._capturable}
+
     @torch.no_grad()
     def _finish_construction(self) -> None:
         """Lays the state of every group whose lists allow it into buckets."""
-        if seam := missing_step_seam():
-            logger.warning("%s It computes its steps block by block.", _explanation(seam))
+        seam = missing_step_seam()
+        if self._capturable and seam:
+            raise ValueError(f"capturable=True needs {seam}: {explanation_of(seam)}")
+        if seam:
+            logger.warning("%s It computes its steps block by block.", explanation_of(seam))
             return
         run: Callable[..., Any] = call
         if self._shampoo_pt2_compile_config is not None:
             run = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         groups = self.param_groups
         policies = gradient_policies([group["preconditioner_config"] for group in groups])
+        step_class = CapturedStep if self._capturable else BucketStep
         for state_lists, group, policy in zip(
             self._lists_of_groups(), groups, policies, strict=True
         ):
-            if BucketStep.can_serve(state_lists):
+            can_serve = BucketStep.can_serve(state_lists)
+            if self._capturable:
+                check_capturable(group, policy, run is not call, can_serve)
+            if can_serve:
                 names = self._block_names(state_lists[DISTRIBUTOR].local_block_info_list)
-                state_lists[BUCKETS] = BucketStep(state_lists, group, names, policy, run)
+                state_lists[BUCKETS] = step_class(state_lists, group, names, policy, run)
 
     def _reconstruct(self, steps: Mapping[Tensor, int], what: str) -> None:
         # The books are the lists', which are built anew.
@@ -202,10 +221,15 @@ class DashShampoo(ConsolidatingShampoo):
             return super()._compute_search_directions(state_lists=state_lists, **settings)
         if self.collects_diagnostics or HISTORY in state_lists:
             buckets.run(observe, state_lists, self.collects_diagnostics)
+        compute = super()._compute_search_directions
+        if isinstance(buckets, CapturedStep):
+            captured = buckets.search(state_lists, settings, compute)
+            if captured is not None:
+                return captured
         on_buckets = buckets.on_buckets(state_lists)
         if on_buckets is None:
             return buckets.nothing(state_lists)
-        directions = super()._compute_search_directions(state_lists=on_buckets, **settings)
+        directions = compute(state_lists=on_buckets, **settings)
         return buckets.to_blocks(directions)
 
     @torch.no_grad()
@@ -261,7 +285,7 @@ class DashShampoo(ConsolidatingShampoo):
         stacked_list.check_method(method)
         base_list = super()._preconditioner_config_to_list_cls(state_lists, group, for_base)
         if seam := missing_seam(base_list, stacked_list.block_seams, stacked_list.list_seams):
-            return _fall_back(base_list, seam, method)
+            return fall_back(base_list, seam, method)
         warn_of_known_bad(preconditioner_config, group, base_list)
         return stacked_list.adopt(
             base_list,
@@ -351,21 +375,3 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for part in counts:
         total.update(part)
     return dict(total)
-
-
-def _explanation(seam: str) -> str:
-    return (
-        f"This version of Distributed Shampoo (base {base_name!r}) lacks {seam}, which DashShampoo was "
-        f"tested with at commit {_TESTED_COMMIT} of facebookresearch/optimizers."
-    )
-
-
-def _fall_back(base_list: Any, seam: str, method: MatrixFunctionConfig | None) -> Any:
-    explanation = _explanation(seam)
-    if method is not None and type(method) not in _METHODS_OF_BASE:
-        raise RuntimeError(
-            f"{explanation} The base itself cannot compute {type(method).__name__}; use that commit, or "
-            "set DASH_SHAMPOO_BASE=embedded."
-        )
-    logger.warning("%s It runs on the base's own list, block by block.", explanation)
-    return base_list

@@ -82,7 +82,7 @@ _STEPS_BETWEEN_LOOKS = 100
 
 
 @dataclass(frozen=True)
-class _Selection:
+class Selection:
     """What a step needs for one selection of active blocks.
 
     Attributes:
@@ -146,10 +146,13 @@ class BucketStep:
         self.run = run
         self._group = group
         self._shampoo = state_lists[SHAMPOO_PRECONDITIONER_LIST]
+        self._stacked: StackedPreconditionerList | None = None
+        if isinstance(self._shampoo, StackedPreconditionerList):
+            self._stacked = self._shampoo
         self._layout = (
-            self._shampoo.layout
-            if isinstance(self._shampoo, StackedPreconditionerList)
-            else layout_of_shapes(distributor.local_blocked_params)
+            layout_of_shapes(distributor.local_blocked_params)
+            if self._stacked is None
+            else self._stacked.layout
         )
         labels = [
             ".".join(map(str, info.composable_block_ids))
@@ -167,8 +170,8 @@ class BucketStep:
             if isinstance(lists, AdagradPreconditionerList)
         ]
         self.observer: Callable[[Sequence[Tensor], Sequence[Piece]], None] | None = None
-        self._selections: dict[tuple[bool, ...], _Selection] = {}
-        self._selected: _Selection | None = None
+        self._selections: dict[tuple[bool, ...], Selection] = {}
+        self._selected: Selection | None = None
 
     @staticmethod
     def can_serve(state_lists: Mapping[str, Any]) -> bool:
@@ -209,10 +212,9 @@ class BucketStep:
         """Directions of the pieces, in new memory; see `precondition_and_graft`."""
 
         def limit_(directions: Sequence[Tensor]) -> None:
-            is_stacked = isinstance(self._shampoo, StackedPreconditionerList)
             # Before the start there are no roots.
-            if is_stacked and int(lists[STEP]) >= self._group["start_preconditioning_step"]:
-                self._shampoo.limit_(directions)
+            if self._stacked is not None and self._has_started(lists):
+                self._stacked.limit_(directions)
 
         return self.run(  # type: ignore[no-any-return]
             precondition_and_graft, lists, filtered_grads, is_warm_up, use_grafting, limit_
@@ -224,24 +226,33 @@ class BucketStep:
 
     # ---------------------------------------------------------------------------- internals
 
+    def _has_started(self, state_lists: Mapping[str, Any]) -> bool:
+        start: float = self._group["start_preconditioning_step"]
+        return int(state_lists[STEP]) >= start
+
     def _on_buckets(self, state_lists: Mapping[str, Any]) -> BucketLists | None:
-        selection = self._select(state_lists)
-        self._selected = selection
+        self._selected = selection = self._select(state_lists)
         grads = self._gather(state_lists[MASKED_BLOCKED_GRADS], selection)
+        return self._lists_with(grads, state_lists, selection)
+
+    def _lists_with(
+        self, grads: tuple[Tensor, ...], state_lists: Mapping[str, Any], selection: Selection
+    ) -> BucketLists | None:
+        """The lists of a step on gathered gradients, which are masked; None if it is to be skipped."""
         if not self.gradient_guard.mask_(grads, selection.pieces):
             return None
         for elementwise, views in selection.elementwise:
             elementwise._masked_preconditioner_list = views
         lists = BucketLists({**state_lists, **selection.lists, MASKED_BLOCKED_GRADS: grads})
-        if isinstance(self._shampoo, StackedPreconditionerList):
-            lists[SHAMPOO_PRECONDITIONER_LIST] = self._shampoo.on_buckets
+        if self._stacked is not None:
+            lists[SHAMPOO_PRECONDITIONER_LIST] = self._stacked.on_buckets(state_lists[STEP])
         del lists[MASKED_BLOCKED_PARAMS]
         params = GridBlocks(selection.grids, [grid.target for grid in selection.grids])
         lists.gather_params = lambda: self.run(self._gather, params, selection)
         return lists
 
     @staticmethod
-    def _gather(blocks: Sequence[Tensor], selection: _Selection) -> tuple[Tensor, ...]:
+    def _gather(blocks: Sequence[Tensor], selection: Selection) -> tuple[Tensor, ...]:
         if not selection.pieces:
             return ()
         # A strided copy moves a grid; on an accelerator one launch for many blocks is worth more.
@@ -260,7 +271,7 @@ class BucketStep:
         blocks = [tensors[number] for number in range(len(tensors))]
         return GridBlocks(self._selected.grids, blocks) if self._gives_grids else tuple(blocks)
 
-    def _select(self, state_lists: Mapping[str, Any]) -> _Selection:
+    def _select(self, state_lists: Mapping[str, Any]) -> Selection:
         distributor = state_lists[DISTRIBUTOR]
         selector = tuple(distributor.local_grad_selector)
         found = self._selections.get(selector)
@@ -270,7 +281,7 @@ class BucketStep:
             found = self._selections[selector] = self._new_selection(selector, distributor)
         return found
 
-    def _new_selection(self, selector: tuple[bool, ...], distributor: Any) -> _Selection:
+    def _new_selection(self, selector: tuple[bool, ...], distributor: Any) -> Selection:
         pieces = self._layout.active(selector).pieces
         grids: tuple[BlockGrid, ...] = (
             distributor.grids
@@ -280,7 +291,7 @@ class BucketStep:
                 for position, block in enumerate(distributor.local_masked_blocked_params)
             )
         )
-        return _Selection(
+        return Selection(
             pieces,
             grids,
             grids_of_pieces(grids, pieces),

@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "safety",
     },
     "step": {"base", "buckets", "config", "gradients", "preconditioners", "safety"},
+    "graphs": set(),
+    "captured": {"base", "buckets", "config", "graphs", "preconditioners", "step"},
     "checkpoint": {
         "base",
         "config",
@@ -54,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnostics": {"base", "buckets", "inverse_root", "preconditioners", "safety", "step"},
     "optimizer": {
         "base",
+        "captured",
         "config",
         "consolidation",
         "diagnostics",

@@ -25,9 +25,9 @@ FILTER = {"embedded": "_filter", "meta": "_compute_filtered_grad_list"}[ds.base.
 IN_EVERY_STEP = {"_group_step_body", "precondition", FILTER}
 FUSED = {"fused_square_"} if find_spec("triton") else set()
 IN_A_REFRESH = {
-    "newton_db": {"solve_chunk"},
-    "newton_schulz": {"solve_chunk"},
-    "chebyshev": {"solve_chunk"},
+    "newton_db": {"divided"},
+    "newton_schulz": {"divided"},
+    "chebyshev": {"divided"},
     "minimax": {"minimax", *FUSED},
     "default": {"minimax", "__call__", *FUSED},  # the product of its residual
 }

@@ -13,17 +13,18 @@ from dash_shampoo.base import BlockGrid
 from dash_shampoo.buckets.layout import Piece
 
 
-def gather(blocks: Sequence[Tensor], piece: Piece) -> Tensor:
-    """The blocks of a piece in one new contiguous tensor.
+def gather(blocks: Sequence[Tensor], piece: Piece, out: Tensor | None = None) -> Tensor:
+    """The blocks of a piece in one contiguous tensor.
 
     Args:
         blocks: The active blocks, in any memory layout.
         piece: Which of them.
+        out: Where to, (K, *shape). Default: a new tensor.
 
     Returns:
         (K, *shape).
     """
-    return torch.stack([blocks[position] for position in piece.positions])
+    return torch.stack([blocks[position] for position in piece.positions], out=out)
 
 
 def to_blocks(tensors: Sequence[Tensor], pieces: Sequence[Piece]) -> tuple[Tensor, ...]:

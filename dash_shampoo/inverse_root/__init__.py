@@ -8,7 +8,11 @@ from dash_shampoo.inverse_root.eigen import SpectrumRepairConfig
 from dash_shampoo.inverse_root.minimax.solve import MinimaxConfig
 from dash_shampoo.inverse_root.newton_db import NewtonDBConfig
 from dash_shampoo.inverse_root.newton_schulz import NewtonSchulzRootInvConfig
-from dash_shampoo.inverse_root.registry import check_supported, config_for_root
+from dash_shampoo.inverse_root.registry import (
+    check_supported,
+    config_for_root,
+    waits_for_device,
+)
 from dash_shampoo.inverse_root.repair import repair
 from dash_shampoo.inverse_root.residual import sketched_residual
 from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus, StackOutcome
@@ -42,4 +46,5 @@ __all__ = [
     "repair",
     "sketched_residual",
     "solve_stack",
+    "waits_for_device",
 ]

@@ -5,7 +5,7 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N; s_B holds one number per b
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,10 +28,31 @@ def diagonal(A_BNN: Tensor) -> Tensor:
     return A_BNN.diagonal(dim1=-2, dim2=-1)
 
 
-@lru_cache(maxsize=256)
+# Nothing on a device is ever thrown out of its cache: a captured step reads it for good.
+@cache
 def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(K,) numbers on the device, where copying them anew would wait for it; not to be written to."""
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def is_one(number: float | Tensor) -> bool:
+    """Whether a number is known to be 1; of one on a device nothing is known."""
+    return not isinstance(number, Tensor) and number == 1.0
+
+
+def divided(A: Tensor, divisor: float | Tensor) -> Tensor:
+    """A/divisor as a new tensor, or `A` itself where the divisor is known to be 1."""
+    if isinstance(divisor, Tensor):
+        # Kernels for operands of two dtypes are slow ones.
+        return A / divisor.to(torch.promote_types(A.dtype, torch.float32))
+    return A if divisor == 1.0 else A / divisor
+
+
+def add_multiple_(entries: Tensor, addend: Tensor, factor: float | Tensor) -> Tensor:
+    """In place, entries ← entries + factor·addend, with a factor of the host's or a scalar on the device."""
+    if isinstance(factor, Tensor):
+        return entries.add_(addend * factor)
+    return entries.add_(addend, alpha=factor)
 
 
 def minus_multiple(A_BNN: Tensor, factor: float, shift: float, out: Tensor | None = None) -> Tensor:

@@ -235,4 +235,9 @@ def _workspace(config: CoupledNewtonConfig, root: Fraction) -> int:
     return 12 if is_rounded else 6
 
 
-SOLVER = Solver(solve=coupled_newton, workspace=_workspace, check=check)
+def _waits(config: CoupledNewtonConfig) -> bool:
+    """With a low cap the host never looks."""
+    return config.max_iterations > _MAX_UNSEEN_STEPS
+
+
+SOLVER = Solver(solve=coupled_newton, workspace=_workspace, check=check, waits=_waits)

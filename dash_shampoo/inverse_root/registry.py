@@ -111,6 +111,23 @@ def check_supported(config: RootInvConfig, root: int | float | Fraction | None =
         solver.check(config, as_root(root))
 
 
+def waits_for_device(config: RootInvConfig) -> bool:
+    """Whether the host waits for an accelerator while a solver works there.
+
+    Args:
+        config: A solver config.
+
+    Returns:
+        False where the number of steps is fixed, so that a CUDA graph can hold them.
+
+    Examples:
+        >>> from dash_shampoo import MinimaxConfig
+        >>> waits_for_device(MinimaxConfig()), waits_for_device(EigenConfig())
+        (False, True)
+    """
+    return find_solver(config).waits(config)
+
+
 def config_for_root(
     config: RootInvConfig, root: int | float | Fraction, second: RootInvConfig | None = None
 ) -> RootInvConfig:

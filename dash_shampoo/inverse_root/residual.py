@@ -6,7 +6,7 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N; V_BKN holds K rows for eac
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def sketched_residual(
     root: Fraction,
     damping: Tensor | float,
     sketch: Tensor | None = None,
-    divisor: float = 1.0,
+    divisor: float | Tensor = 1.0,
 ) -> Tensor:
     """‖V X^⌈p/2⌉ (A + damping·I)^q X^⌊p/2⌋ - V‖_F / ‖V‖_F for the root p/q and four rows V.
 
@@ -78,7 +78,10 @@ def sketched_residual(
     for _ in range((num_roots - 1) // 2):
         result = multiply(result, X)
     for _ in range(num_matrices):
-        product = multiply(result, A, alpha=1.0 / divisor)
+        if isinstance(divisor, Tensor):
+            product = multiply(result, A).div_(divisor)
+        else:
+            product = multiply(result, A, alpha=1.0 / divisor)
         if isinstance(damping, Tensor):
             result = product.addcmul_(result, damping[:, None, None])
         else:
@@ -108,7 +111,7 @@ def residual_bound(threshold: float, error: float, root: Fraction) -> float:
     return max(threshold, (1.0 + (1.0 + _ROUNDING) * error) ** root.numerator - 1.0)
 
 
-@lru_cache(maxsize=64)
+@cache
 def fixed_rows(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(K, N) entries ±1, which hit every eigenvector alike, from a generator of their own: replicas agree."""
     generator = torch.Generator("cpu").manual_seed(size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -225,7 +225,7 @@ def trace_bound(trace_B: Tensor, factor_B: Tensor, A_squared_BNN: Tensor) -> Ten
     return torch.minimum(bounds_2B[0], bounds_2B[1].sqrt())
 
 
-@lru_cache(maxsize=32)
+@cache
 def _start_vectors(size: int, num_vectors: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(N, K) unit start vectors, the same on every rank: from a generator of their own."""
     generator = torch.Generator("cpu").manual_seed(_START_VECTOR_SEED)

@@ -36,7 +36,7 @@ def solve_stack(
     max_workspace_bytes: int,
     residual_threshold: float | None = None,
     value_dtype: torch.dtype | None = None,
-    divisor: float = 1.0,
+    divisor: float | Tensor = 1.0,
 ) -> StackOutcome:
     """A^(-1/root) of B matrices, of which only as many are in memory at once as the cap allows.
 
@@ -57,7 +57,8 @@ def solve_stack(
             is solved in any case.
         residual_threshold: As of `inverse_root`.
         value_dtype: What `store` is given; roots that overflow in it are not usable. Default: `dtype`.
-        divisor: The matrices are divided by it, without a pass where the solver can do so. Default: 1.
+        divisor: The matrices are divided by it, without a pass where the solver can do so; a number, or
+            a scalar on the device. Default: 1.
 
     Returns:
         What became of every matrix.

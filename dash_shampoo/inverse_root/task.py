@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.blocks import per_block
+from dash_shampoo.inverse_root.blocks import divided, per_block
 from dash_shampoo.inverse_root.registry import as_root, find_solver
 from dash_shampoo.inverse_root.residual import residual_bound, sketch_of, sketched_residual
 from dash_shampoo.inverse_root.result import (
@@ -91,7 +91,7 @@ def solve_chunk(
     *,
     out: Tensor | None = None,
     value_dtype: torch.dtype | None = None,
-    divisor: float = 1.0,
+    divisor: float | Tensor = 1.0,
 ) -> tuple[Tensor, StackOutcome]:
     """The roots of a chunk, tested and with their statuses.
 
@@ -101,13 +101,13 @@ def solve_chunk(
         out: (B, N, N) where the roots are written; those of blocks that failed are made NaN. Default: a new
             stack, whose bad blocks hold anything.
         value_dtype: The dtype of the roots, without `out`. Default: that of A.
-        divisor: The roots are those of A/divisor.
+        divisor: The roots are those of A/divisor; a number, or a scalar on the device.
 
     Returns:
         The roots, and what became of them.
     """
-    if divisor != 1.0 and not task.solver.divides:
-        A, divisor = A / divisor, 1.0
+    if not task.solver.divides:
+        A, divisor = divided(A, divisor), 1.0
     further = (divisor,) if task.solver.divides else ()
     solution = task.solver.solve(A, task.root, task.config, task.epsilon, *further)
     value = _finished(solution, out)
@@ -178,7 +178,7 @@ def _with_non_finite(
     return torch.where(keeps, status, bad)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _codes(device: torch.device) -> Tensor:
     """The statuses by their number, on the device."""
     return torch.tensor(list(InverseRootStatus), dtype=torch.uint8, device=device)

@@ -11,6 +11,7 @@ from dash_shampoo.preconditioners.grafting import precondition_and_graft
 from dash_shampoo.preconditioners.known_bad import warn_of_known_bad
 from dash_shampoo.preconditioners.of_config import config_for_base, method_of, stacked_list_of
 from dash_shampoo.preconditioners.options import StackedOptions
+from dash_shampoo.preconditioners.refresh import Outcomes
 from dash_shampoo.preconditioners.root_inverse import (
     StackedRootInvKLShampooPreconditionerList,
     StackedRootInvShampooPreconditionerList,
@@ -22,7 +23,7 @@ from dash_shampoo.preconditioners.scalar import (
     ScalarRMSpropPreconditionerConfig,
     scalar_list,
 )
-from dash_shampoo.preconditioners.seams import missing_seam
+from dash_shampoo.preconditioners.seams import explanation_of, fall_back, missing_seam
 from dash_shampoo.preconditioners.sign_descent import StackedSignDescentPreconditionerList
 from dash_shampoo.preconditioners.soap_config import (
     DashSOAPPreconditionerConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "BucketView",
     "DashSOAPPreconditionerConfig",
     "DefaultDashSOAPConfig",
+    "Outcomes",
     "ScalarAdaGradPreconditionerConfig",
     "ScalarAdagradPreconditionerList",
     "ScalarAdamPreconditionerConfig",
@@ -49,6 +51,8 @@ __all__ = [
     "StackedSignDescentPreconditionerList",
     "StackedSpectralDescentPreconditionerList",
     "config_for_base",
+    "explanation_of",
+    "fall_back",
     "method_of",
     "missing_seam",
     "precondition_and_graft",

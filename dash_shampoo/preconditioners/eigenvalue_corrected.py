@@ -107,8 +107,7 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         """Adam's direction in the eigenbasis, of some rows of a piece."""
         bases = self._bases(piece, part)
         second_moment = self._second_moments[piece.bucket.number][piece.slots][part]
-        # A CPU scalar, so that reading it is no device synchronisation.
-        denominator = second_moment.div(float(self._bias_correction2))
+        denominator = second_moment.div(self.divisor)
         denominator.pow_(self._exponents[piece.bucket.number]).add_(self._epsilon)
         return self._from_basis(self._to_basis(grads, bases).div_(denominator), bases)
 

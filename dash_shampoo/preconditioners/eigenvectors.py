@@ -5,7 +5,7 @@ Shapes: K blocks of a piece, B rows of a stack, N×N factor matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
 
     def _adopt_state(self) -> None:
         self._eigenvectors = self._stack_matrices("factor_matrices_eigenvectors", packed=False)
-        # Stacks in which a row may still have the identity it was made with.
-        self._may_lack_basis = [True] * len(self._layout.stacks)
+        # Stacks in which a row may still have the identity it was made with; of a number it is the basis.
+        self._may_lack_basis = [stack.size > 1 for stack in self._layout.stacks]
 
     # --------------------------------------------------------------------- the basis at work
 
@@ -114,6 +114,11 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
         return dtype
 
     # -------------------------------------------------------------------------- the refresh
+
+    def waits(self, due: Sequence[ActiveStack]) -> bool:
+        """Whether a basis is decomposed, or whether all rows have one is not known yet."""
+        follows = follows_a_basis(self._options.amortized_computation_config)
+        return any(not follows or self._may_lack_basis[active.stack] for active in due)
 
     def _compute(self, active: ActiveStack) -> Tensor:
         """Refreshes the eigenvectors of the active rows of a stack.

@@ -43,8 +43,6 @@ def limit_(
     is_scaled = options.use_trace_scaling or options.use_dimension_normalization
     if is_scaled or lists._epsilon == 0.0:
         return
-    bias_correction = float(lists._bias_correction2)
-    weight = lists._weighting_factor / bias_correction
     for direction, piece in zip(directions, lists._active.pieces, strict=True):
         factors = piece.bucket.factors
         exponent = sum(1 / lists.layout.stacks[factor.stack].root for factor in factors)
@@ -52,12 +50,13 @@ def limit_(
             continue
         if not factors or not math.isclose(exponent, _NEUTRAL_EXPONENT, abs_tol=1e-6):
             continue
-        longest = math.sqrt(direction[0].numel() / weight)
+        # √(numel/w), w the weight of a gradient in the bias-corrected factor matrices.
+        longest = (direction[0].numel() * lists.divisor / lists._weighting_factor) ** 0.5
         norms = slot_norms(direction)
         # Reading a value on the CPU costs nothing.
         if not is_asynchronous(direction.device) and bool((norms <= longest).all()):
             continue
-        scales = (longest / norms).clamp_(max=1.0)
+        scales = norms.reciprocal_().mul_(longest).clamp_(max=1.0)
         scales = torch.where(_are_undamped(lists, piece, damping_of), scales, 1.0)
         direction.mul_(scales.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
 
@@ -71,7 +70,7 @@ def _are_undamped(
     are_undamped: list[Tensor] = []
     for factor in piece.bucket.factors:
         stack, rows = lists._factors[factor.stack], piece.factor_rows(factor)
-        traces = stack.diagonals(rows).sum(-1) / float(lists._bias_correction2)
+        traces = stack.diagonals(rows).sum(-1) / lists.divisor
         # A lower dtype's is above what damping its users give, and is meant by them.
         dtype = torch.promote_types(stack.data.dtype, torch.float32)
         round_off = traces * torch.finfo(dtype).eps

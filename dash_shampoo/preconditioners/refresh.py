@@ -1,8 +1,13 @@
-"""What of a list is refreshed when, and what follows from the outcomes."""
+"""What of a list is refreshed when, and what follows from the outcomes.
+
+A refresh is what the device computes, then what the host notes of it. A step that is replayed repeats the
+first alone, so the two are apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +15,9 @@ from torch import Tensor
 from dash_shampoo.buckets import ActiveLayout, ActiveStack, Layout, Rows, rows_of
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.safety import FailureLedger, Slot, send_to_host
+
+Outcomes = list[tuple[tuple[Slot, ...], Tensor]]
+"""Slots, and the status of each on its device."""
 
 
 class RefreshedList:
@@ -21,6 +29,10 @@ class RefreshedList:
     _group: Mapping[str, Any]
     _ledger: FailureLedger
     _is_asynchronous: bool
+    # The bias correction on the device and the outcomes of a step that is being captured.
+    _divisor_there: Tensor | None = None
+    _captured: Outcomes | None = None
+    _known_bad: Sequence[Slot] = ()
 
     # ---------------------------------------------------------------- what each list defines
 
@@ -38,8 +50,13 @@ class RefreshedList:
 
     # ------------------------------------------------------------------------- the schedule
 
-    def _due(self, step: int, is_due: bool) -> Sequence[ActiveStack]:
-        """What is to be refreshed in a step: every active stack, or with `stagger_refresh` a share."""
+    def due(self, step: int, is_due: bool) -> Sequence[ActiveStack]:
+        """What is to be refreshed in a step: every active stack, or with `stagger_refresh` a share.
+
+        Args:
+            step: Step count.
+            is_due: Whether the base's schedule has a refresh in this step.
+        """
         frequency = self._group["precondition_frequency"]
         is_staggered = self._options.stagger_refresh and frequency > 1
         if is_staggered and step > self._group["start_preconditioning_step"]:
@@ -48,14 +65,64 @@ class RefreshedList:
 
     def _refresh(self, due: Sequence[ActiveStack]) -> None:
         """The amortized computation on what is due; rows that went wrong keep what they had."""
-        known_bad = self._ledger.settle() if self._settles_late else []
-        for active in due:
-            self._ledger.record(active.slots, self._compute(active))
+        known_bad, self._known_bad = self.known_bad(), ()
+        outcomes = [(active.slots, self._compute(active)) for active in due]
+        self._repair(known_bad)
+        if self._captured is None:
+            self.note(outcomes)
+        else:
+            self._captured.extend(outcomes)
+
+    def known_bad(self) -> Sequence[Slot]:
+        """What the next refresh must repair, where outcomes are acted on late; waits for their arrival.
+
+        Raises:
+            PreconditionerValueError: As of `settle`, and so is the other.
+            ValueError: See there.
+        """
+        safety = self._options.safety
+        if self._settles_late and safety is not None:
+            bad = self._ledger.settle()
+            if safety.policy == "repair":
+                self._known_bad = [*self._known_bad, *bad]
+        return self._known_bad
+
+    def note(self, outcomes: Outcomes) -> None:
+        """The host's part of a refresh: notes what became of it, and acts on it where it is known.
+
+        Args:
+            outcomes: Of the rows that were computed.
+        """
+        for slots, status in outcomes:
+            self._ledger.record(slots, status)
         if self._settles_late:
-            self._repair(known_bad)
             send_to_host(self._ledger)
         elif not self.waits_for_settlement:
             self.settle()
+
+    @contextmanager
+    def captured(self, divisor: Tensor | None) -> Iterator[Outcomes]:
+        """A step that leaves to the host what is the host's.
+
+        Args:
+            divisor: The bias correction of the factor matrices, a scalar on the device; None for 1.
+
+        Yields:
+            The outcomes of its refreshes, to be noted after every replay.
+        """
+        self._divisor_there, self._captured = divisor, []
+        try:
+            yield self._captured
+        finally:
+            self._divisor_there = self._captured = None
+
+    def waits(self, due: Sequence[ActiveStack]) -> bool:
+        """Whether the host waits for the device in a step by the nature of what is computed.
+
+        Args:
+            due: What is refreshed in it.
+        """
+        return bool(due)
 
     def settle(self) -> None:
         """Acts on the outcomes of the amortized computations since the last call.
@@ -70,7 +137,7 @@ class RefreshedList:
     def _repair(self, bad: Sequence[Slot]) -> None:
         """Computes anew what went wrong, those rows alone, where the safety config wants it."""
         safety, members = self._options.safety, set(bad)
-        if not bad or safety is None or safety.policy != "repair":
+        if not members or safety is None or safety.policy != "repair":
             return
         for number, spec in enumerate(self._layout.stacks):
             wanted = [slot for slot, member in enumerate(spec.slots) if member in members]

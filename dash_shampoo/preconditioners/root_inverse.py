@@ -18,6 +18,7 @@ from dash_shampoo.inverse_root import (
     config_for_root,
     repair,
     solve_stack,
+    waits_for_device,
 )
 from dash_shampoo.preconditioners.limits import limit_
 from dash_shampoo.preconditioners.measures import FactorMeasures, measure_roots
@@ -115,6 +116,10 @@ class StackedRootInvShampooPreconditionerList(
 
     # ------------------------------------------------------------------ inverse roots
 
+    def waits(self, due: Sequence[ActiveStack]) -> bool:
+        """Whether a solver of what is due looks at the device."""
+        return any(waits_for_device(self._solvers[active.stack]) for active in due)
+
     def _compute(self, active: ActiveStack) -> Tensor:
         """R ← F^(-1/p) on the active rows of a stack; rows that went wrong keep their previous root.
 
@@ -135,7 +140,7 @@ class StackedRootInvShampooPreconditionerList(
         """Refreshes the roots of some rows of a stack; only usable roots are written."""
         spec, safety = self._layout.stacks[number], self._options.safety
         # The bias is corrected by the solver, which needs no pass for it; not where the quotient is rounded.
-        divisor = float(self._bias_correction2)
+        divisor = self.divisor
         is_plain = (
             self._factors[number].data.dtype == self._solving_dtype
             and not self._options.use_trace_scaling

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Any
+
+from dash_shampoo.base import (
+    CoupledHigherOrderConfig,
+    CoupledNewtonConfig,
+    EigenConfig,
+    EighEigendecompositionConfig,
+    MatrixFunctionConfig,
+    NewtonSchulzOrthogonalizationConfig,
+    QREigendecompositionConfig,
+    SVDOrthogonalizationConfig,
+)
+from dash_shampoo.base import name as base_name
+
+logger = logging.getLogger(__name__)
+
+_TESTED_COMMIT = "f606606"
+_METHODS_OF_BASE = (
+    CoupledHigherOrderConfig,
+    CoupledNewtonConfig,
+    EigenConfig,
+    EighEigendecompositionConfig,
+    NewtonSchulzOrthogonalizationConfig,
+    QREigendecompositionConfig,
+    SVDOrthogonalizationConfig,
+)
 
 LIST_SEAMS = (
     "_local_kronecker_factors_unwrapped",
@@ -49,3 +76,39 @@ def missing_seam(
             if not hasattr(block, name):
                 return f"{type(block).__name__}.{name}"
     return None
+
+
+def explanation_of(seam: str) -> str:
+    """What a missing seam means.
+
+    Args:
+        seam: Its name.
+    """
+    return (
+        f"This version of Distributed Shampoo (base {base_name!r}) lacks {seam}, which DashShampoo was "
+        f"tested with at commit {_TESTED_COMMIT} of facebookresearch/optimizers."
+    )
+
+
+def fall_back(base_list: Any, seam: str, method: MatrixFunctionConfig | None) -> Any:
+    """The base's own list in the place of a stacked one, which is logged.
+
+    Args:
+        base_list: The list.
+        seam: What it lacks.
+        method: How matrix functions are computed, if at all.
+
+    Returns:
+        The list.
+
+    Raises:
+        RuntimeError: If the method is one that the base doesn't have.
+    """
+    explanation = explanation_of(seam)
+    if method is not None and type(method) not in _METHODS_OF_BASE:
+        raise RuntimeError(
+            f"{explanation} The base itself cannot compute {type(method).__name__}; use that commit, or "
+            "set DASH_SHAMPOO_BASE=embedded."
+        )
+    logger.warning("%s It runs on the base's own list, block by block.", explanation)
+    return base_list

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from dash_shampoo.base import OrthogonalizationConfig, PreconditionerList
-from dash_shampoo.buckets import Piece
+from dash_shampoo.base import (
+    OrthogonalizationConfig,
+    PreconditionerList,
+    SVDOrthogonalizationConfig,
+)
+from dash_shampoo.buckets import ActiveStack, Piece
 from dash_shampoo.orthogonalization import check_orthogonalization_supported, orthogonalize
 from dash_shampoo.preconditioners.stateless import StackedStatelessPreconditionerList
 
@@ -39,6 +45,11 @@ class StackedSpectralDescentPreconditionerList(
                 "preconditioner_config (param_groups does), or have tensors of higher order reshaped "
                 "by max_preconditioner_dim=math.inf and target_parameter_dimensionality=2."
             )
+
+    def waits(self, due: Sequence[ActiveStack]) -> bool:
+        """Whether the method is a decomposition, in every step."""
+        config = self._preconditioner_config.orthogonalization_config
+        return isinstance(config, SVDOrthogonalizationConfig)
 
     def _precondition_piece(
         self, grads: Tensor, piece: Piece, skipped: int | None = None

@@ -24,6 +24,7 @@ from dash_shampoo.buckets import (
     to_blocks,
 )
 from dash_shampoo.inverse_root import plan_chunks
+from dash_shampoo.inverse_root.blocks import divided
 from dash_shampoo.preconditioners.measures import FactorMeasures, measure_in_chunks
 from dash_shampoo.preconditioners.modes import unfold
 from dash_shampoo.preconditioners.options import StackedOptions
@@ -46,11 +47,22 @@ class BucketView:
 
     Args:
         stacked: The list.
+        step: The host's step count; the one that the base's step is given may be the device's.
     """
 
-    def __init__(self, stacked: StackedPreconditionerList) -> None:
-        self.update_preconditioners = stacked.update_buckets
+    def __init__(self, stacked: StackedPreconditionerList, step: Tensor) -> None:
+        self._stacked, self._step = stacked, step
         self.precondition = stacked.precondition_buckets
+
+    def update_preconditioners(
+        self,
+        masked_grad_list: Sequence[Tensor],
+        step: Tensor,
+        perform_amortized_computation: bool = False,
+    ) -> None:
+        """As `StackedPreconditionerList.update_buckets`."""
+        del step
+        self._stacked.update_buckets(masked_grad_list, self._step, perform_amortized_computation)
 
 
 class StackedPreconditionerList(RefreshedList, _ShampooList):
@@ -209,10 +221,13 @@ class StackedPreconditionerList(RefreshedList, _ShampooList):
         """The buckets and stacks of this rank's blocks."""
         return self._layout
 
-    @property
-    def on_buckets(self) -> BucketView:
-        """The list for a step whose gradients are bucket tensors."""
-        return BucketView(self)
+    def on_buckets(self, step: Tensor) -> BucketView:
+        """The list for a step whose gradients are bucket tensors.
+
+        Args:
+            step: Step count, a CPU tensor.
+        """
+        return BucketView(self, step)
 
     def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
         """Restricts the list to the blocks that have a gradient."""
@@ -237,11 +252,20 @@ class StackedPreconditionerList(RefreshedList, _ShampooList):
             ValueError: If the computation of a block failed more often in a row than is tolerated.
         """
         self._update_factor_matrices(masked_grad_list)
+        self.correct_bias(step)
+        if due := self.due(int(step), perform_amortized_computation):
+            self._refresh(due)
+
+    def correct_bias(self, step: Tensor) -> float:
+        """Sets and gives the bias correction of the factor matrices.
+
+        Args:
+            step: Step count, a CPU tensor.
+        """
         is_sum = self._beta2 == 1.0 or self._preconditioner_config.drop_weighting_factor_on_gsquare
         if self._use_bias_correction and not is_sum:
             self._bias_correction2 = torch.tensor(1.0) - self._beta2**step
-        if due := self._due(int(step), perform_amortized_computation):
-            self._refresh(due)
+        return float(self._bias_correction2)
 
     def precondition_buckets(self, masked_grad_list: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The preconditioned gradients of the active pieces.
@@ -345,14 +369,17 @@ class StackedPreconditionerList(RefreshedList, _ShampooList):
             num_threads=1,
         ).rows
 
+    @property
+    def divisor(self) -> float | Tensor:
+        """The bias correction of the factor matrices: the host's; the device's in a captured step."""
+        # A CPU scalar, so that reading it is no device synchronisation.
+        there = self._divisor_there
+        return float(self._bias_correction2) if there is None else there
+
     def _bias_corrected(self, number: int, rows: Rows) -> Tensor:
         """The factor matrices (K, N, N) of rows of a stack; must not be modified."""
         stack = self._factors[number]
-        stored = stack.data[rows]
-        # A CPU scalar, so that reading it is no device synchronisation.
-        bias_correction = float(self._bias_correction2)
-        if bias_correction != 1.0:
-            stored = stored / bias_correction
+        stored = divided(stack.data[rows], self.divisor)
         matrices = unpack(stored) if stack.packed else stored
         if self._options.use_trace_scaling:
             trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=self._epsilon)

@@ -36,3 +36,7 @@ class StackedStatelessPreconditionerList(StackedPreconditionerList):
         perform_amortized_computation: bool = False,
     ) -> None:
         """Keeps nothing."""
+
+    def correct_bias(self, step: Tensor) -> float:
+        """There is nothing to correct."""
+        return 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def has_identity(A: Tensor) -> bool:
     return A.shape[-1] ** 2 * A.element_size() <= _LARGEST
 
 
-@lru_cache(maxsize=64)
+@cache
 def multiple_of_identity(
     size: int, factor: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -1,7 +1,7 @@
 """Symmetric matrices as their packed upper triangles: P = N(N+1)/2 entries, row by row."""
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def unpack(packed: Tensor) -> Tensor:
     return entries.view(*count, size, size)
 
 
-@lru_cache(maxsize=256)
+@cache
 def packed_diagonal(size: int, device: torch.device) -> Tensor:
     """(N,) where the diagonal of an (N, N) matrix lies in its packed upper triangle."""
     # In closed form, for devices without values (meta) too.
@@ -30,7 +30,7 @@ def packed_diagonal(size: int, device: torch.device) -> Tensor:
     return row * size - row * (row - 1) // 2
 
 
-@lru_cache(maxsize=256)
+@cache
 def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Flat indices of the upper triangle (P,), and of each entry's place in it (N²,)."""
     row, column = torch.triu_indices(size, size, device=device)

@@ -17,12 +17,13 @@ class PreconditionerValueError(ValueError):
 
 
 def divisor_of(bias_correction: Tensor) -> Any:
-    """A bias correction, a CPU scalar, as the operand of a foreach operator; None once it is 1.
+    """A bias correction, a scalar tensor, as the operand of a foreach operator; None once it is 1.
 
-    A Python number lets the operators fuse on every device; under `torch.compile` it would be
-    compiled in as a constant, so there the tensor stays.
+    A Python number lets the operators fuse on every device. Under `torch.compile` it would be compiled
+    in as a constant, and where the step count is the device's, reading it would wait: there the tensor
+    stays.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or bias_correction.device.type != "cpu":
         return bias_correction
     divisor = bias_correction.item()
     return None if divisor == 1.0 else divisor

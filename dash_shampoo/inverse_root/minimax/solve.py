@@ -14,8 +14,10 @@ from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
 from dash_shampoo.inverse_root.blocks import (
+    add_multiple_,
     constants,
     diagonal,
+    is_one,
     per_block,
     power,
     stacks_like,
@@ -180,7 +182,7 @@ def _coefficients(table: Table, relative_epsilon: float, margin: float) -> _Coef
 
 
 def minimax(
-    A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float, divisor: float = 1.0
+    A: Tensor, root: Fraction, config: MinimaxConfig, epsilon: float, divisor: float | Tensor = 1.0
 ) -> Solution:
     """(A + δI)^(-1/p) = c^(1/p)·f(M), M = c(A + δI), f ≈ x^(-1/p) on [l, 1] by k squarings.
 
@@ -201,7 +203,7 @@ def minimax(
         root: p, one of the tables'.
         config: Accuracy or number of squarings, relative damping, precision of the products.
         epsilon: Absolute damping, at least 0; the relative one is added to it.
-        divisor: A/divisor is meant with A. Default: 1.
+        divisor: A/divisor is meant with A; a number, or a scalar on the device. Default: 1.
 
     Returns:
         Roots times c^(-1/p); damping = δ. A block of zeros gives about epsilon^(-1/p)·I, and about I with
@@ -210,6 +212,7 @@ def minimax(
     Note:
         k matmuls, all of them squares, and three passes beside them; where the squares are not fused, A is
         divided by one more, the sum of the rungs and the scale are two, and on a device each rung copies M.
+        Where they are and the divisor is on the device, damping A is one more.
         No host sync. The workspace is k stacks beside the root.
 
     References:
@@ -234,17 +237,19 @@ def minimax(
     # Numbers per block are float64. The root of A/d is that of A with d times the damping, but for its scale.
     M, square, dtype, shift = basis[0], X, A.dtype, divisor * epsilon
     n, is_fused = A.shape[-1], products.can_fuse(A)
+    # The kernel damps A itself, by a number of the host's.
+    offset = shift if is_fused and not isinstance(shift, Tensor) else None
     trace_B = diagonal(A).sum(-1, dtype=torch.float64)
-    if shift > 0.0:
+    if epsilon > 0.0:
         trace_B.add_(n * shift)
     size_B = trace_B.abs().clamp_min_(n * torch.finfo(dtype).tiny)
     inverse_B = power(size_B, -1.0, dtype)
-    if is_fused:
-        products.square(A, factors=inverse_B, offset=shift, out=square)
+    if offset is not None:
+        products.square(A, factors=inverse_B, offset=offset, out=square)
     else:
         torch.mul(A, per_block(inverse_B), out=M)
-        if shift > 0.0:
-            diagonal(M).add_(inverse_B[:, None], alpha=shift)
+        if epsilon > 0.0:
+            add_multiple_(diagonal(M), inverse_B[:, None], shift)
         products.square(M, out=square)
     bound_B = trace_bound(trace_B, inverse_B, square)
     # A negative definite A has bound 0; dividing by it makes the result infinite, as it should be.
@@ -254,8 +259,8 @@ def minimax(
     if is_fused:
         inverse_B = (stretch_B * inverse_B).to(dtype)
         torch.mul(A, per_block(inverse_B), out=M)
-        if shift > 0.0:
-            diagonal(M).add_(inverse_B[:, None], alpha=shift)
+        if epsilon > 0.0:
+            add_multiple_(diagonal(M), inverse_B[:, None], shift)
     else:
         M.mul_(per_block(stretch_B.to(dtype)))
     diagonal(M).add_(poly.lower)
@@ -263,7 +268,7 @@ def minimax(
     torch.addcmul(M, square, per_block(factor_B), out=basis[1])
     diagonal(basis[1]).add_(poly.constant)
 
-    if divisor != 1.0:
+    if not is_one(divisor):
         size_B.div_(divisor)
     damping_B = relative_epsilon * bound_B * size_B + epsilon
     scale_B = (stretch_B / size_B).masked_fill_(is_zero_B, poly.lower)
