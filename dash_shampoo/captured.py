@@ -4,7 +4,8 @@
     step count, learning rate, bias correction ──► scalars on the device ───────┤
     parameters and state, in memory that does not move ─────────────────────────┤
                                               one graph for each kind of step ◄─┘
-    the distributor's update, as ever ◄── directions, where the gradients were ─┤
+    parameters, updated; where processes share blocks, directions in the        │
+    gradients' bucket tensors, which the distributor sends as ever ◄────────────┤
     the host's books, as ever ◄── statuses of a refresh ────────────────────────┘
 
 What a replay repeats is the device's work alone. All that the host does (counting, its schedule, its books)
@@ -23,6 +24,7 @@ from dash_shampoo.base import (
     DISTRIBUTOR,
     LR_CPU_PINNED,
     MASKED_BLOCKED_GRADS,
+    GridBlocks,
     WeightDecayType,
 )
 from dash_shampoo.base import name as base_name
@@ -72,14 +74,16 @@ class CapturedStep(BucketStep):
             compute: That method.
 
         Returns:
-            Views of the bucket tensors; None for a step that no graph can hold, of which nothing is done.
+            Views of the bucket tensors, or no blocks where these are updated already; None for a step that
+            no graph can hold, of which nothing is done.
 
         Raises:
             RuntimeError: If the caller captures himself.
             PreconditionerValueError: As of the list's `known_bad`, and so is the other.
             ValueError: See there.
         """
-        if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+        has_cuda: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+        if has_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "step() can't be captured by a graph of yours: its counts and schedule are the host's, and "
                 "capturable=True makes graphs of its own. Call step() outside of your graph."
@@ -101,10 +105,17 @@ class CapturedStep(BucketStep):
         self._step_there.fill_(int(step))
         self._divisor_there.fill_(divisor)
 
+        distributor = state_lists[DISTRIBUTOR]
+        is_shared = not self._gives_grids or distributor.is_shared
+        is_updated = not is_shared and self.observer is None
+
         def launch() -> None:
             lists = self._lists_with(grads, state_lists, selection)
             directions = compute(state_lists=lists, **{**settings, "step": self._step_there})
-            torch._foreach_copy_(grads, tuple(directions))
+            if is_updated:
+                distributor.update_params(self._to_blocks(directions))
+            else:
+                torch._foreach_copy_(grads, tuple(directions))
 
         def work() -> Outcomes:
             if stacked is None:
@@ -114,11 +125,11 @@ class CapturedStep(BucketStep):
                 launch()
             return outcomes
 
-        key = self._kind(state_lists, settings, due, divisor)
+        key = is_updated, *self._kind(state_lists, settings, due, divisor)
         outcomes = self.graphs.run(key, work, kept=(selection, due))
         if stacked is not None and due:
             stacked.note(outcomes)
-        return self.to_blocks(grads)
+        return GridBlocks((), []) if is_updated else self.to_blocks(grads)
 
     def _kind(
         self,
@@ -126,7 +137,7 @@ class CapturedStep(BucketStep):
         settings: Mapping[str, Any],
         due: Sequence[ActiveStack],
         divisor: float,
-    ) -> Hashable:
+    ) -> tuple[Hashable, ...]:
         """All of a step that its kernels depend on, beside the values in memory that does not move."""
         numbers = {k: v for k, v in settings.items() if not isinstance(v, Tensor)}
         del numbers["perform_amortized_computation"]  # that is `due`

@@ -24,7 +24,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         # A stream of its own: the workspaces of cuBLAS, which graphs go on to use, are a stream's.
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], _T]) -> tuple[Callable[[], None], _T]:

@@ -28,8 +28,8 @@ IN_A_REFRESH = {
     "newton_db": {"divided"},
     "newton_schulz": {"divided"},
     "chebyshev": {"divided"},
-    "minimax": {"minimax", *FUSED},
-    "default": {"minimax", "__call__", *FUSED},  # the product of its residual
+    "minimax": {"minimax", "add_multiple_", *FUSED},
+    "default": {"minimax", "add_multiple_", "__call__", *FUSED},  # the product of its residual
 }
 
 

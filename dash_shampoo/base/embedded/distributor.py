@@ -161,7 +161,8 @@ class Distributor:
         """
         directions = blocked_search_directions
         if isinstance(directions, GridBlocks):
-            torch._foreach_add_([grid.target for grid in directions.grids], directions.tensors)
+            if directions.grids:
+                torch._foreach_add_([grid.target for grid in directions.grids], directions.tensors)
         elif params := self._targets(directions, use_masked_tensors):
             torch._foreach_add_(params, tuple(directions))
         self._write_back()
