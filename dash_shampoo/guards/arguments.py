@@ -13,9 +13,10 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dash_shampoo.base import (
@@ -52,7 +53,9 @@ class _Rule:
 
     def check(self, name: str, value: object) -> None:
         is_bool = isinstance(value, bool) and bool not in self.types
-        if is_bool or not isinstance(value, self.types):
+        # torch takes no Fraction.
+        is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)
+        if is_bool or is_fraction or not isinstance(value, self.types):
             raise TypeError(
                 f"Invalid {name}={_shown(value)}: must be {self.allowed}.{_hint(value)}"
             )
@@ -60,8 +63,19 @@ class _Rule:
             raise ValueError(f"Invalid {name}={_shown(value)}: must be {self.allowed}.")
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def _is_at_least(value: Any, least: float) -> bool:
-    return bool(least <= value < math.inf)
+    return bool(least <= value <= _LARGEST)
+
+
+def _is_lr(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        if value.dim() or value.is_meta or value.is_complex() or value.dtype == torch.bool:
+            return False
+        value = value.item()
+    return _is_at_least(value, 0.0)
 
 
 def _is_decay(value: Any, is_closed: bool) -> bool:
@@ -69,7 +83,9 @@ def _is_decay(value: Any, is_closed: bool) -> bool:
 
 
 _BOOL = _Rule((bool,), "True or False")
-_AT_LEAST_0 = _Rule((Real,), "a finite number of at least 0", lambda v: _is_at_least(v, 0.0))
+_AT_LEAST_0 = _Rule(
+    (Real,), "a finite number (in float32) of at least 0", lambda v: _is_at_least(v, 0.0)
+)
 _AT_LEAST_1 = _Rule((Integral,), "an integer of at least 1", lambda v: v >= 1)
 _CONFIG = _Rule((PreconditionerConfig,), "a PreconditionerConfig")
 _AVERAGING = (ClassicMomentumConfig, GeneralizedPrimalAveragingConfig, ScheduleFreeConfig)
@@ -80,8 +96,8 @@ _BETA2 = _Rule((Real,), "a number in [0, 1]", lambda v: _is_decay(v, is_closed=T
 _RULES: dict[str, _Rule] = {
     "lr": _Rule(
         (Real, Tensor),
-        "a finite number of at least 0, or a tensor of one such",
-        lambda v: _is_at_least(v.item() if isinstance(v, Tensor) else v, 0.0),
+        "a finite number (in float32) of at least 0, or a tensor of one such without dimensions",
+        _is_lr,
     ),
     "beta3": _Rule(
         (Real,),
@@ -184,6 +200,19 @@ def check_options(options: Mapping[str, Any], where: str = "", is_edit: bool = F
         )
 
 
+def check_complete(group: Mapping[str, Any], index: int) -> None:
+    """Refuses a parameter group from which options were removed, or that was never completed.
+
+    Raises:
+        ValueError: Naming the first that is missing.
+    """
+    if missing := [name for name in ("params", *OPTIONS) if name not in group]:
+        raise ValueError(
+            f"Parameter group {index} has no {missing[0]!r}: edit the options in the group, or add groups "
+            "by add_param_group(), which completes them."
+        )
+
+
 def check_lr(lr: object, where: str) -> None:
     """Checks a learning rate before a step; a tensor is not read, which would wait for its device.
 
@@ -193,6 +222,15 @@ def check_lr(lr: object, where: str) -> None:
     """
     if not isinstance(lr, Tensor):
         _RULES["lr"].check(f"lr{where}", lr)
+
+
+def is_lr(value: object) -> bool:
+    """Whether a value is a learning rate."""
+    try:
+        _RULES["lr"].check("lr", value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def misspelled(names: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

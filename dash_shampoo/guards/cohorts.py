@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dash_shampoo.guards.parameters import names_of
+
 PARAMS = "params"
 PARAM_NAMES = "param_names"
 
@@ -45,6 +47,8 @@ def partition(groups: Sequence[Mapping[str, Any]], steps: Mapping[Tensor, int]) 
     cohorts = []
     for index, group in enumerate(groups):
         names = group.get(PARAM_NAMES)
+        if names and len(names) != len(group[PARAMS]):  # edited: nobody knows whose they are
+            names = names_of(group, index)
         members: dict[tuple[torch.device, int], dict[Tensor, str | None]] = {}
         for position, param in enumerate(group[PARAMS]):
             if param in steps:

@@ -15,6 +15,7 @@ from dash_shampoo.base import (
     PreconditionerValueError,
 )
 from dash_shampoo.guards import settings
+from dash_shampoo.guards.arguments import check_complete
 from dash_shampoo.guards.cohorts import PARAMS, options_of
 from dash_shampoo.guards.missing import explain_missing_gradients
 from dash_shampoo.guards.reconstruction import ReconstructibleShampoo
@@ -60,7 +61,7 @@ class FollowingShampoo(ReconstructibleShampoo):
                     self._check_mode()
                     self._check_gradients()
                     self._step_of_base()
-                self._look_for_gradients()
+            self._look_for_gradients()
         return loss
 
     def _step_of_base(self) -> None:
@@ -105,7 +106,7 @@ class FollowingShampoo(ReconstructibleShampoo):
                 return
         if self._has_warned:
             return
-        params = [param for cohort in self._cohorts for param in cohort.params]
+        params = [param for group in self.param_groups for param in group[PARAMS]]
         # A process may own no block of a parameter that has a gradient.
         if params and all(param.grad is None for param in params):
             explain_missing_gradients(params, self._name_of(params[0]))
@@ -136,13 +137,8 @@ class FollowingShampoo(ReconstructibleShampoo):
         elif self._seen.have_moved():
             self._check_shapes()
             self._reconstruct(self._steps(), "Parameters lie in other memory")
-        present = self._seen.params
-        if len(self.state) < len(present):
-            # Whoever empties the state wants to begin anew, as with torch's optimizers.
-            steps = self._steps()
-            self._reconstruct(
-                {param: steps.get(param, 0) for param in present}, "State was removed"
-            )
+        if len(self.state) < len(self._seen.params) or not all(self.state.values()):
+            self._begin_anew()
         self._give_state_to_new_gradients()
         self._renew_pinned_lr()
         if self._follow_settings():
@@ -155,6 +151,8 @@ class FollowingShampoo(ReconstructibleShampoo):
     def _take_over_groups(self) -> None:
         """Parameters in the groups are other ones: state that was moved to them goes with them."""
         groups = self.param_groups
+        for index, group in enumerate(groups):
+            check_complete(group, index)
         for index in range(len(self._settings), len(groups)):
             self._settings.append(GroupSettings(groups[index]))
         del self._settings[len(groups) :]
@@ -165,6 +163,16 @@ class FollowingShampoo(ReconstructibleShampoo):
         kept = {param: steps[param] for param in present if param in steps}
         # The others begin with their first gradient.
         self._reconstruct(kept, "Parameters in the groups were replaced")
+
+    def _begin_anew(self) -> None:
+        """Parameters whose state was removed: who does that means it, as with torch's optimizers."""
+        removed = [param for param in self._seen.params if not self.state.get(param)]
+        if removed:
+            for param in removed:
+                self.state.pop(param, None)
+            steps = self._steps()
+            steps.update(dict.fromkeys(removed, 0))
+            self._reconstruct(steps, "State was removed")
 
     def _check_shapes(self) -> None:
         param = self._seen.reshaped()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dash_shampoo.base import SingleDeviceDistributedConfig
@@ -44,6 +47,12 @@ def check_form(state_dict: object) -> None:
             raise TypeError(
                 f"{_REFUSED} it has no {key!r} as optimizer.state_dict() has, but the keys [{found}]."
             )
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get(PARAMS), Sequence):
+            raise TypeError(f"{_REFUSED} param_groups[{index}] is no parameter group with params.")
+    for key, tree in state_dict["state"].items():
+        if not isinstance(tree, Mapping):
+            raise TypeError(f"{_REFUSED} state[{key!r}] is a {type(tree).__name__}, not a dict.")
 
 
 def by_parameter(
@@ -115,19 +124,23 @@ def steps_to_load(
         saved: The saved state by parameter.
 
     Raises:
-        ValueError: If a parameter that is trained has no saved state.
+        ValueError: If a parameter that is trained has no saved state, or one without a step count.
     """
     result = {}
     for group in groups:
         is_single = isinstance(group["distributed_config"], SingleDeviceDistributedConfig)
         members = [param for param in group[PARAMS] if param in steps or saved.get(param)]
-        known = [int(tree[STEP]) for p in members if (tree := saved.get(p)) and STEP in tree]
+        known = {p: _step(tree) for p in members if (tree := saved.get(p)) and STEP in tree}
         for param in members:
             tree = saved.get(param)
-            if tree and STEP in tree:
-                result[param] = int(tree[STEP])
+            if param in known:
+                result[param] = known[param]
+            elif tree and is_single:
+                raise ValueError(
+                    f"{_REFUSED} the entry for a parameter of shape {tuple(param.shape)} has no 'step'."
+                )
             elif tree or not is_single:
-                result[param] = known[0] if known else 0
+                result[param] = next(iter(known.values()), 0)
             elif tree is None and param.requires_grad:
                 raise ValueError(
                     f"{_REFUSED} it has no entry for a parameter of shape {tuple(param.shape)}, which "
@@ -135,6 +148,39 @@ def steps_to_load(
                 )
             # Else it was frozen when the state was saved, and begins with its first gradient.
     return result
+
+
+def _step(tree: Mapping[str, Any]) -> int:
+    step = tree[STEP]
+    if isinstance(step, Tensor) and step.numel() == 1 and not (step.is_meta or step.is_complex()):
+        step = step.item()
+    number = float(step) if isinstance(step, Real) else math.nan
+    if not (number >= 0 and number.is_integer()):
+        raise ValueError(f"{_REFUSED} it has step={tree[STEP]!r}: must be a whole number from 0.")
+    return int(number)
+
+
+def check_values(saved: Mapping[Tensor, Any], name_of: Callable[[Tensor], str]) -> None:
+    """Refuses tensors that no state can hold, and values that are not finite, which would train to NaN.
+
+    Raises:
+        ValueError: Naming the first such tensor.
+    """
+    for param, tree in saved.items():
+        for path, tensor in leaves(tree):
+            tensor = local(tensor)
+            what = None
+            if tensor.is_meta or tensor.layout != torch.strided:
+                what = f"is a tensor on {tensor.device} with the layout {tensor.layout}"
+            elif tensor.is_complex():
+                what = f"has dtype {tensor.dtype}"
+            elif not bool(torch.isfinite(tensor).all()):
+                what = "holds nan or inf"
+            if what is not None:
+                raise ValueError(
+                    f"{_REFUSED} {'.'.join(path)} of parameter {name_of(param)} {what}. Load another "
+                    "checkpoint, or leave this parameter's entry empty ({}), so that it begins anew."
+                )
 
 
 def check_complete(
@@ -149,8 +195,10 @@ def check_complete(
         return
     problems = []
     for param, tree in present.items():
-        found = dict(leaves(saved[param]))
-        for path, tensor in leaves(tree):
+        found, expected = dict(leaves(saved[param])), dict(leaves(tree))
+        for path in found.keys() - expected.keys():
+            problems.append(f"{'.'.join(path)} of parameter {name_of(param)} is not known here")
+        for path, tensor in expected.items():
             where = f"{'.'.join(path)} of parameter {name_of(param)}"
             if path not in found and path[-1] not in (STEP, "train_mode", "lr_sum"):
                 problems.append(f"{where} is missing")

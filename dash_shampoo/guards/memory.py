@@ -34,6 +34,19 @@ class SeenParameters:
         params = [*map(local, self.params)] if self._has_dtensors else self.params
         return [*map(Tensor.data_ptr, params)], [*map(Tensor.stride, params)]
 
+    def sharing(self) -> tuple[Tensor, Tensor] | None:
+        """Two parameters that begin at the same place, or None."""
+        found: dict[int, Tensor] = {}
+        for param, address in zip(self.params, self._fingerprints[0], strict=True):
+            # Empty ones, and those without memory, lie at 0.
+            if (
+                address
+                and local(param).numel()
+                and (other := found.setdefault(address, param)) is not param
+            ):
+                return other, param
+        return None
+
     def have_other_groups(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether other parameters are in the groups, or in another order."""
         return len(groups) != len(self._members) or not all(

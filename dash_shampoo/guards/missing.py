@@ -36,7 +36,7 @@ def explain_missing_gradients(params: Sequence[Tensor], name: str) -> None:
         )
     warnings.warn(
         f"No parameter has a gradient (the first is {name}), so that this step changes nothing. Was the "
-        "model wrapped or replaced after the optimizer was constructed?",
+        "model wrapped or replaced after the optimizer was constructed, or frozen?",
         stacklevel=2,
     )
 

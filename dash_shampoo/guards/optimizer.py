@@ -65,10 +65,11 @@ class GuardedShampoo(FollowingShampoo):
 
     def _exported_state(self) -> dict[Tensor, dict[str, Any]]:
         """Nested dicts of the state's tensors, by parameter."""
-        if self._seen.have_other_groups(self.param_groups):
-            with self._neutral():
+        with self._neutral():
+            if self._seen.have_other_groups(self.param_groups):
                 self._take_over_groups()
-        self._bound.heal_()
+            self._begin_anew()
+        self._bound.heal_(self.state)
         if not self._cohorts:
             return {}
         with self._inside():
@@ -114,6 +115,7 @@ class GuardedShampoo(FollowingShampoo):
 
     def _load(self, saved: dict[Tensor, Any]) -> None:
         self._follow()
+        loading.check_values(saved, self._name_of)
         steps = loading.steps_to_load(self.param_groups, self._steps(), saved)
         wanted = partition(self.param_groups, steps)
         members, wanted_members = (
@@ -121,7 +123,7 @@ class GuardedShampoo(FollowingShampoo):
         )
         if wanted_members != members:
             self._reconstruct(steps, "The saved state has other step counts")
-        self._bound.heal_()
+        self._bound.heal_(self.state)
         if not self._cohorts:
             return
         present = self._exported_state()

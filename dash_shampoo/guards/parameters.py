@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -22,6 +22,21 @@ def names_of(group: Mapping[str, Any], group_index: int) -> list[str]:
     return [f"{index} of parameter group {group_index}" for index in range(len(params))]
 
 
+def check_params(params: object) -> None:
+    """Refuses what is no list of parameters, or has no order.
+
+    Raises:
+        TypeError: Saying what it is, and what to give.
+    """
+    kind = type(params).__name__
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(f"params is the module {kind}: give its parameters, model.parameters().")
+    if isinstance(params, Mapping):
+        raise TypeError(f"params is a {kind}: a parameter group stands in a list, [{{...}}].")
+    if isinstance(params, Set):
+        raise TypeError(f"params is a {kind}, which has no order to save a state by: give a list.")
+
+
 def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
     """Refuses what Shampoo can't train.
 
@@ -32,9 +47,13 @@ def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: If its dtype is not a real floating-point one.
-        ValueError: If it is lazy, sparse, on the meta device, or a DTensor under a config for plain
-            tensors.
+        ValueError: If it is lazy, nested, sparse, expanded, on the meta device, or a DTensor under a
+            config for plain tensors.
     """
+    if param.is_nested:
+        raise ValueError(
+            f"Parameter {name} is a nested tensor: give its parts, which have shapes of their own."
+        )
     if torch.nn.parameter.is_lazy(param):
         raise ValueError(
             f"Parameter {name} is lazy and has no shape yet: run the model once on a batch before "
@@ -61,6 +80,13 @@ def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{what} is on the meta device and has no memory: materialise the model first, with "
             "model.to_empty(device=...) and its initialisation or checkpoint."
+        )
+    if param.requires_grad and any(
+        step == 0 and size > 1 for step, size in zip(param.stride(), param.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{what} is expanded, several of its elements lie in one place: train what it was expanded "
+            "from, or its clone()."
         )
     is_plain = type(group["distributed_config"]) is SingleDeviceDistributedConfig
     if is_plain and hasattr(param, "to_local"):

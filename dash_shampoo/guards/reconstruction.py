@@ -22,10 +22,10 @@ from dash_shampoo.base import (
 )
 from dash_shampoo.base import name as base_name
 from dash_shampoo.guards.ambient import neutral
-from dash_shampoo.guards.arguments import OPTIONS, check_arguments, check_options, misspelled
+from dash_shampoo.guards.arguments import OPTIONS, check_arguments, check_options, is_lr, misspelled
 from dash_shampoo.guards.cohorts import PARAMS, Cohort, options_of, partition
 from dash_shampoo.guards.memory import SeenParameters
-from dash_shampoo.guards.parameters import check_parameter, names_of
+from dash_shampoo.guards.parameters import check_parameter, check_params, names_of
 from dash_shampoo.guards.settings import GroupSettings
 from dash_shampoo.guards.trees import STEP, BoundState, copy_state
 
@@ -73,10 +73,12 @@ class ReconstructibleShampoo(DistributedShampoo):
         defaults = {name: self._arguments[name] for name in OPTIONS if name in self._arguments}
         defaults["peak_lr"] = float(self._arguments["lr"])
         self._without_gradient = set()
+        check_params(params)
         Optimizer.__init__(self, params, defaults)
         self._settings = [GroupSettings(group) for group in self.param_groups]
         _warn_of_many_processes(self.param_groups)
         self._construct(self._trainable(self.param_groups))
+        self._warn_of_shared_memory()
 
     # ------------------------------------------------------------------------- two worlds
 
@@ -195,14 +197,13 @@ class ReconstructibleShampoo(DistributedShampoo):
         Raises:
             ValueError: If the state doesn't fit; then everything is as it was.
         """
-        self._bound.heal_()
-        before, old_state = dict(vars(self)), dict(self.state)
         old_steps = self._steps()
+        before, old_state = dict(vars(self)), dict(self.state)
         logger.info("%s: the blocks are cut anew.", what)
         self._construct(steps)
         try:
             for param, step in steps.items():
-                if param in old_state and old_steps[param] == step:
+                if old_steps.get(param) == step:
                     problem = copy_state(self.state[param], old_state[param])
                     if problem is not None:
                         name = self._name_of(param)
@@ -216,6 +217,7 @@ class ReconstructibleShampoo(DistributedShampoo):
             raise
 
     def _steps(self) -> dict[Tensor, int]:
+        self._bound.heal_(self.state)
         return {param: int(tree[STEP]) for param, tree in self.state.items() if STEP in tree}
 
     def _trainable(self, groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, int]:
@@ -239,6 +241,16 @@ class ReconstructibleShampoo(DistributedShampoo):
                     return name
         return f"of shape {tuple(param.shape)}"
 
+    def _warn_of_shared_memory(self) -> None:
+        if pair := self._seen.sharing():
+            one, other = map(self._name_of, pair)
+            logger.warning(
+                "Parameters %s and %s lie in the same memory, and both are trained: every step adds two "
+                "updates to it. Give the optimizer one of them.",
+                one,
+                other,
+            )
+
     # ------------------------------------------------------------------------------ groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -254,8 +266,8 @@ class ReconstructibleShampoo(DistributedShampoo):
         if self._is_inside:
             Optimizer.add_param_group(self, param_group)
             return
-        lr = param_group.get("lr") if isinstance(param_group, dict) else None
-        if isinstance(lr, (int, float, Tensor)) and lr > 0.0:
+        lr: Any = param_group.get("lr") if isinstance(param_group, dict) else None
+        if is_lr(lr) and lr > 0.0:
             # The constructor's lr is not the peak of a group that has its own.
             param_group.setdefault("peak_lr", float(lr))
         Optimizer.add_param_group(self, param_group)
@@ -266,6 +278,7 @@ class ReconstructibleShampoo(DistributedShampoo):
                 self._settings.append(GroupSettings(self.param_groups[index]))
                 new = self._trainable(self.param_groups[index:])
                 self._reconstruct({**self._steps(), **new}, "A parameter group was added")
+                self._warn_of_shared_memory()
         except BaseException:
             del self.param_groups[index:]
             if self._is_ready:
@@ -317,8 +330,10 @@ def _words_of_base(
         try:
             groups = [{**group, PARAMS: [torch.nn.Parameter(torch.zeros(1))]} for group in options]
             DistributedShampoo(groups, **arguments)
-        except Exception as error_of_base:
+        except (TypeError, ValueError) as error_of_base:
             raise type(error)(f"{error} ({error_of_base})") from error
+        except Exception:
+            raise error from None  # it stumbles over something else
         raise
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dash_shampoo.base import ROW_PARTS, SHAMPOO_PRECONDITIONER_LIST, AdagradPreconditionerList
-from dash_shampoo.guards.arguments import OPTIONS, check_lr, check_options
+from dash_shampoo.guards.arguments import OPTIONS, check_complete, check_lr, check_options
 
 # What the state is built from.
 STRUCTURE = (
@@ -56,12 +56,17 @@ class GroupSettings:
 
         Raises:
             TypeError: If an edited option has a wrong type.
-            ValueError: If it is out of range.
+            ValueError: If it is out of range, or an option was removed.
         """
-        if group["lr"] is not self._last_lr:
-            check_lr(group["lr"], f" of parameter group {index}")
-            self._last_lr = group["lr"]
-        if _options(group) == self._known:
+        try:
+            lr, options = group["lr"], _options(group)
+        except KeyError:
+            check_complete(group, index)
+            raise
+        if lr is not self._last_lr:
+            check_lr(lr, f" of parameter group {index}")
+            self._last_lr = lr
+        if options == self._known:
             return False
         # Refreshing less often than before is no contradiction to a start that was given once.
         start = group["start_preconditioning_step"]

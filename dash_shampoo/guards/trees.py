@@ -67,16 +67,18 @@ def copy_state(target: Any, source: Any) -> str | None:
 class BoundState:
     """The tensors that the steps work on, for detecting state that has left them.
 
-    A tensor of the state may be replaced in its dict (by a helper that offloads it), or its storage be
-    moved (`share_memory_`, a multiprocessing queue). Steps go on in the old memory; what is exported
-    then would be stale. `heal_` puts things back: the values of the steps are the true ones.
+    A tensor of the state may be replaced in its dict, or the dict itself (by a helper that offloads
+    them), or a storage be moved (`share_memory_`, a multiprocessing queue). Steps go on in the old memory;
+    what is exported then would be stale. `heal_` puts things back: the values of the steps are the true
+    ones.
 
     Args:
         state: The optimizer's state, as it was built.
     """
 
     def __init__(self, state: Mapping[Tensor, Any]) -> None:
-        self._dicts: list[tuple[dict[Any, Any], dict[Any, Tensor]]] = []
+        self._trees = dict(state)
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._rows: list[tuple[Tensor, Tensor]] = []
         for tree in state.values():
             self._collect(tree)
@@ -88,24 +90,28 @@ class BoundState:
     def _collect(self, tree: Any) -> None:
         if not isinstance(tree, dict):
             return
-        tensors = {key: value for key, value in tree.items() if isinstance(value, Tensor)}
-        if tensors:
-            self._dicts.append((tree, tensors))
+        self._dicts.append((tree, dict(tree)))
         for value in tree.values():
             self._collect(value)
 
     @torch.no_grad()
-    def heal_(self) -> int:
+    def heal_(self, state: dict[Tensor, Any]) -> int:
         """Binds again what has left its place.
 
+        Args:
+            state: The optimizer's state; parameters that are not in it any more stay out.
+
         Returns:
-            How many tensors that were.
+            How many tensors and dicts that were.
         """
         num_healed = 0
-        for tree, tensors in self._dicts:
-            for key, tensor in tensors.items():
-                if tree.get(key) is not tensor:
-                    tree[key] = tensor
+        for tree, values in [
+            (state, {p: t for p, t in self._trees.items() if p in state}),
+            *self._dicts,
+        ]:
+            for key, value in values.items():
+                if tree.get(key) is not value:
+                    tree[key] = value
                     num_healed += 1
         for tensor, row in self._rows:
             if tensor.data_ptr() != row.data_ptr():

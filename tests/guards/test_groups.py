@@ -138,7 +138,8 @@ def test_frozen_parameters_have_no_state(config, caplog):
 def test_everything_frozen(config):
     model = network().requires_grad_(False)
     optimizer = construct(model.parameters(), config)
-    optimizer.step()
+    with pytest.warns(UserWarning, match="No parameter has a gradient.*or frozen"):
+        optimizer.step()
     model[2].requires_grad_(True)
     before = values(model)
     train(model, optimizer, range(2))
