@@ -40,7 +40,7 @@ from dash_shampoo.inverse_root.scaling import (
     compute_scale,
 )
 from dash_shampoo.inverse_root.solver import Solver
-from dash_shampoo.products import MatmulPrecision, Products
+from dash_shampoo.products import MatmulPrecision, Products, weighted_sum
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +313,8 @@ def _combined(flat: Tensor, T: list[Tensor], coefficients: tuple[float, ...]) ->
         result = torch.zeros_like(T[0])
     else:
         weights = constants(coefficients[1:], flat.dtype, flat.device)
-        result = torch.mv(flat[: size - 1].mT, weights).view(T[0].shape)
+        result = torch.empty_like(T[0])
+        weighted_sum(flat[: size - 1], weights, result.view(-1))
     diagonal(result).add_(coefficients[0])
     return result
 

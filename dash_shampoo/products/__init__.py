@@ -4,7 +4,7 @@ from dash_shampoo.products.counting import ProductCount, count_products
 from dash_shampoo.products.identity import has_identity, multiple_of_identity
 from dash_shampoo.products.outer import accumulate_outer_, can_use_outer
 from dash_shampoo.products.precision import MatmulPrecision, exact_products, is_tf32_allowed
-from dash_shampoo.products.product import Products
+from dash_shampoo.products.product import Products, weighted_sum
 from dash_shampoo.products.sides import can_use_two_sided, two_sided
 from dash_shampoo.products.tiles import assumed_kernels
 
@@ -22,4 +22,5 @@ __all__ = [
     "is_tf32_allowed",
     "multiple_of_identity",
     "two_sided",
+    "weighted_sum",
 ]

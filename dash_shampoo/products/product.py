@@ -172,7 +172,7 @@ class Products:
         """`square` by torch's products."""
         if isinstance(beta, Tensor):
             assert addend is not None
-            torch.mv(addend.mT, beta, out=out.view(-1))
+            weighted_sum(addend, beta, out.view(-1))
             addend, beta = out, 1.0
         if self.precision == "fp32" and can_use_triangle(S):
             triangular_square_(out, S, alpha, addend, beta)
@@ -259,6 +259,24 @@ class Products:
         if A.is_cuda and A.dtype == torch.float32:
             return tf32_switch(self.precision == "tf32")
         return contextlib.nullcontext()
+
+
+def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Out ← Σ_r weights_r·rows_r.
+
+    Args:
+        rows: (R, L), each row contiguous.
+        weights: (R,).
+        out: (L,).
+    """
+    if rows.device.type != "cpu":
+        torch.mv(rows.mT, weights, out=out)
+        return
+    # oneDNN, which `exact_products` may choose, takes six times as long for a product with a vector.
+    first, *others = weights.tolist()
+    torch.mul(rows[0], first, out=out)
+    for row, weight in zip(rows[1:], others, strict=True):
+        out.add_(row, alpha=weight)
 
 
 def _prepared(S: Tensor, factors: Tensor, offset: float) -> Tensor:
