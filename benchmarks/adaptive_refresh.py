@@ -58,7 +58,7 @@ class LargestChange:
 
 def _choose_by_change(shampoo: Any) -> None:
     """Makes a stacked list refresh, of every stack, the rows that changed most."""
-    shares, known = shampoo._due, {}
+    shares, known = shampoo.due, {}
 
     def due(step: int, is_due: bool) -> Sequence[ActiveStack]:
         chosen = []
@@ -68,7 +68,7 @@ def _choose_by_change(shampoo: Any) -> None:
             for active in shampoo._active.stacks:
                 now, then = _matrices(shampoo, active), known[active.stack]
                 change = torch.linalg.matrix_norm(now - then) / torch.linalg.matrix_norm(then)
-                count = -(-len(change) // _FREQUENCY)
+                count = -(-len(change) // shampoo._group["precondition_frequency"])
                 rows = change.topk(count).indices.sort().values
                 slots = tuple(active.slots[row] for row in rows.tolist())
                 chosen.append(ActiveStack(active.stack, rows, slots))
@@ -80,7 +80,7 @@ def _choose_by_change(shampoo: Any) -> None:
                 known[one.stack][one.rows] = now
         return chosen
 
-    shampoo._due = due
+    shampoo.due = due
 
 
 def _matrices(shampoo: Any, active: ActiveStack) -> torch.Tensor:
