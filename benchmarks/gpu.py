@@ -3,15 +3,17 @@
     python benchmarks/gpu.py                 # writes benchmarks/results/gpu_<device>_<date>.md
     python benchmarks/gpu.py --device cpu --toy --output /tmp/x.md
 
-1. The fused square against torch's products: errors against float64, ragged sizes too, and times.
+1. Our kernels (squares, factor updates, both sides of a block) against torch's products: errors against
+   float64, ragged sizes too, and times of the device, which finds the launches in its queue.
 2. Every solver on one stack: time, and the share of the device's product rate that it reaches.
 3. The step of one of eight ranks of Llama-953M, blocks of 1024 and 2048, and of GPT-2 124M on one GPU,
    refreshed every 1 and 10 steps, beside the sequential list of the base in use, Muon, AdamW, and DashGpu
    if importable.
 
-Without a GPU it runs at toy sizes, so that it is known to run; its times then mean nothing. A part that would
-begin after the time is spent is left out, an optimizer that takes no step with a model too, and the report
-says so. At its top stand the bars of `gpu_bars.py`, and whether they are met.
+Without a GPU it runs at toy sizes, so that it is known to run; its times then mean nothing. The report is
+written after every part. A part that would begin after the time is spent is left out, one that fails too, and
+an optimizer that takes no step with a model; the report says so. At its top stand the bars of `gpu_bars.py`,
+and whether they are met.
 """
 
 from __future__ import annotations
@@ -19,14 +21,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import logging
 import re
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,23 +36,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dash_shampoo as ds
 from benchmarks import step_time
 from benchmarks.cases import Case, Shapes, llama, make_parameters
-from benchmarks.gpu_bars import bar_table
+from benchmarks.gpu_kernels import Clock, brief, kernel_table, measured_kernels, release, stack_of
+from benchmarks.gpu_report import Report, draw, head_of, peak_rates
 from benchmarks.peers import PEERS
 from benchmarks.rank_share import blocks_of_rank
 from dash_shampoo.inverse_root import inverse_root
-from dash_shampoo.planning.devices import DEVICES, precision_of
+from dash_shampoo.inverse_root.minimax.rounding import resolved
+from dash_shampoo.inverse_root.minimax.solve import table_of
 from dash_shampoo.planning.solver_cost import measure_solver
-from dash_shampoo.products import Products
 from dash_shampoo.products.fused import FUSED_PRECISIONS
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = 2
 # The sequential list of the base has what the embedded one and Meta's both have.
 STEP_CONFIGS = ("default", "minimax", "minimax_auto", "newton_db", "coupled_newton")
-# About as many bytes in each stack.
-ELEMENTS = 2**24
-# Sums in another order, beside the error that the reference makes.
-TOLERANCE = 2e-6
+
+
+LEAST_SIZE_OF_SHARES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,113 +95,13 @@ def sizes(is_toy: bool) -> Sizes:
         toy = share(llama(1, 16, 32, 24), 8, 2, "Llama of 1 layer and width 16")
         return Sizes((16, 32), (7, 33), (2, 16), {"toy": toy}, rounds=1)
     model = llama(16, 2048, 32000)
-    cases = {f"llama-953m-{block}": share(model, block, 8, "Llama-953M") for block in (1024, 2048)}
-    cases["gpt2-124m"] = Case("GPT-2 124M on one GPU, block 1024", gpt2(), 1024)
+    # In the order of what is to be known first.
+    cases = {
+        "llama-953m-1024": share(model, 1024, 8, "Llama-953M"),
+        "gpt2-124m": Case("GPT-2 124M on one GPU, block 1024", gpt2(), 1024),
+        "llama-953m-2048": share(model, 2048, 8, "Llama-953M"),
+    }
     return Sizes((64, 128, 256, 512, 1024, 2048), (100, 507, 1000), (16, 1024), cases, rounds=3)
-
-
-class Clock:
-    """Times calls on a device, and tells how much of the budget is left.
-
-    Args:
-        device: "cuda" or "cpu".
-        seconds: The budget.
-    """
-
-    def __init__(self, device: str, seconds: float) -> None:
-        self.device = device
-        self._end = time.monotonic() + seconds
-
-    def is_over(self) -> bool:
-        """Whether the budget is spent."""
-        return time.monotonic() >= self._end
-
-    def milliseconds(self, call: Callable[[], object], repeats: int = 5) -> float:
-        """The median time of a call, after one that is not timed."""
-        kind = "cuda" if self.device == "cuda" else "wall clock"
-        call()
-        return statistics.median(step_time.milliseconds(call, 1, kind) for _ in range(repeats))
-
-
-# ----------------------------------------------------------------------------------- squares
-
-
-def stack_of(num_blocks: int, size: int, device: str) -> Tensor:
-    """Symmetric blocks with eigenvalues between 0 and 3."""
-    generator = torch.Generator().manual_seed(size)
-    noise = torch.randn(num_blocks, size, size, generator=generator) / size**0.5
-    S: Tensor = (noise + noise.mT) / 2 + 1.5 * torch.eye(size)
-    return S.to(device)
-
-
-def errors_of_square(precision: Any, size: int, device: str) -> tuple[float, float]:
-    """The relative errors of the square that serves, and of torch's products, against float64."""
-    S, M = stack_of(2, size, device), stack_of(2, size + 1, device)[:, :size, :size].contiguous()
-    products, truth = Products(precision), 0.5 * S.double() @ S.double() - 0.25 * M.double()
-    ours = products.square(S, alpha=0.5, addend=M, beta=-0.25)
-    reference = products._reference_square(
-        S, torch.empty_like(S), 0.5, M, -0.25, shift=0.0, scale=None
-    )
-    first, second = (float((x - truth).norm() / truth.norm()) for x in (ours, reference))
-    return first, second
-
-
-def squares(size_table: Sizes, clock: Clock) -> list[dict[str, Any]]:
-    """Errors and times of every precision and size."""
-    rows: list[dict[str, Any]] = []
-    exact = Products("fp32")
-    for size in (*size_table.squares, *size_table.ragged):
-        S = stack_of(max(1, min(256, ELEMENTS // size**2)), size, clock.device)
-        out, M = torch.empty_like(S), S.clone()
-        is_timed = size in size_table.squares
-
-        bmm_fp32 = partial(exact._reference_square, S, out, 0.5, M, 0.5, 0.0, None)
-        fp32 = clock.milliseconds(bmm_fp32) if is_timed else None
-        for precision in FUSED_PRECISIONS:
-            if clock.is_over():
-                return rows
-            products = Products(precision)  # type: ignore[arg-type]
-            error, reference = errors_of_square(precision, size, clock.device)
-            row = {
-                "N": size,
-                "B": len(S),
-                "precision": precision,
-                "kernel": "fused" if products.can_fuse(S) else "torch",
-                "error": error,
-                "reference": reference,
-                "is_right": error <= 1.05 * reference + TOLERANCE,
-            }
-            if is_timed:
-                row["fp32"] = fp32
-                row["ours"] = clock.milliseconds(
-                    partial(products.square, S, out=out, alpha=0.5, addend=M, beta=0.5)
-                )
-                reference_call = partial(products._reference_square, S, out, 0.5, M, 0.5, 0.0, None)
-                row["torch"] = clock.milliseconds(reference_call)
-                rounded = products.round(S)
-                row["bmm"] = clock.milliseconds(partial(products, rounded, rounded))
-            rows.append(row)
-    return rows
-
-
-def square_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["N", "B", "precision", "kernel", "error", "torch's error", "right", "ms"]
-    header += ["÷ torch's of that precision", "fp32 ÷ ours"]
-    cells = []
-    for row in rows:
-        ours = row.get("ours")
-        timed = ["–"] * 3
-        if ours is not None:
-            timed = [f"{ours:.3f}", f"{ours / row['torch']:.2f}", f"{row['fp32'] / ours:.2f}"]
-        errors = [
-            f"{row['error']:.1e}",
-            f"{row['reference']:.1e}",
-            "yes" if row["is_right"] else "NO",
-        ]
-        cells.append(
-            [str(row["N"]), str(row["B"]), row["precision"], row["kernel"], *errors, *timed]
-        )
-    return step_time.table(header, cells)
 
 
 # ----------------------------------------------------------------------------------- solvers
@@ -225,27 +126,32 @@ def solver_configs() -> dict[str, ds.RootInvConfig]:
 
 
 def solvers(
-    size_table: Sizes, clock: Clock, peaks: dict[str, float]
-) -> tuple[list[list[str]], dict[str, float]]:
-    """Time of a stack's roots and the product rate that they reach; minimax's shares of the peak."""
+    size_table: Sizes, clock: Clock, peaks: dict[str, float], shares: dict[str, float]
+) -> Iterator[list[str]]:
+    """Rows of a stack's roots: time, and the product rate that they reach; fills in minimax's shares."""
     num_blocks, size = size_table.stack
     S = stack_of(num_blocks, size, clock.device)
-    A, rows = S @ S, []
-    shares: dict[str, float] = {}
+    A = S @ S
     for name, config in solver_configs().items():
         if clock.is_over():
-            rows.append([name, "left out: the time was spent", "–", "–"])
+            yield [name, "left out: the time was spent", "–", "–"]
             continue
-        elapsed = clock.milliseconds(partial(inverse_root, A, ROOT, config, 1e-10), repeats=3)
+        try:
+            elapsed = clock.milliseconds(partial(inverse_root, A, ROOT, config, 1e-10), repeats=3)
+        except RuntimeError as error:
+            yield [name, f"failed: {brief(error)}", "–", "–"]
+            continue
         cost = measure_solver(config, ROOT, 1e-10, torch.float32)
         rate = num_blocks * cost.matmul_flops(size) / (elapsed * 1e-3)
         precision = getattr(config, "matmul_precision", "fp32")
-        peak = peaks.get("fp16x3" if precision == "auto" else precision)
+        if isinstance(config, ds.MinimaxConfig):
+            of_polynomial = table_of(config, Fraction(ROOT)).error
+            precision = resolved(config.matmul_precision, A, of_polynomial, 1e-4)
+        peak = peaks.get(precision)
         of_peak = f"{100.0 * rate / peak:.0f} %" if peak and cost.num_matmuls > 1 else "–"
         if peak and name.startswith("minimax"):
             shares[name] = rate / peak
-        rows.append([name, f"{elapsed:.2f}", f"{rate / 1e12:.2f}", of_peak])
-    return rows, shares
+        yield [name, f"{elapsed:.2f}", f"{rate / 1e12:.2f}", of_peak]
 
 
 # ------------------------------------------------------------------------------------- steps
@@ -253,80 +159,77 @@ def solvers(
 
 def reason_against(variant: step_time.Variant, values: Sequence[Tensor]) -> str:
     """Why an optimizer takes no step with a model, e.g. as its blocks must divide all dimensions; or ""."""
-    parameters = [torch.nn.Parameter(value.clone()) for value in values]
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.grad = value.clone()
     try:
+        parameters = [torch.nn.Parameter(value.clone()) for value in values]
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.grad = value.clone()
         variant.make(parameters).step()
     except Exception as error:
-        return f"{variant.name}: {type(error).__name__} {error}".strip()
+        return f"{variant.name}: {brief(error)}"
+    finally:
+        parameters = []
+        release()
     return ""
 
 
-def steps(size_table: Sizes, clock: Clock) -> tuple[list[str], dict[str, list[Any]]]:
-    """Tables of whole steps, and what was measured."""
+def run_steps(case: Case, variants: list[step_time.Variant], options: argparse.Namespace) -> str:
+    """Measures all optimizers interleaved, or one by one where they don't fit into memory together.
+
+    Returns:
+        What the report has to say about that.
+    """
+    try:
+        step_time.run_case(case, variants, options)
+    except torch.OutOfMemoryError:
+        message = "They did not fit into memory together: timed one by one, not interleaved.\n"
+    else:
+        return ""
+    for variant in variants:
+        release()
+        variant.times.clear()
+        step_time.run_case(case, [variant], options)
+    return message
+
+
+def steps_of_case(
+    case: Case, clock: Clock, rounds: int, measured: Callable[[list[step_time.Variant]], None]
+) -> Iterator[str]:
+    """Tables of whole steps of one case."""
     options = argparse.Namespace(
         device=clock.device,
         clock="cuda" if clock.device == "cuda" else "wall clock",
         frequencies=[1, 10],
-        rounds=size_table.rounds,
+        rounds=rounds,
         warmup=1,
         memory=True,
         threads=torch.get_num_threads(),
     )
-    wanted = [n for n in PEERS if n in ("Muon", "AdamW") or n.startswith("DashGpu")]
-    peers = [name for name in wanted if PEERS[name].is_importable()]
-    parts, measured = [], {}
-    for name, case in size_table.cases.items():
-        parts.append(f"### `{name}`: {case.description}\n")
-        if clock.is_over():
-            parts.append("Left out: the time was spent.\n")
-            continue
-        variants = step_time.make_variants(case.block, STEP_CONFIGS, peers)
-        values = make_parameters(case, clock.device)
-        reasons = {v.name: reason_against(v, values) for v in variants}
-        variants = [v for v in variants if not reasons[v.name]]
-        step_time.run_case(case, variants, options)
-        measured[name] = variants
-        parts.append(step_time.absolute_table(variants, options.frequencies))
-        parts.append(step_time.ratio_table(variants, options.frequencies))
-        if refused := list(filter(None, reasons.values())):
-            parts.append(f"Left out: {'; '.join(refused)}.\n")
-    if missing := [name for name in wanted if name not in peers]:
-        parts.append(f"Not importable here: {', '.join(missing)}.\n")
-    return parts, measured
+    variants = step_time.make_variants(case.block, STEP_CONFIGS, importable_peers())
+    values = make_parameters(case, clock.device)
+    # Kernels are compiled here, before anything is timed.
+    reasons = {v.name: reason_against(v, values) for v in variants}
+    variants = [v for v in variants if not reasons[v.name]]
+    note = run_steps(case, variants, options)
+    measured(variants)
+    yield step_time.absolute_table(variants, options.frequencies)
+    yield step_time.ratio_table(variants, options.frequencies)
+    yield note
+    if refused := list(filter(None, reasons.values())):
+        yield f"Left out: {'; '.join(refused)}.\n"
 
 
-def draw(rows: Sequence[dict[str, Any]], measured: dict[str, list[Any]], path: Path) -> None:
-    """Speed of the squares over fp32, and milliseconds of a step with a refresh."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    for precision in FUSED_PRECISIONS:
-        timed = [r for r in rows if r["precision"] == precision and "ours" in r]
-        left.plot(
-            [r["N"] for r in timed], [r["fp32"] / r["ours"] for r in timed], "o-", label=precision
-        )
-    left.set(
-        xscale="log", xlabel="N", ylabel="times as fast as bmm in fp32", title="Square of a stack"
-    )
-    left.axhline(1.0, color="0.7", zorder=0)
-    left.legend()
-    bars = [
-        (f"{case}: {v.name}", statistics.median(v.times[1]))
-        for case, variants in measured.items()
-        for v in variants
+def wanted_peers() -> list[str]:
+    """Those that are compared with: of DashGpu the solvers that our steps take."""
+    return [
+        name
+        for name, peer in PEERS.items()
+        if name in ("Muon", "AdamW") or (name.startswith("DashGpu") and peer.solver in STEP_CONFIGS)
     ]
-    right.barh([name for name, _ in bars], [value for _, value in bars])
-    right.set(xscale="log", xlabel="ms", title="Step, refresh every 1")
-    right.invert_yaxis()
-    right.tick_params(axis="y", labelsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+
+
+def importable_peers() -> list[str]:
+    """Those of them that are here."""
+    return [name for name in wanted_peers() if PEERS[name].is_importable()]
 
 
 # -------------------------------------------------------------------------------------- main
@@ -350,50 +253,39 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def peak_rates(hardware: str) -> dict[str, float]:
-    """Peak rates by precision where the device is a known one."""
-    known = [device for name, device in DEVICES.items() if name in hardware]
-    if not known:
-        return {}
-    return dict(known[0].peak_flops) | {"fp32": known[0].peak_flops[precision_of(torch.float32)]}
-
-
 def main(words: Sequence[str]) -> str:
     options = parse(words)
     size_table, clock = sizes(options.toy), Clock(options.device, options.seconds)
-    begin = time.monotonic()
-    square_rows = squares(size_table, clock)
-    solver_rows, shares = solvers(size_table, clock, peak_rates(options.hardware))
-    step_parts, measured = steps(size_table, clock)
-    plot = options.output.with_suffix(".png")
+    report = Report(options, head_of(options))
     num_blocks, size = size_table.stack
-    lines = [
-        f"# {options.hardware}",
-        "",
-        f"- Date: {datetime.date.today().isoformat()}; {time.monotonic() - begin:.0f} s",
-        f"- Command: `python benchmarks/gpu.py {' '.join(options.words)}`".replace("py `", "py`"),
-        f"- Versions: dash_shampoo {ds.__version__}, base {ds.base.name}, torch {torch.__version__}, CUDA "
-        f"{torch.version.cuda}",
-        "",
-        bar_table(square_rows, shares if size >= 1024 else {}, measured),
-        f"![Squares and steps]({plot.name})",
-        "",
-        "## Squares: S²/2 + M/2",
-        "",
-        square_table(square_rows),
-        f"## Solvers: root {ROOT} of {num_blocks} matrices of {size}",
-        "",
-        step_time.table(["Solver", "ms", "TFLOP/s of products", "of the peak"], solver_rows),
-        f"## Steps: median of {size_table.rounds} interleaved rounds",
-        "",
-        *step_parts,
-    ]
-    text = "\n".join(lines)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text)
-    draw(square_rows, measured, plot)
-    print(text)
-    return text
+    # Both bases warn of every capped Newton iteration; writing that down would be timed too.
+    logging.disable(logging.WARNING)
+    try:
+        with report.part("## Kernels: S²/2 + M/2, .95 F + .05 GGᵀ, XᵀGX\n"):
+            report.rows += measured_kernels(size_table.squares, size_table.ragged, clock)
+            report.add(kernel_table(report.rows))
+        with report.part(f"## Solvers: root {ROOT} of {num_blocks} matrices of {size}\n"):
+            # The bar is for large matrices.
+            shares = report.shares if size >= LEAST_SIZE_OF_SHARES else {}
+            peaks = peak_rates(options.hardware)
+            rows = list(solvers(size_table, clock, peaks, shares))
+            header = ["Solver", "ms", "TFLOP/s of products", "of the peak"]
+            report.add(step_time.table(header, rows))
+        report.add(f"## Steps: median of {size_table.rounds} interleaved rounds\n")
+        for name, case in size_table.cases.items():
+            with report.part(f"### `{name}`: {case.description}\n"):
+                if clock.is_over():
+                    report.add("Left out: the time was spent.\n")
+                    continue
+                keep = partial(report.measured.__setitem__, name)
+                for text in filter(None, steps_of_case(case, clock, size_table.rounds, keep)):
+                    report.add(text)
+        if missing := sorted(set(wanted_peers()) - set(importable_peers())):
+            report.add(f"Not importable here: {', '.join(missing)}.\n")
+        draw(report.rows, report.measured, options.output.with_suffix(".png"))
+    finally:
+        logging.disable(logging.NOTSET)
+    return report.write()
 
 
 if __name__ == "__main__":

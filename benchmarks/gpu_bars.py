@@ -24,22 +24,24 @@ def _row(text: str, bar: str, reached: str, is_met: bool) -> list[str]:
 
 
 def bar_table(
-    squares: Sequence[Mapping[str, Any]],
+    kernels: Sequence[Mapping[str, Any]],
     shares: Mapping[str, float],
     steps: Mapping[str, Sequence[Variant]],
 ) -> str:
     """What was to be reached, what was, and whether that suffices; a bar without its figure is left out.
 
     Args:
-        squares: Rows of squares, with milliseconds: "ours", "fp32", and of torch's product alone "bmm".
+        kernels: Rows of all kernels; squares have milliseconds: "ours", "fp32", and of torch's product alone
+            "bmm".
         shares: Of the device's rate, by solver, on matrices of 1024 and more.
         steps: The optimizers of each case.
 
     Returns:
         A table in Markdown.
     """
-    wrong = sum(not row["is_right"] for row in squares)
-    rows = [_row("squares that are wrong", "0", str(wrong), wrong == 0)]
+    wrong = sum(not row["is_right"] for row in kernels)
+    rows = [_row("results of kernels that are wrong", "0", str(wrong), wrong == 0)]
+    squares = [row for row in kernels if row["kernel"] == "square"]
     for precision, gains, rival in (("fp16x3", SPLIT_GAINS, "fp32"), ("fp16", HALF_GAINS, "bmm")):
         for row in squares:
             least = gains.get(row["N"])

@@ -52,7 +52,10 @@ class Peer:
         """Whether the package is here."""
         try:
             import_module(self.package)
-        except ModuleNotFoundError:
+        except (
+            ImportError,
+            OSError,
+        ):  # or what it is built on, such as a CUDA extension, can't be loaded
             return False
         return True
 
