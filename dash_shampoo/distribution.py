@@ -14,6 +14,7 @@ from dash_shampoo.base import (
     DDPDistributedConfig,
     DistributedConfig,
     DistributedShampoo,
+    Flight,
     own_distributor_class,
     take_weights,
 )
@@ -96,8 +97,13 @@ class ManyProcesses(DistributedShampoo):
         return own or super()._select_distributor_class(distributed_config)
 
     def _group_step_body(self, state_lists: Any, *args: Any) -> None:
+        """As the base's; what a group sends to other processes arrives while the next one computes."""
         take_weights(state_lists)
-        super()._group_step_body(state_lists, *args)
+        flight: Flight = vars(self).setdefault("_flight", Flight())
+        if getattr(state_lists[DISTRIBUTOR], "is_shared", False):
+            state_lists[DISTRIBUTOR].flight = flight
+        with flight.over_group(is_last=state_lists is self._per_group_state_lists[-1]):
+            super()._group_step_body(state_lists, *args)
 
     @torch.no_grad()
     def train(self) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dash_shampoo.base.embedded.distributed_configs import assign_owners
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.factories import own_distributor_class as _own_distributor_class
+from dash_shampoo.base.embedded.flight import Flight
 from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
 from dash_shampoo.base.embedded.group_state import take_weights
 from dash_shampoo.base.embedded.keys import ROW_PARTS
@@ -105,6 +106,7 @@ __all__ = [
     "EigenvalueCorrectedShampooPreconditionerConfig",
     "EighEigendecompositionConfig",
     "FSDPParamAssignmentStrategy",
+    "Flight",
     "FullyShardDistributedConfig",
     "GeneralizedPrimalAveragingConfig",
     "GridBlocks",

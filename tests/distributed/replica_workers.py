@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import dash_shampoo as ds
+from dash_shampoo.base import Flight
 
 logging.getLogger("dash_shampoo").setLevel(logging.ERROR)
 SHAPES = [(9, 5), (7,), (6, 6), (4, 9)]
@@ -125,6 +127,74 @@ def failing(rank, where, communicate_params):
     # Nobody waits for anybody, and nobody fails again.
     after = run(params, optimizer, 2)
     return {"said": said, "after": after}
+
+
+def in_groups(communicate_params=False):
+    """An optimizer with a group for each parameter."""
+    config = ds.DDPDistributedConfig(communicate_params=communicate_params)
+    params, _ = build(ds.DashShampoo, 0, config)
+    groups = [{"params": [param]} for param in params]
+    settings = {
+        "lr": 0.1,
+        "epsilon": 1e-6,
+        "max_preconditioner_dim": 4,
+        "precondition_frequency": 2,
+    }
+    return params, ds.DashShampoo(groups, distributed_config=config, **settings)
+
+
+def overlapping(rank, communicate_params):
+    """The order of what happens in a step, and parameters with and without overlap."""
+    params, optimizer = in_groups(communicate_params)
+    found = {"overlapped": run(params, optimizer, 0)}
+    lists = optimizer._per_group_state_lists
+    numbers = {id(state_lists["distributor"]): n for n, state_lists in enumerate(lists)}
+    events = []
+
+    def note(cls, name, what):
+        original = getattr(cls, name)
+
+        def noted(self, *args, **kwargs):
+            distributor = kwargs["state_lists"]["distributor"] if what == "compute" else self
+            events.append((what, numbers[id(distributor)]))
+            return original(self, *args, **kwargs)
+
+        return mock.patch.object(cls, name, noted)
+
+    distributors = type(lists[0]["distributor"])
+    with (
+        note(ds.DashShampoo, "_compute_search_directions", "compute"),
+        note(distributors, "_gather", "send"),
+        note(distributors, "_land", "arrive"),
+    ):
+        run(params, optimizer, 1, num_steps=1)
+    params, optimizer = in_groups(communicate_params)
+    with mock.patch.object(Flight, "over_group", return_value=contextlib.nullcontext()):
+        found["one by one"] = run(params, optimizer, 0)
+    return {**found, "events": events}
+
+
+def failing_in_a_group(rank, number):
+    """An error of rank 1 in one of four groups; afterwards all are trained on."""
+    params, optimizer = in_groups()
+    run(params, optimizer, 0, num_steps=1)
+    with contextlib.ExitStack() as stack:
+        if rank == 1:
+            compute = optimizer._precondition_and_grafting
+            state_lists = optimizer._per_group_state_lists[number]
+
+            def fail(lists, *args):
+                if lists["distributor"] is state_lists["distributor"]:
+                    raise ZeroDivisionError("the owner's own error")
+                return compute(lists, *args)
+
+            optimizer._precondition_and_grafting = fail
+            stack.callback(delattr, optimizer, "_precondition_and_grafting")
+        set_gradients(params, 1)
+        before = [p.detach().clone() for p in params]
+        said = message(optimizer.step)
+    moved = [not torch.equal(p, q) for p, q in zip(params, before, strict=True)]
+    return {"said": said, "moved": moved, "after": run(params, optimizer, 2)}
 
 
 def failing_late(rank):

@@ -72,6 +72,34 @@ def test_an_error_of_one_rank_reaches_all(where, communicate_params, tmp_path):
         assert all(p.isfinite().all() for p in result["after"])
 
 
+@pytest.mark.parametrize("communicate_params", [False, True])
+def test_a_group_computes_while_the_gather_of_the_one_before_is_under_way(
+    communicate_params, tmp_path
+):
+    for result in run(2, replica_workers.overlapping, tmp_path, communicate_params):
+        assert result["events"] == [
+            ("compute", 0), ("send", 0),
+            ("compute", 1), ("arrive", 0), ("send", 1),
+            ("compute", 2), ("arrive", 1), ("send", 2),
+            ("compute", 3), ("arrive", 2), ("send", 3), ("arrive", 3),
+        ]  # fmt: skip
+        for p, q in zip(result["overlapped"], result["one by one"], strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_error_in_one_of_several_groups_reaches_all(number, tmp_path):
+    results = run(2, replica_workers.failing_in_a_group, tmp_path, number)
+    assert results[1]["said"] == ("ZeroDivisionError", "the owner's own error")
+    assert results[0]["said"][0] == "RuntimeError"
+    assert "step failed on rank 1" in results[0]["said"][1]
+    for result in results:
+        # Those before it are updated, those behind it aren't; of its own some blocks may be.
+        assert all(result["moved"][:number])
+        assert not any(result["moved"][number + 1 :])
+        assert_equal(result["after"], results[0]["after"])
+
+
 def test_uneven_inputs_end_with_an_error_on_all_ranks(tmp_path):
     (first, first_steps), (second, second_steps) = run(2, replica_workers.joining, tmp_path)
     assert (first_steps, second_steps) == (3, 3)

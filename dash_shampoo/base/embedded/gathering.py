@@ -7,7 +7,7 @@ within each, every block has one owner, which keeps its state and computes its u
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, compress
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 
 from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.block_info import BlockInfo
@@ -26,7 +26,9 @@ from dash_shampoo.base.embedded.distributed_configs import (
     assign_owners,
 )
 from dash_shampoo.base.embedded.distributor import Distributor
+from dash_shampoo.base.embedded.dtensor_block import DTensorBlockInfo
 from dash_shampoo.base.embedded.dtensors import is_dtensor, local_tensor
+from dash_shampoo.base.embedded.flight import Flight
 from dash_shampoo.base.embedded.group_state import is_refresh_due
 from dash_shampoo.base.embedded.replicas import (
     check_same_parameters,
@@ -39,30 +41,6 @@ logger = logging.getLogger(__name__)
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
-@dataclass(kw_only=True, eq=False)
-class DTensorBlockInfo(BlockInfo):
-    """A block whose state consists of DTensors on the processes that own it.
-
-    Attributes:
-        mesh: The owners: one process of every group that the replicas are cut into.
-    """
-
-    mesh: DeviceMesh
-
-    def allocate_zeros_tensor(
-        self, size: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """Zeros for the optimizer's state, as a DTensor."""
-        local = torch.zeros(tuple(size), dtype=dtype, device=device)
-        tensor: Tensor = DTensor.from_local(local, self.mesh, [Replicate()], run_check=False)
-        return tensor
-
-    def get_tensor(self, tensor: Tensor) -> Tensor:
-        """The local tensor itself; outside of `no_grad`, torch would return a view."""
-        with torch.no_grad():
-            return local_tensor(tensor)
 
 
 class DDPDistributor(Distributor):
@@ -80,6 +58,7 @@ class DDPDistributor(Distributor):
     """
 
     is_shared = True
+    flight: Flight
     _error: Exception | None = None
     _is_to_be_compared: bool
 
@@ -123,6 +102,8 @@ class DDPDistributor(Distributor):
     ) -> None:
         """Adds the search directions to the blocks of all processes; all must call this.
 
+        Where the group's `flight` wants it, the adding and the errors wait until that lands.
+
         Args:
             blocked_search_directions: One per own block that has a gradient, or of all own blocks.
             use_masked_tensors: Whether only the blocks with a gradient are updated.
@@ -133,6 +114,7 @@ class DDPDistributor(Distributor):
                 are due, as it means waiting for the device.
         """
         error, self._error = self._error, None
+        self.flight.land()
         directions = tuple(blocked_search_directions)
         if error is None:
             params = self._targets(directions, use_masked_tensors)
@@ -144,9 +126,8 @@ class DDPDistributor(Distributor):
                 torch._foreach_add_(params, directions)
             if self._local_buffers:
                 torch._foreach_copy_(self._local_buffers, self.local_blocked_params)
-            self._gather()
             selector = self._global_grad_selector if use_masked_tensors else None
-            self._receive(selector)
+            receive: Callable[[], None] = partial(self._receive, selector)
         else:
             # What has no gradient at its owner gets zeros, and everybody adds all: so replicas stay
             # equal even if they disagree on which parameters have a gradient.
@@ -157,11 +138,8 @@ class DDPDistributor(Distributor):
                 torch._foreach_zero_(self._local_buffers)
             if params:
                 torch._foreach_copy_(buffers, directions)
-            self._gather()
-            if self._global_blocked_params:
-                torch._foreach_add_(self._global_blocked_params, self._global_buffers)
-        self._write_back()
-        self._share(error)
+            receive = self._receive_sums
+        self.flight.take_off(partial(self._land, self._gather(), receive, error))
 
     def is_foreign_block(self, param: Tensor, key: str) -> bool:
         """Whether a key of the state is a block of the parameter that another process owns."""
@@ -193,6 +171,7 @@ class DDPDistributor(Distributor):
 
     def _assign_blocks(self) -> tuple[bool, ...]:
         self.replicas = self._find_replicas()
+        self.flight = Flight()
         cuts = self._cuts
         self._is_to_be_compared = check_same_parameters(
             [cut.param for cut in cuts], list(map(self._name_of, cuts)), self.replicas
@@ -259,11 +238,27 @@ class DDPDistributor(Distributor):
                 views[index] = row[start : start + sent[index].numel()].view(sent[index].shape)
         self._global_buffers = tuple(views)
 
-    def _gather(self) -> None:
-        if self._global_blocked_params:
-            _all_gather(
-                self._global_buffer.view(-1), self._local_buffer, group=self._communication_group
-            )
+    def _gather(self) -> dist.Work | None:
+        if not self._global_blocked_params:
+            return None
+        work: dist.Work | None = _all_gather(
+            self._global_buffer.view(-1),
+            self._local_buffer,
+            group=self._communication_group,
+            async_op=True,
+        )
+        return work
+
+    @torch.no_grad()
+    def _land(
+        self, work: dist.Work | None, receive: Callable[[], None], error: Exception | None
+    ) -> None:
+        """Updates the parameters by what has been gathered."""
+        if work is not None:
+            work.wait()
+        receive()
+        self._write_back()
+        self._share(error)
 
     def _share(self, error: Exception | None) -> None:
         """Raises on all processes what one of them was given."""
@@ -307,6 +302,10 @@ class DDPDistributor(Distributor):
 
     def _is_refreshing(self) -> bool:
         return self.step is not None and is_refresh_due(self._param_group, int(self.step.item()))
+
+    def _receive_sums(self) -> None:
+        if self._global_blocked_params:
+            torch._foreach_add_(self._global_blocked_params, self._global_buffers)
 
     def _receive(self, selector: tuple[bool, ...] | None) -> None:
         params, buffers = self._global_blocked_params, self._global_buffers
