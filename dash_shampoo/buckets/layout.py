@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import overload
 
 import torch
@@ -241,6 +242,30 @@ class ActiveStack:
     stack: int
     rows: Rows
     slots: tuple[tuple[int, int], ...]
+
+    def overlap(self, piece: Piece, number: int) -> tuple[slice, slice] | None:
+        """Where a piece's factors of one dimension are among these rows.
+
+        Args:
+            piece: The piece.
+            number: Which of the bucket's factors.
+
+        Returns:
+            The piece's blocks that have theirs here, and the numbers of these rows; None without any.
+        """
+        found = [
+            (place, self._numbers[block, number])
+            for place, block in enumerate(piece.blocks)
+            if (block, number) in self._numbers
+        ]
+        if not found:
+            return None
+        (place, row), count = found[0], len(found)
+        return slice(place, place + count), slice(row, row + count)
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[int, int], int]:
+        return {slot: number for number, slot in enumerate(self.slots)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from dash_shampoo.eigenbasis.dispatch import (
     eigenbasis_stack,
     follows_a_basis,
     is_identity,
+    method_at,
 )
 from dash_shampoo.eigenbasis.orthogonal_iteration import OrthogonalIterationConfig
 from dash_shampoo.eigenbasis.result import EigenbasisResult
@@ -18,4 +19,5 @@ __all__ = [
     "eigenbasis_stack",
     "follows_a_basis",
     "is_identity",
+    "method_at",
 ]

@@ -89,6 +89,19 @@ def follows_a_basis(config: EigendecompositionConfig) -> bool:
     return find_method(config).follows
 
 
+def method_at(config: EigendecompositionConfig, refreshes: int) -> EigendecompositionConfig:
+    """What a config asks for in one refresh of many.
+
+    Args:
+        config: How the eigenvectors are computed.
+        refreshes: How many there were before.
+
+    Returns:
+        The config, with more iterations in the first refreshes of a method that follows a basis.
+    """
+    return config.at(refreshes) if isinstance(config, OrthogonalIterationConfig) else config
+
+
 def check_basis_supported(config: EigendecompositionConfig, epsilon: float = 0.0) -> None:
     """Refuse a config that no method takes, or an epsilon that its repair of the spectrum forbids.
 

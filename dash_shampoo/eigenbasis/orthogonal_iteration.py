@@ -7,7 +7,7 @@ K_BNN antisymmetric; L_BN eigenvalues.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -36,6 +36,8 @@ _FLOOR = 1e-5
 _LARGEST_ROTATION = 0.5
 # Bound of a row of K: columns that are all noise must not keep the others from turning.
 _LARGEST_ROW = 0.5
+# Refreshes from the start on that are early ones.
+_EARLY_REFRESHES = 10
 # A difference of reciprocals, this much larger than they are, is its sign.
 _STEEP = 1e6
 
@@ -53,8 +55,10 @@ class OrthogonalIterationConfig(EigendecompositionConfig):
     lost theirs, by an eigendecomposition.
 
     Attributes:
-        num_iterations (int): Iterations of a refresh, at least 1. More than one is for bases that
-            are refreshed seldom. (Default: 1)
+        num_iterations (int): Iterations of a refresh, at least 1. (Default: 1)
+        num_early_iterations (int): Iterations of each of the first ten refreshes, where that is more: while
+            a training begins, gradients turn faster than one iteration follows where bases are refreshed
+            seldom. (Default: 4)
         orthogonalization (str): How Q stays orthogonal. "rotation": a first-order orthogonal
             iteration, Q ← Q·(I + K + b·K²), by 4 products and no factorisation. "cholesky_qr":
             A·Q orthonormalised by two Cholesky decompositions. "householder": by
@@ -66,17 +70,20 @@ class OrthogonalIterationConfig(EigendecompositionConfig):
     """
 
     num_iterations: int = 1
+    num_early_iterations: int = 4
     orthogonalization: Orthogonalization = "rotation"
     use_sorting: bool = False
     orthogonality_tolerance: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.num_iterations) is not int or self.num_iterations < 1:
-            raise ValueError(
-                f"Invalid num_iterations={self.num_iterations!r} in OrthogonalIterationConfig: "
-                "must be an integer of at least 1."
-            )
+        for name in ("num_iterations", "num_early_iterations"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f"Invalid {name}={value!r} in OrthogonalIterationConfig: "
+                    "must be an integer of at least 1."
+                )
         if self.orthogonalization not in get_args(Orthogonalization):
             raise ValueError(
                 f"Invalid orthogonalization={self.orthogonalization!r} in "
@@ -87,6 +94,19 @@ class OrthogonalIterationConfig(EigendecompositionConfig):
                 f"Invalid orthogonality_tolerance={self.orthogonality_tolerance!r} in "
                 "OrthogonalIterationConfig: must be positive and finite."
             )
+
+    def at(self, refreshes: int) -> OrthogonalIterationConfig:
+        """What is to be done in one refresh of many.
+
+        Args:
+            refreshes: How many there were before.
+
+        Returns:
+            This config, early on with as many iterations as it then wants.
+        """
+        if refreshes >= _EARLY_REFRESHES or self.num_early_iterations <= self.num_iterations:
+            return self
+        return replace(self, num_iterations=self.num_early_iterations)
 
 
 def orthogonal_iteration(

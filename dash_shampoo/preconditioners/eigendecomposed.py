@@ -55,12 +55,13 @@ class StackedEigendecomposedShampooPreconditionerList(
     ) -> Tensor:
         """U = G ×₁ F₁^(-1/p₁) ×₂ F₂^(-1/p₂) …, except over factor number `skipped`."""
         return self._by_parts(
-            grads, lambda blocks, part: self._apply_roots_to(blocks, piece, part, skipped)
+            grads,
+            lambda blocks, part, out: self._apply_roots_to(blocks, piece, part, skipped, out),
         )
 
     def _apply_roots_to(
-        self, grads: Tensor, piece: Piece, part: slice, skipped: int | None
-    ) -> Tensor:
+        self, grads: Tensor, piece: Piece, part: slice, skipped: int | None, out: Tensor
+    ) -> None:
         """U of some rows of a piece."""
         bases = self._bases(piece, part, skipped)
         rotated = self._to_basis(grads, bases)
@@ -71,7 +72,7 @@ class StackedEigendecomposedShampooPreconditionerList(
             shape = [len(grads), *[1] * (grads.dim() - 1)]
             shape[factor.dimension + 1] = scale.shape[-1]
             rotated.mul_(scale.view(shape))
-        return self._from_basis(rotated, bases)
+        self._from_basis(rotated, bases, out)
 
     def _scales(self, number: int, rows: slice) -> Tensor:
         return inverse_power(

@@ -12,7 +12,7 @@ from dash_shampoo.base import PreconditionerList
 from dash_shampoo.buckets import ActiveStack, Piece, stack_
 from dash_shampoo.eigenbasis import follows_a_basis, is_identity
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
-from dash_shampoo.preconditioners.modes import contract
+from dash_shampoo.preconditioners.modes import contract, parts
 from dash_shampoo.safety import is_asynchronous
 
 
@@ -84,7 +84,7 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
     def _accumulate_all_(self, masked_grad_list: Sequence[Tensor]) -> None:
         for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
             second_moment = self._second_moments[piece.bucket.number][piece.slots]
-            for part in self._parts(grads):
+            for part in parts(grads):
                 self._accumulate_(second_moment[part], grads[part], self._bases(piece, part))
 
     def _accumulate_(self, second_moment: Tensor, grads: Tensor, bases: dict[int, Tensor]) -> None:
@@ -103,45 +103,57 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
             return torch.zeros_like(grads)
         return self._by_parts(grads, partial(self._direction, piece))
 
-    def _direction(self, piece: Piece, grads: Tensor, part: slice) -> Tensor:
+    def _direction(self, piece: Piece, grads: Tensor, part: slice, out: Tensor) -> None:
         """Adam's direction in the eigenbasis, of some rows of a piece."""
         bases = self._bases(piece, part)
         second_moment = self._second_moments[piece.bucket.number][piece.slots][part]
         denominator = second_moment.div(self.divisor)
         denominator.pow_(self._exponents[piece.bucket.number]).add_(self._epsilon)
-        return self._from_basis(self._to_basis(grads, bases).div_(denominator), bases)
+        self._from_basis(self._to_basis(grads, bases).div_(denominator), bases, out)
 
     # -------------------------------------------------------------------------- the refresh
 
-    def _refresh(self, due: Sequence[ActiveStack]) -> None:
-        """Refreshes the bases that are due, and carries the second moments over where that is wanted."""
-        follows = follows_a_basis(self._options.amortized_computation_config)
-        changing = [
-            active.stack
-            for active in due
-            if self._aligns and (not follows or self._may_lack_basis[active.stack])
-        ]
-        previous = {number: self._eigenvectors[number].data.clone() for number in changing}
-        super()._refresh(due)
-        changes = {number: self._change(number, Q, follows) for number, Q in previous.items()}
-        for piece in self._active.pieces:
-            matrices = {
-                factor.dimension: changes[factor.stack][piece.factor_rows(factor)]
-                for factor in piece.bucket.factors
-                if factor.stack in changes
-            }
-            if matrices:
-                second_moment = self._second_moments[piece.bucket.number][piece.slots]
-                second_moment.copy_(contract(second_moment, matrices, self._basis_dtype))
+    def _compute(self, active: ActiveStack) -> Tensor:
+        """Refreshes bases of a stack, and carries the second moments over where that is wanted."""
+        follows = follows_a_basis(self._method)
+        if not self._aligns or (follows and not self._may_lack_basis[active.stack]):
+            return super()._compute(active)
+        previous = self._eigenvectors[active.stack].data[active.rows].clone()
+        status = super()._compute(active)
+        is_changed = is_identity(previous) if follows else None
+        self._carry_over_(active, previous, is_changed)
+        if is_changed is not None and not is_asynchronous(previous.device) and is_changed.any():
+            remaining = is_identity(self._eigenvectors[active.stack].data)
+            self._may_lack_basis[active.stack] = bool(remaining.any())
+        return status
 
-    def _change(self, number: int, previous: Tensor, follows: bool) -> Tensor:
-        """P∘P, P = Q_oldᵀ·Q_new, of every row of a stack; I where a column continues its own."""
-        Q = self._eigenvectors[number].data
+    def _compute_again(self, bad: ActiveStack) -> None:
+        if not self._aligns:
+            return super()._compute_again(bad)
+        previous = self._eigenvectors[bad.stack].data[bad.rows].clone()
+        super()._compute_again(bad)
+        return self._carry_over_(bad, previous)
+
+    def _carry_over_(
+        self, changed: ActiveStack, previous: Tensor, is_changed: Tensor | None = None
+    ) -> None:
+        """V ← V ×ₖ (P∘P)ᵀ, P = Q_oldᵀ·Q_new, of the blocks whose basis of dimension k changed.
+
+        Args:
+            changed: Rows of a stack.
+            previous: (B, N, N) their Q_old.
+            is_changed: (B,) for which of them; for the others every column continues its own.
+                (Default: None, for all)
+        """
+        Q = self._eigenvectors[changed.stack].data[changed.rows]
         squares = torch.bmm(previous.mT, Q).square_()
-        if not follows:
-            return squares
-        is_new = is_identity(previous)
-        if not is_asynchronous(Q.device):
-            self._may_lack_basis[number] = bool(is_identity(Q).any())
-        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        return torch.where(is_new[:, None, None], squares, identity)
+        if is_changed is not None:
+            identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+            squares = torch.where(is_changed[:, None, None], squares, identity)
+        for piece in self._active.pieces:
+            second_moments = self._second_moments[piece.bucket.number][piece.slots]
+            for number, factor in enumerate(piece.bucket.factors):
+                if factor.stack == changed.stack and (found := changed.overlap(piece, number)):
+                    blocks, rows = found
+                    V = second_moments[blocks]
+                    V.copy_(contract(V, {factor.dimension: squares[rows]}, self._basis_dtype))

@@ -19,15 +19,13 @@ from dash_shampoo.eigenbasis import (
     eigenbasis_stack,
     follows_a_basis,
     is_identity,
+    method_at,
 )
 from dash_shampoo.preconditioners.measures import FactorMeasures, measure_basis
-from dash_shampoo.preconditioners.modes import contract
+from dash_shampoo.preconditioners.modes import contract, parts
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous
-
-# Blocks of a part: with what is made of them they should fit a core's cache.
-_PART_BYTES = 2**19
 
 
 class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
@@ -54,36 +52,26 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
 
     def _adopt_state(self) -> None:
         self._eigenvectors = self._stack_matrices("factor_matrices_eigenvectors", packed=False)
+        self._method = self._options.amortized_computation_config
         # Stacks in which a row may still have the identity it was made with; of a number it is the basis.
         self._may_lack_basis = [stack.size > 1 for stack in self._layout.stacks]
 
     # --------------------------------------------------------------------- the basis at work
 
-    def _by_parts(self, grads: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    def _by_parts(self, grads: Tensor, function: Callable[[Tensor, slice, Tensor], None]) -> Tensor:
         """Applies a function to the parts of a piece.
 
         Args:
             grads: (K, *shape) of the piece.
-            function: Takes some of its blocks and their rows, and gives a tensor like them.
+            function: Takes some of its blocks, their rows, and a tensor like them that it fills.
 
         Returns:
             Its results for all blocks, in new memory.
         """
-        parts = self._parts(grads)
-        if len(parts) == 1:
-            return function(grads, parts[0])
         result = torch.empty_like(grads, memory_format=torch.contiguous_format)
-        for part in parts:
-            result[part] = function(grads[part], part)
+        for part in parts(grads):
+            function(grads[part], part, result[part])
         return result
-
-    @staticmethod
-    def _parts(grads: Tensor) -> list[slice]:
-        """The rows of a piece in parts, on the CPU such that each stays in a core's cache."""
-        count = len(grads)
-        per_row = max(grads[:1].numel() * grads.element_size(), 1)
-        rows = count if is_asynchronous(grads.device) else max(_PART_BYTES // per_row, 1)
-        return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
     def _bases(self, piece: Piece, part: slice, skipped: int | None = None) -> dict[int, Tensor]:
         """The eigenvectors (K, N, N) of some rows of a piece by dimension, except of one factor."""
@@ -101,12 +89,10 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
             return grads.clone()
         return contract(grads, bases, self._basis_dtype).to(grads.dtype)
 
-    def _from_basis(self, rotated: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    def _from_basis(self, rotated: Tensor, bases: dict[int, Tensor], out: Tensor) -> None:
         """G ×₁ Q₁ ×₂ Q₂ …, back in the basis of the parameters."""
-        if not bases:
-            return rotated
         transposed = {dimension: Q.mT for dimension, Q in bases.items()}
-        return contract(rotated, transposed, self._basis_dtype).to(rotated.dtype)
+        contract(rotated, transposed, self._basis_dtype, out)
 
     @property
     def _basis_dtype(self) -> torch.dtype:
@@ -115,9 +101,26 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
 
     # -------------------------------------------------------------------------- the refresh
 
+    def due(self, step: int, is_due: bool) -> Sequence[ActiveStack]:
+        """What is to be refreshed in a step; from then on this is the step whose method counts.
+
+        Args:
+            step: Step count.
+            is_due: Whether the base's schedule has a refresh in this step.
+        """
+        group = self._group
+        refreshes = (step - group["start_preconditioning_step"]) // group["precondition_frequency"]
+        self._method = method_at(self._options.amortized_computation_config, refreshes)
+        return super().due(step, is_due)
+
+    @property
+    def iterations(self) -> int | None:
+        """How many the method runs in this step, where it iterates a fixed number of times."""
+        return getattr(self._method, "num_iterations", None)
+
     def waits(self, due: Sequence[ActiveStack]) -> bool:
         """Whether a basis is decomposed, or whether all rows have one is not known yet."""
-        follows = follows_a_basis(self._options.amortized_computation_config)
+        follows = follows_a_basis(self._method)
         return any(not follows or self._may_lack_basis[active.stack] for active in due)
 
     def _compute(self, active: ActiveStack) -> Tensor:
@@ -134,7 +137,7 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
             Q = self._eigenvectors[number].data[rows]
             return self._bias_corrected(number, rows).to(dtype), Q.to(dtype)
 
-        config = self._options.amortized_computation_config
+        config = self._method
         lost = None
         if (
             is_asynchronous(spec.device)
@@ -174,8 +177,8 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
         """Takes over the eigenvectors of some rows; those that went wrong are the previous ones."""
         self._eigenvectors[number].write_(rows, result.eigenvectors)
 
-    def _compute_again(self, number: int, rows: Rows) -> None:
-        self._decompose(number, rows)
+    def _compute_again(self, bad: ActiveStack) -> None:
+        self._decompose(bad.stack, bad.rows)
 
     def _scales(self, number: int, rows: slice) -> Tensor | None:
         """Inverse roots of the eigenvalues (K, N) of some rows, where the list has any."""

@@ -23,7 +23,12 @@ def parts(blocks: Tensor) -> list[slice]:
     return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
-def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
+def contract(
+    blocks: Tensor,
+    matrices: dict[int, Tensor],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
     """G ×_k X_k over some dimensions k of a piece.
 
     Every dimension in turn is contracted from the front and appended at the back, so that after the
@@ -34,19 +39,23 @@ def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) ->
         blocks: G, (K, *shape).
         matrices: For some dimensions k the X_k, (K, d_k, m_k); the result is Σ_i G[…, i, …] X_k[i, j].
         dtype: The products are taken in it.
+        out: Contiguous, of the result's shape and any dtype, which the result is written to; not the
+            memory of `blocks`. (Default: None)
 
     Returns:
-        A contiguous or transposed tensor (K, *shape) with m_k in place of d_k, of `dtype` where a
-        matrix was applied; where one kernel does it, of that of the blocks.
+        `out`, or a contiguous or transposed tensor (K, *shape) with m_k in place of d_k, of `dtype` where
+        a matrix was applied; where one kernel does it, of that of the blocks.
     """
     if (
         blocks.ndim == 3
         and len(matrices) == 2
         and can_use_two_sided(blocks, matrices[0], matrices[1])
     ):
-        return two_sided(blocks, matrices[0], matrices[1])
+        result = two_sided(blocks, matrices[0], matrices[1])
+        return result if out is None else out.copy_(result)
     result = blocks
     shape = list(blocks.shape)
+    last = len(shape) - 2
     numel = math.prod(shape[1:])
     with exact_products(
         blocks.device, numel * min((X.shape[-1] for X in matrices.values()), default=0)
@@ -55,9 +64,16 @@ def contract(blocks: Tensor, matrices: dict[int, Tensor], dtype: torch.dtype) ->
             # (K, d_k, rest) → (K, rest, d_k)
             front = result.reshape(shape[0], size, math.prod(result.shape[1:]) // max(size, 1)).mT
             matrix = matrices.get(dimension)
-            result = front if matrix is None else torch.bmm(front.to(dtype), matrix)
+            if matrix is None:
+                result = front
+            elif dimension == last and out is not None and out.dtype == dtype:
+                torch.bmm(front.to(dtype), matrix, out=out.view(*front.shape[:2], matrix.shape[-1]))
+                return out
+            else:
+                result = torch.bmm(front.to(dtype), matrix)
             shape[dimension + 1] = result.shape[-1]
-    return result.reshape(shape)
+    result = result.reshape(shape)
+    return result if out is None else out.copy_(result)
 
 
 def unfold(blocks: Tensor, dimension: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dash_shampoo.buckets import ActiveLayout, ActiveStack, Layout, Rows, rows_of
+from dash_shampoo.buckets import ActiveLayout, ActiveStack, Layout, rows_of
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.safety import FailureLedger, Slot, send_to_host
 
@@ -44,7 +44,7 @@ class RefreshedList:
         """
         raise NotImplementedError
 
-    def _compute_again(self, number: int, rows: Rows) -> None:
+    def _compute_again(self, bad: ActiveStack) -> None:
         """Computes bad rows of a stack anew, by a surer method."""
         raise NotImplementedError
 
@@ -140,9 +140,10 @@ class RefreshedList:
         if not members or safety is None or safety.policy != "repair":
             return
         for number, spec in enumerate(self._layout.stacks):
-            wanted = [slot for slot, member in enumerate(spec.slots) if member in members]
+            wanted = [row for row, slot in enumerate(spec.slots) if slot in members]
             if wanted:
-                self._compute_again(number, rows_of(wanted, spec.device))
+                slots = tuple(spec.slots[row] for row in wanted)
+                self._compute_again(ActiveStack(number, rows_of(wanted, spec.device), slots))
 
     # ------------------------------------------------------------------------- the outcomes
 

@@ -183,7 +183,8 @@ class StackedRootInvShampooPreconditionerList(
         else:
             self._inverse_factors[number].write_(rows, value)
 
-    def _compute_again(self, number: int, rows: Rows) -> None:
+    def _compute_again(self, bad: ActiveStack) -> None:
+        number, rows = bad.stack, bad.rows
         result = repair(
             self._bias_corrected(number, rows).to(self._solving_dtype),
             self._layout.stacks[number].root,

@@ -22,6 +22,7 @@ from dash_shampoo.eigenbasis import (
     check_basis_supported,
     eigenbasis,
     is_identity,
+    method_at,
 )
 from dash_shampoo.inverse_root import InverseRootStatus
 from tests.eigenbasis.method_table import nearby_basis, orthogonality, separated
@@ -224,6 +225,7 @@ def test_identity_is_told_from_what_is_near_it() -> None:
     [
         ({"num_iterations": 0}, "num_iterations=0"),
         ({"num_iterations": True}, "num_iterations=True"),
+        ({"num_early_iterations": 0}, "num_early_iterations=0"),
         ({"orthogonalization": "qr"}, "orthogonalization='qr'.*rotation, cholesky_qr, householder"),
         ({"orthogonality_tolerance": 0.0}, "orthogonality_tolerance=0.0"),
         ({"orthogonality_tolerance": float("inf")}, "orthogonality_tolerance=inf"),
@@ -233,6 +235,18 @@ def test_identity_is_told_from_what_is_near_it() -> None:
 def test_bad_options_are_refused_by_name(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OrthogonalIterationConfig(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_method_that_follows_iterates_more_in_the_first_ten_refreshes() -> None:
+    config = OrthogonalIterationConfig(num_iterations=2, num_early_iterations=5, tolerance=0.1)
+    early = method_at(config, 9)
+    assert early == OrthogonalIterationConfig(
+        num_iterations=5, num_early_iterations=5, tolerance=0.1
+    )
+    assert method_at(config, 0) == early
+    assert method_at(config, 10) is config
+    assert method_at(OrthogonalIterationConfig(num_iterations=6), 0).num_iterations == 6
+    assert method_at(eigh := EighEigendecompositionConfig(), 0) is eigh
 
 
 def test_bad_input_is_refused_by_name() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import dash_shampoo as ds
+from dash_shampoo.eigenbasis import orthogonal_iteration
+from dash_shampoo.preconditioners import StackedEigenvalueCorrectedShampooPreconditionerList
 
 SHAPE = (6, 5)
 
@@ -119,6 +122,89 @@ def test_a_following_basis_carries_over_once() -> None:
     expected = 0.9 * carried + 0.1 * (Q0.T @ gradient(3) @ Q1).square()
     assert torch.allclose(lists(optimizer)._second_moments[0][0], expected)  # type: ignore[attr-defined]
     assert lists(optimizer)._may_lack_basis == [False, False]  # type: ignore[attr-defined]
+
+
+def test_the_first_refreshes_iterate_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    iterations: list[int] = []
+    rotate = orthogonal_iteration._rotate
+
+    def counting(*arguments: Any) -> tuple[Tensor, Tensor]:
+        iterations.append(seed)
+        return rotate(*arguments)
+
+    monkeypatch.setattr(orthogonal_iteration, "_rotate", counting)
+    param, optimizer = build(config(), precondition_frequency=2)
+    for seed in range(26):
+        step(param, optimizer, seed)
+    of_a_refresh = [iterations.count(seed) for seed in range(1, 26, 2)]
+    assert of_a_refresh == [8] * 10 + [2] * 3  # two factor matrices
+    assert sum(of_a_refresh) == len(iterations)
+
+
+@pytest.mark.parametrize("is_staggered", [True, False])
+def test_second_moments_follow_the_bases_that_are_due_and_no_others(
+    is_staggered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight blocks, two of another shape, and one without a gradient in the middle."""
+    shapes = [(6, 5), (4, 4), (6, 5), (6, 5), (4, 4), (6, 5), (6, 5), (5,)]
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
+    preconditioner: Any = config(
+        amortized_computation_config=ds.EighEigendecompositionConfig(),
+        stagger_refresh=is_staggered,
+    )
+    optimizer = ds.DashShampoo(
+        params,
+        betas=(0.0, 0.9),
+        epsilon=1e-8,
+        max_preconditioner_dim=8,
+        precondition_frequency=3,
+        preconditioner_config=preconditioner,
+    )
+    compared: list[int] = []
+    carry_over_ = StackedEigenvalueCorrectedShampooPreconditionerList._carry_over_
+
+    def counting(self: Any, changed: Any, *arguments: Any) -> None:
+        compared.append(len(changed.slots))
+        carry_over_(self, changed, *arguments)
+
+    monkeypatch.setattr(
+        StackedEigenvalueCorrectedShampooPreconditionerList, "_carry_over_", counting
+    )
+
+    def states() -> list[tuple[Tensor, list[Tensor]]]:
+        blocks: Any = lists(optimizer)._local_kronecker_factors_unwrapped  # type: ignore[attr-defined]
+        return [
+            (
+                block.corrected_eigenvalues.clone(),
+                [Q.clone() for Q in block.factor_matrices_eigenvectors],
+            )
+            for block in blocks
+        ]
+
+    generator, counts = torch.Generator().manual_seed(0), []
+    for number in range(9):
+        before, grads = states(), []
+        for index, param in enumerate(params):
+            grads.append(torch.randn(param.shape, dtype=torch.float64, generator=generator))
+            param.grad = None if index == 3 else grads[-1]
+        optimizer.step()
+        counts.append(sum(compared))
+        compared.clear()
+        for index, (V, bases_before) in enumerate(before if number > 0 else []):
+            new, bases_after = states()[index]
+            if index == 3:
+                assert torch.equal(new, V)
+                continue
+            G = grads[index]
+            for dimension, (old, Q) in enumerate(zip(bases_before, bases_after, strict=True)):
+                V = torch.tensordot(V, (old.T @ Q).square(), ([dimension], [0])).movedim(
+                    -1, dimension
+                )
+                G = torch.tensordot(G, Q, ([dimension], [0])).movedim(-1, dimension)
+            assert torch.allclose(new, 0.9 * V + 0.1 * G.square(), atol=1e-12)
+    # 15 factor matrices, of which 13 have a gradient.
+    # Shares are of about the same work, and the matrices of several sizes.
+    assert counts == [0, 0, 13, *([4, 7, 2] if is_staggered else [0, 0, 13]) * 2]
 
 
 @pytest.mark.parametrize("safety", [None, ds.SafetyConfig()])
