@@ -243,25 +243,21 @@ class ActiveStack:
     rows: Rows
     slots: tuple[tuple[int, int], ...]
 
-    def overlap(self, piece: Piece, number: int) -> tuple[slice, slice] | None:
+    def overlaps(self, piece: Piece, number: int) -> Iterator[tuple[slice, slice]]:
         """Where a piece's factors of one dimension are among these rows.
 
         Args:
             piece: The piece.
             number: Which of the bucket's factors.
 
-        Returns:
-            The piece's blocks that have theirs here, and the numbers of these rows; None without any.
+        Yields:
+            For each run of blocks that have theirs here, which of the piece's they are, and the numbers of
+            these rows.
         """
-        found = [
-            (place, self._numbers[block, number])
-            for place, block in enumerate(piece.blocks)
-            if (block, number) in self._numbers
-        ]
-        if not found:
-            return None
-        (place, row), count = found[0], len(found)
-        return slice(place, place + count), slice(row, row + count)
+        present = (i for i, block in enumerate(piece.blocks) if (block, number) in self._numbers)
+        for start, stop in _runs(present):
+            first = self._numbers[piece.blocks[start], number]
+            yield slice(start, stop), slice(first, first + stop - start)
 
     @cached_property
     def _numbers(self) -> dict[tuple[int, int], int]:

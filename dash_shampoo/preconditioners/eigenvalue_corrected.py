@@ -153,7 +153,8 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         for piece in self._active.pieces:
             second_moments = self._second_moments[piece.bucket.number][piece.slots]
             for number, factor in enumerate(piece.bucket.factors):
-                if factor.stack == changed.stack and (found := changed.overlap(piece, number)):
-                    blocks, rows = found
+                if factor.stack != changed.stack:
+                    continue
+                for blocks, rows in changed.overlaps(piece, number):
                     V = second_moments[blocks]
                     V.copy_(contract(V, {factor.dimension: squares[rows]}, self._basis_dtype))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import dash_shampoo as ds
+from dash_shampoo.buckets import ActiveStack
 from dash_shampoo.eigenbasis import orthogonal_iteration
 from dash_shampoo.preconditioners import StackedEigenvalueCorrectedShampooPreconditionerList
 
@@ -205,6 +206,33 @@ def test_second_moments_follow_the_bases_that_are_due_and_no_others(
     # 15 factor matrices, of which 13 have a gradient.
     # Shares are of about the same work, and the matrices of several sizes.
     assert counts == [0, 0, 13, *([4, 7, 2] if is_staggered else [0, 0, 13]) * 2]
+
+
+def test_second_moments_follow_bases_that_are_computed_again() -> None:
+    params = [torch.nn.Parameter(torch.zeros(SHAPE, dtype=torch.float64)) for _ in range(5)]
+    optimizer = ds.DashShampoo(
+        params,
+        epsilon=1e-8,
+        max_preconditioner_dim=8,
+        preconditioner_config=config(),  # type: ignore[arg-type]
+    )
+    for seed in range(3):
+        for index, param in enumerate(params):
+            param.grad = gradient(10 * seed + index)
+        optimizer.step()
+    soap: Any = lists(optimizer)
+    V, Q = (t.clone() for t in (soap._second_moments[0], soap._eigenvectors[0].data))
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    soap._eigenvectors[0].data[[1, 2, 4]] = Q[[1, 2, 4]] @ turn
+    bad = ActiveStack(0, torch.tensor([1, 2, 4]), ((1, 0), (2, 0), (4, 0)))
+    soap._compute_again(bad)
+    new = soap._eigenvectors[0].data
+    for index in range(5):
+        expected = V[index]
+        if index in (1, 2, 4):
+            expected = ((Q[index] @ turn).T @ new[index]).square().T @ V[index]
+            assert not torch.allclose(expected, V[index])
+        assert torch.allclose(soap._second_moments[0][index], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("safety", [None, ds.SafetyConfig()])
