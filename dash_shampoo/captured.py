@@ -151,6 +151,7 @@ class CapturedStep(BucketStep):
             if is_corrected and settings["weight_decay"]
             else None,
             tuple(map(id, due)),
+            getattr(self._shampoo, "iterations", None) if due else None,
             divisor == 1.0,
             self._has_started(state_lists),
             int(state_lists[STEP]) == 1,  # in which a list may do something else
