@@ -108,6 +108,8 @@ class ReconstructibleShampoo(DistributedShampoo):
             steps: The parameters that get state, each with its step count.
         """
         before = dict(vars(self))
+        for known, group in zip(self._settings, self.param_groups, strict=True):
+            known.resolve_beta3(group)
         self._cohorts = partition(self.param_groups, steps)
         edited_betas = [cohort.group["betas"] for cohort in self._cohorts]
         for cohort in self._cohorts:

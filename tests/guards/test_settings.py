@@ -164,6 +164,28 @@ def test_beta3_follows_beta1(config):
     assert not torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("what", ["memory", "parameters", "groups"])
+def test_an_edit_beside_another_change_is_obeyed(config, what):
+    """Betas edited, and before the next step the blocks cut anew for another reason."""
+    results = []
+    for is_changed in (False, True):
+        model = network()
+        optimizer = construct(model.parameters(), config, beta3=-1.0)
+        train(model, optimizer, range(3))
+        optimizer.param_groups[0]["betas"] = (0.5, 0.7)
+        if is_changed and what == "memory":
+            for p in model.parameters():
+                p.data = p.data.clone()
+        elif is_changed and what == "parameters":
+            optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(2)))
+        elif is_changed:
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+        train(model, optimizer, range(3, 6))
+        assert optimizer.param_groups[0]["beta3"] == 0.5
+        results.append(values(model))
+    assert torch.equal(*results)
+
+
 def test_beta3_follows_beta1_after_a_resume(config):
     model = network()
     optimizer = construct(model.parameters(), config)
