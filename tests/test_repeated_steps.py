@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -23,13 +22,12 @@ SHAPES = ((20, 13), (8, 8), (8, 8), (5, 9))
 # corrections of the grafting and of the filtered gradients, and in a refresh that of the factor matrices.
 FILTER = {"embedded": "_filter", "meta": "_compute_filtered_grad_list"}[ds.base.name]
 IN_EVERY_STEP = {"_group_step_body", "precondition", FILTER}
-FUSED = {"fused_square_"} if find_spec("triton") else set()
 IN_A_REFRESH = {
     "newton_db": {"divided"},
     "newton_schulz": {"divided"},
     "chebyshev": {"divided"},
-    "minimax": {"minimax", "add_multiple_", *FUSED},
-    "default": {"minimax", "add_multiple_", "__call__", *FUSED},  # the product of its residual
+    "minimax": {"minimax", "add_multiple_"},
+    "default": {"minimax", "add_multiple_", "__call__"},  # the product of its residual
 }
 
 

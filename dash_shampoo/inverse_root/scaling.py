@@ -186,7 +186,9 @@ def multi_power_iteration(A_BNN: Tensor, config: PowerIterationScaling) -> Tenso
     return quotients_BK.amax(dim=-1).clamp_min(0.0) * largest_B
 
 
-def trace_bound(trace_B: Tensor, factor_B: Tensor, A_squared_BNN: Tensor) -> Tensor:
+def trace_bound(
+    trace_B: Tensor, factor_B: Tensor, A_squared_BNN: Tensor, norms_BP: Tensor | None = None
+) -> Tensor:
     """Bound λ_max from above by the traces of A, A² and A⁴ = ‖A²‖²_F.
 
         min( m₁/n + √((n-1)/n·(m₂ - m₁²/n)),  √( m₂/n + √((n-1)/n·(m₄ - m₂²/n)) ) )
@@ -199,6 +201,8 @@ def trace_bound(trace_B: Tensor, factor_B: Tensor, A_squared_BNN: Tensor) -> Ten
         trace_B: (B,) float64, of a symmetric stack.
         factor_B: (B,) which gives A, whose entries are about 1 or smaller, from that stack.
         A_squared_BNN: (B, N, N) its squares, as computed.
+        norms_BP: (B, P) numbers, of which those of a block add up to ‖A²‖²_F. Default: a pass over the
+            squares.
 
     Returns:
         (B,) float64 bounds, at least 0.
@@ -215,8 +219,11 @@ def trace_bound(trace_B: Tensor, factor_B: Tensor, A_squared_BNN: Tensor) -> Ten
     m_3B = trace_B.new_empty(3, trace_B.shape[0])
     torch.mul(trace_B, factor_B, out=m_3B[0])
     torch.sum(diagonal(A_squared_BNN), -1, dtype=torch.float64, out=m_3B[1])
-    norm_B = torch.linalg.vector_norm(A_squared_BNN.flatten(1), dim=1)
-    torch.mul(norm_B, norm_B.double(), out=m_3B[2])
+    if norms_BP is None:
+        norm_B = torch.linalg.vector_norm(A_squared_BNN.flatten(1), dim=1)
+        torch.mul(norm_B, norm_B.double(), out=m_3B[2])
+    else:
+        torch.sum(norms_BP, -1, dtype=torch.float64, out=m_3B[2])
     sums_2B, squares_2B = m_3B[:2], m_3B[1:]
     means_2B = sums_2B / n
     variances_2B = torch.addcmul(squares_2B, sums_2B, means_2B, value=-1.0).clamp_min_(0.0)

@@ -1,6 +1,7 @@
 """Batched matrix products at a stated precision, by kernels of their own where they pay, and their count."""
 
 from dash_shampoo.products.counting import ProductCount, count_products
+from dash_shampoo.products.fused import norm_parts
 from dash_shampoo.products.identity import has_identity, multiple_of_identity
 from dash_shampoo.products.outer import accumulate_outer_, can_use_outer
 from dash_shampoo.products.precision import MatmulPrecision, exact_products, is_tf32_allowed
@@ -21,6 +22,7 @@ __all__ = [
     "has_identity",
     "is_tf32_allowed",
     "multiple_of_identity",
+    "norm_parts",
     "two_sided",
     "weighted_sum",
 ]

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from dash_shampoo.products.tiles import Tiles, can_use_kernel, library, tiles_for
 
+# Rows of the smallest tile of the table.
+_LEAST_TILE = 32
 FUSED_PRECISIONS = ("fp32", "fp16x3", "tf32", "fp16", "bf16")
 
 library.define(  # type: ignore[no-untyped-call]
     "symmetric_square_(Tensor(a!) out, Tensor S, Tensor? addends, Tensor? weights, Tensor? scale, "
-    "str precision, float alpha, float beta, float shift, Tensor? factors=None, float offset=0.0) -> ()"
+    "str precision, float alpha, float beta, float shift, Tensor? factors=None, Tensor? offsets=None, "
+    "Tensor(b!)? norms=None) -> ()"
 )
 
 
@@ -53,9 +56,10 @@ def fused_square_(
     beta: float,
     shift: float,
     factors: Tensor | None = None,
-    offset: float = 0.0,
+    offsets: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> None:
-    """Out ← scale·(alpha·T² + Σ_r w_r·addend_r + shift·I), T = f·(S + offset·I), in one launch.
+    """Out ← scale·(alpha·T² + Σ_r w_r·addend_r + shift·I), T = f·S + g·I, in one launch.
 
     Args:
         out: (B, N, N) contiguous; exactly symmetric afterwards. May be an addend, must not overlap `S`.
@@ -68,11 +72,19 @@ def fused_square_(
         beta: Factor of the addend, without weights.
         shift: Added to the diagonals.
         factors: (B,) f. Default: 1.
-        offset: Added to the diagonals of S.
+        offsets: (B,) g. Default: 0.
+        norms: (B, P) as of `norm_parts`: takes the parts of the squared Frobenius norms of `out`.
     """
     torch.ops.dash_shampoo.symmetric_square_(
-        out, S, addends, weights, scale, precision, alpha, beta, shift, factors, offset
+        out, S, addends, weights, scale, precision, alpha, beta, shift, factors, offsets, norms
     )
+
+
+def norm_parts(S: Tensor) -> Tensor:
+    """(B, P) zeros, into which a square of a stack adds the parts of ‖out‖²_F that its tiles have."""
+    num_rows = -(-S.shape[-1] // _LEAST_TILE)
+    shape = (S.shape[0], num_rows * (num_rows + 1) // 2)
+    return torch.zeros(shape, dtype=S.dtype, device=S.device)
 
 
 def launch_square(
@@ -88,7 +100,8 @@ def launch_square(
     beta: float,
     shift: float,
     factors: Tensor | None = None,
-    offset: float = 0.0,
+    offsets: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> None:
     """Launch the kernel with given tiles: what the operator does, and what tests and `tools/tune.py` do.
 
@@ -105,7 +118,8 @@ def launch_square(
         beta: See there.
         shift: See there.
         factors: See there.
-        offset: See there.
+        offsets: See there.
+        norms: See there.
     """
     num_blocks, size, _ = S.shape
     num_rows = -(-size // tiles.tile)
@@ -120,17 +134,21 @@ def launch_square(
         out if weights is None else weights,
         out if scale is None else scale,
         out if factors is None else factors,
+        out if offsets is None else offsets,
+        out if norms is None else norms,
         size,
         num_tiles,
         num_addends,
         0 if addends is None else addends.stride(0),
+        0 if norms is None else norms.stride(0),
         int(weights is not None),
         int(scale is not None),
         int(factors is not None),
+        int(offsets is not None),
+        int(norms is not None),
         alpha,
         beta,
         shift,
-        offset,
         PRECISION=precision,
         TILE=tiles.tile,
         STEP=tiles.step,

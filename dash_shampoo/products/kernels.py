@@ -63,8 +63,8 @@ def mean_of_diagonal(S, size, TILE: tl.constexpr):
 
 @triton.jit
 def shifted_back(total, S, factor, mean, offset, place, is_inside, on_diagonal):
-    """A tile of T² from that of D², where T = D + μI, D = f·(S - mI) and μ = f·(m + offset)."""
-    part = factor * (mean + offset)
+    """A tile of T² from that of D², where T = D + μI, D = f·(S - mI) and μ = f·m + g."""
+    part = factor * mean + offset
     if part != 0.0:
         total += (2.0 * part * factor) * tl.load(S + place, mask=is_inside, other=0.0)
         total = tl.where(on_diagonal, total + part * (part - 2.0 * factor * mean), total)
@@ -86,7 +86,17 @@ def store_twice(out, result, rows, columns, size, is_on_diagonal):
 
 
 # A loop over the addends that could be unrolled would be, and its loads would not fit the registers.
-@triton.jit(do_not_specialize=["num_addends", "has_weights", "has_scale", "has_factors"])
+@triton.jit(
+    do_not_specialize=[
+        "num_addends",
+        "has_weights",
+        "has_scale",
+        "has_factors",
+        "has_offsets",
+        "has_norms",
+        "norm_stride",
+    ]
+)
 def symmetric_square(
     out,
     S,
@@ -94,26 +104,30 @@ def symmetric_square(
     weights,
     scale,
     factors,
+    offsets,
+    norms,
     size,
     tiles_per_matrix,
     num_addends,
     addend_stride,
+    norm_stride,
     has_weights,
     has_scale,
     has_factors,
+    has_offsets,
+    has_norms,
     alpha,
     beta,
     shift,
-    offset,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Out = scale·(alpha·T² + Σ beta·addend + shift·I) by one triangle of tiles, each stored twice.
 
-    T = f·(S + offset·I). An operand that is rounded, not split, has the mean m of S's diagonal taken out
-    before: T = D + μI with D = f·(S - mI) and μ = f·(m + offset), and T² = D² + 2μD + μ²I is put together
-    here. The others have m = 0.
+    T = f·S + g·I. An operand that is rounded, not split, has the mean m of S's diagonal taken out before:
+    T = D + μI with D = f·(S - mI) and μ = f·m + g, and T² = D² + 2μD + μ²I is put together here. The others
+    have m = 0.
     """
     program = tl.program_id(0)
     block = (program // tiles_per_matrix).to(tl.int64)
@@ -129,6 +143,7 @@ def symmetric_square(
     if IS_CENTRED:
         mean = mean_of_diagonal(S, size, TILE)
     factor = tl.load(factors + block, mask=has_factors != 0, other=1.0)
+    offset = tl.load(offsets + block, mask=has_offsets != 0, other=0.0)
 
     total = tl.zeros((TILE, TILE), tl.float32)
     cross = total
@@ -155,6 +170,10 @@ def symmetric_square(
         addends += addend_stride
     result = tl.where(on_diagonal, result + shift, result)
     result *= tl.load(scale + block, mask=has_scale != 0, other=1.0)
+    if has_norms != 0:
+        part = tl.sum(tl.sum(tl.where(is_inside, result * result, 0.0), axis=1), axis=0)
+        part *= tl.where(row == column, 1.0, 2.0)
+        tl.store(norms + block * norm_stride + program % tiles_per_matrix, part)
     store_twice(out + begin, result, rows, columns, size, row == column)
 
 

@@ -19,6 +19,7 @@ from dash_shampoo.products.precision import (
     split,
     tf32_switch,
 )
+from dash_shampoo.products.tiles import are_kernels_assumed
 from dash_shampoo.products.triangle import can_use_triangle, triangular_square_
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -112,9 +113,10 @@ class Products:
         shift: float = 0.0,
         scale: Tensor | None = None,
         factors: Tensor | None = None,
-        offset: float = 0.0,
+        offsets: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> Tensor:
-        """scale·(alpha·T² + beta·addend + shift·I) of symmetric blocks, T = f·(S + offset·I).
+        """scale·(alpha·T² + beta·addend + shift·I) of symmetric blocks, T = f·S + g·I.
 
         Where `can_use_fused` says so, on CUDA, it is one kernel. Elsewhere T is made first,
         a square in fp32 is one pass, and a large one on the CPU is computed as one triangle. In "tf32",
@@ -132,7 +134,9 @@ class Products:
             shift: Added to the diagonals.
             scale: (B,) factors of the results. Default: 1.
             factors: (B,) f; what is then of size 1 is T. Default: T = S.
-            offset: Added to the diagonals of S, with factors.
+            offsets: (B,) g, with factors. Default: 0.
+            norms: (B, P) as of `norm_parts`: the sum of each row becomes the squared Frobenius norm of that
+                result. Only where the square is one kernel.
 
         Returns:
             `out`, as symmetric as the device's product of a matrix by itself; exactly by the fused kernel.
@@ -152,11 +156,12 @@ class Products:
                 factor,
                 shift,
                 factors,
-                offset,
+                offsets,
+                norms,
             )
             return out
         if factors is not None:
-            S = _prepared(S, factors, offset)
+            S = _prepared(S, factors, offsets)
         return self._reference_square(S, out, alpha, addend, beta, shift, scale)
 
     def _reference_square(
@@ -269,7 +274,7 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
         weights: (R,).
         out: (L,).
     """
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" or are_kernels_assumed():
         torch.mv(rows.mT, weights, out=out)
         return
     # oneDNN, which `exact_products` may choose, takes six times as long for a product with a vector.
@@ -279,10 +284,11 @@ def weighted_sum(rows: Tensor, weights: Tensor, out: Tensor) -> None:
         out.add_(row, alpha=weight)
 
 
-def _prepared(S: Tensor, factors: Tensor, offset: float) -> Tensor:
-    """f·(S + offset·I) of each block."""
+def _prepared(S: Tensor, factors: Tensor, offsets: Tensor | None) -> Tensor:
+    """f·S + g·I of each block."""
     T = S * factors[:, None, None]
-    T.diagonal(dim1=-2, dim2=-1).add_(factors[:, None], alpha=offset)
+    if offsets is not None:
+        T.diagonal(dim1=-2, dim2=-1).add_(offsets[:, None])
     return T
 
 
@@ -316,9 +322,12 @@ def _square_on_cpu(
     beta: float,
     shift: float,
     factors: Tensor | None = None,
-    offset: float = 0.0,
+    offsets: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> None:
     if factors is not None:
-        S = _prepared(S, factors, offset)
+        S = _prepared(S, factors, offsets)
     factor = beta if weights is None else weights
     Products(precision)._reference_square(S, out, alpha, addends, factor, shift, scale)
+    if norms is not None:
+        norms[:, 0] = torch.linalg.vector_norm(out.flatten(1), dim=1).square()

@@ -115,6 +115,11 @@ def assumed_kernels() -> Iterator[None]:
         _are_assumed.reset(token)
 
 
+def are_kernels_assumed() -> bool:
+    """Whether `assumed_kernels` holds: what is counted is a device, wherever it runs."""
+    return _are_assumed.get()
+
+
 def tiles_for(kernel: str, A: Tensor, precision: str, size: int) -> Tiles:
     """`find_tiles` for the device of a tensor."""
     return find_tiles(kernel, torch.cuda.get_device_capability(A.device), precision, size)

@@ -44,9 +44,9 @@ class _Signature:
 SIGNATURES = {
     "square": _Signature(
         kernels.symmetric_square,
-        ("out", "S", "addends", "weights", "scale", "factors"),
+        ("out", "S", "addends", "weights", "scale", "factors", "offsets", "norms"),
         (),
-        ("alpha", "beta", "shift", "offset"),
+        ("alpha", "beta", "shift"),
         ("addend_stride",),
         ("out", "S", "addends", "size", "addend_stride"),
     ),

@@ -24,21 +24,23 @@ class Arguments:
     beta: float
     shift: float
     factors: Tensor | None = None
-    offset: float = 0.0
+    offsets: Tensor | None = None
 
     def operands(self, precision: str) -> tuple[Any, ...]:
         """What follows `out` in a call."""
         return (
             self.S, self.addends, self.weights, self.scale, precision, self.alpha, self.beta, self.shift,
-            self.factors, self.offset,
+            self.factors, self.offsets,
         )  # fmt: skip
 
     def truth(self) -> Tensor:
         """In float64."""
         S = self.S.double()
         if self.factors is not None:
-            T = S + self.offset * torch.eye(S.shape[-1], dtype=torch.float64)
-            S = self.factors.double()[:, None, None] * T
+            S = self.factors.double()[:, None, None] * S
+            S = S + self.offsets.double()[:, None, None] * torch.eye(
+                S.shape[-1], dtype=torch.float64
+            )
         result = self.alpha * S @ S + self.shift * torch.eye(S.shape[-1], dtype=torch.float64)
         if self.addends is not None:
             addends = self.addends.double().reshape(-1, *S.shape)
@@ -63,7 +65,7 @@ def make(kind: str, size: int) -> Arguments:
         case "first":
             # Beyond the range of fp16, and brought back into it.
             factors = torch.tensor([1e-6, 0.5e-6, 2e-6])
-            return Arguments(1e6 * S, None, None, None, 1.0, 1.0, 0.0, factors, 3e5)
+            return Arguments(1e6 * S, None, None, None, 1.0, 1.0, 0.0, factors, 3e5 * factors)
         case "rung":
             return Arguments(S, symmetric(size, 1), None, None, -0.7, 1.3, 0.25)
         case "last":

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from dash_shampoo.products import kernels
-from dash_shampoo.products.fused import FUSED_PRECISIONS, launch_square
+from dash_shampoo.products.fused import FUSED_PRECISIONS, launch_square, norm_parts
 from dash_shampoo.products.outer import OUTER_PRECISIONS, launch_outer
 from dash_shampoo.products.product import Products
 from dash_shampoo.products.sides import SIDED_PRECISIONS, launch_two_sided
@@ -67,18 +67,24 @@ def errors_of(arguments: Arguments, precision: Any, tiles: Tiles) -> dict[str, A
     operands = list(arguments.operands(precision))
     if in_place:
         operands[1] = out
-    launch_square(kernels.symmetric_square, tiles, out, *operands)
+    norms = norm_parts(out)
+    launch_square(kernels.symmetric_square, tiles, out, *operands, norms)
     beta = arguments.beta if arguments.weights is None else arguments.weights
     reference = Products(precision).square(
         arguments.S, alpha=arguments.alpha, addend=arguments.addends, beta=beta,
         shift=arguments.shift, scale=arguments.scale, factors=arguments.factors,
-        offset=arguments.offset,
+        offsets=arguments.offsets,
     )  # fmt: skip
     return {
         "error": float((out - truth).norm() / truth.norm()),
         "reference": float((reference - truth).norm() / truth.norm()),
         "is_symmetric": torch.equal(out, out.mT),
+        "norms": relative_error(norms.double().sum(-1), truth.square().sum((1, 2))),
     }
+
+
+def relative_error(values: torch.Tensor, truth: torch.Tensor) -> float:
+    return float(((values - truth) / truth).abs().max())
 
 
 def errors_of_update(kind: str, size: int, precision: Any, is_packed: bool, tiles: Tiles) -> Any:

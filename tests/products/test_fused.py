@@ -27,6 +27,7 @@ def test_the_kernel_is_as_accurate_as_the_reference(interpreted, precision, kind
         # The order of the sums differs: some roundings of float32 beside those of the operands.
         assert case["error"] <= 1.05 * case["reference"] + 2e-7, (key, case)
         assert case["is_symmetric"], key
+        assert case["norms"] <= 3 * case["reference"] + 1e-6, key
 
 
 def test_the_error_is_that_of_the_precision(interpreted):
@@ -71,7 +72,7 @@ def test_the_operator_on_the_cpu_is_the_reference(precision, kind):
     Products(precision).square(
         arguments.S, out=expected, alpha=arguments.alpha, addend=arguments.addends, beta=beta,
         shift=arguments.shift, scale=arguments.scale, factors=arguments.factors,
-        offset=arguments.offset,
+        offsets=arguments.offsets,
     )  # fmt: skip
     assert torch.equal(out, expected)
 

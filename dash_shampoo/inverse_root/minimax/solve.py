@@ -28,7 +28,7 @@ from dash_shampoo.inverse_root.minimax.tables import Table, find_table, lower_en
 from dash_shampoo.inverse_root.result import Solution
 from dash_shampoo.inverse_root.scaling import trace_bound
 from dash_shampoo.inverse_root.solver import Solver
-from dash_shampoo.products import Products
+from dash_shampoo.products import Products, norm_parts
 
 # Stacks that rounding the operands of a product takes, on a CPU that emulates it.
 _ROUNDING_STACKS = {"auto": 0, "fp32": 0, "fp16x3": 6, "tf32": 5, "fp16": 4, "bf16": 4}
@@ -210,8 +210,9 @@ def minimax(
         epsilon = 0.
 
     Note:
-        k matmuls, all of them squares, and three passes beside them; where the squares are not fused, A is
-        divided by one more, the sum of the rungs and the scale are two, and on a device each rung copies M.
+        k matmuls, all of them squares, and two passes beside them; where the squares are not fused, a norm and
+        the division of A are two more, the sum of the rungs and the scale two, and on a device each rung
+        copies M.
         Where they are and the divisor is on the device, damping A is one more.
         No host sync. The workspace is k stacks beside the root.
 
@@ -237,21 +238,21 @@ def minimax(
     # Numbers per block are float64. The root of A/d is that of A with d times the damping, but for its scale.
     M, square, dtype, shift = basis[0], X, A.dtype, divisor * epsilon
     n, is_fused = A.shape[-1], products.can_fuse(A)
-    # The kernel damps A itself, by a number of the host's.
-    offset = shift if is_fused and not isinstance(shift, Tensor) else None
     trace_B = diagonal(A).sum(-1, dtype=torch.float64)
     if epsilon > 0.0:
         trace_B.add_(n * shift)
     size_B = trace_B.abs().clamp_min_(n * torch.finfo(dtype).tiny)
     inverse_B = power(size_B, -1.0, dtype)
-    if offset is not None:
-        products.square(A, factors=inverse_B, offset=offset, out=square)
+    parts = None
+    if is_fused:
+        parts, offsets_B = norm_parts(A), inverse_B * shift if epsilon > 0.0 else None
+        products.square(A, factors=inverse_B, offsets=offsets_B, norms=parts, out=square)
     else:
         torch.mul(A, per_block(inverse_B), out=M)
         if epsilon > 0.0:
             add_multiple_(diagonal(M), inverse_B[:, None], shift)
         products.square(M, out=square)
-    bound_B = trace_bound(trace_B, inverse_B, square)
+    bound_B = trace_bound(trace_B, inverse_B, square, parts)
     # A negative definite A has bound 0; dividing by it makes the result infinite, as it should be.
     stretch_B = (bound_B * ((1.0 + relative_epsilon) * (1.0 + config.margin))).reciprocal_()
     is_zero_B = (trace_B == 0.0) & (bound_B == 0.0)
