@@ -210,8 +210,8 @@ def minimax(
         epsilon = 0.
 
     Note:
-        k matmuls, all of them squares, and two passes beside them; where the squares are not fused, a norm and
-        the division of A are two more, the sum of the rungs and the scale two, and on a device each rung
+        k matmuls, all of them squares, and two passes beside them; where the squares are not fused, a norm
+        and the division of A are two more, the sum of the rungs and the scale two, and on a device each rung
         copies M.
         Where they are and the divisor is on the device, damping A is one more.
         No host sync. The workspace is k stacks beside the root.
