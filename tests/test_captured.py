@@ -10,6 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dash_shampoo as ds
 from benchmarks.device_counts import DeviceCounts
@@ -494,6 +496,20 @@ def test_the_signature_tells_of_it():
 # ------------------------------------------------------------------------ on devices without values
 
 
+class NothingFromHost(TorchDispatchMode):
+    """Refuses what no graph can hold and the kernels' own decompositions may hide: copies to the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("_to_copy", "copy_"):
+            *_, source = args[:2] if name == "copy_" else args[:1]
+            target = args[0].device if name == "copy_" else kwargs.get("device") or source.device
+            there = torch.device(target).type == "cuda"
+            assert not there or isinstance(source, FakeTensor), f"{name} from the host"
+        return func(*args, **kwargs)
+
+
 class Silent:
     """Records nothing, and replays nothing, as there are no values."""
 
@@ -503,11 +519,25 @@ class Silent:
         pass
 
     def record(self, work):
-        return self._replay, work()
+        with NothingFromHost():
+            return self._replay, work()
 
     @classmethod
     def _replay(cls):
         cls.num_replays += 1
+
+
+def test_a_copy_from_the_host_is_seen():
+    with FakeDevice(), NothingFromHost():
+        there, here = torch.ones(2, device="cuda"), torch.ones(2)
+        torch.where(there > 0.0, there, 1.0)
+        1.0 - 0.9**there + torch.tensor(1.0)
+        for copy_from_host in (
+            lambda: there.copy_(here),
+            lambda: torch.ops.aten._to_copy.default(here, device=there.device),
+        ):
+            with pytest.raises(AssertionError, match="from the host"):
+                copy_from_host()
 
 
 @pytest.mark.parametrize(
