@@ -36,6 +36,9 @@ class CudaRecorder:
         Returns:
             What has the device do the work, in one launch; and what `work` returned, whose tensors are
             those that a replay fills.
+
+        Raises:
+            RuntimeError: If the work does what no graph can hold.
         """
         graph = torch.cuda.CUDAGraph()
         with (
@@ -95,6 +98,9 @@ class Graphs(Generic[_T]):
 
         Returns:
             What the work returns.
+
+        Raises:
+            RuntimeError: If the work does what no graph can hold.
         """
         kind = self._kinds.pop(key, None)
         if kind is None:
@@ -102,13 +108,25 @@ class Graphs(Generic[_T]):
             result = work()
         else:
             if kind.replay is None:
-                if self._recorder is None:
-                    self._recorder = CudaRecorder(self._device)
-                kind.replay, kind.result = self._recorder.record(work)
-                self.num_captures += 1
+                kind.replay, kind.result = self._record(work)
             kind.replay()
             result = kind.result  # type: ignore[assignment]
         self._kinds[key] = kind
         if len(self._kinds) > MAX_KINDS:
             self._kinds.pop(next(iter(self._kinds)))
         return result
+
+    def _record(self, work: Callable[[], _T]) -> tuple[Callable[[], None], _T]:
+        if self._recorder is None:
+            self._recorder = CudaRecorder(self._device)
+        try:
+            recorded = self._recorder.record(work)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"This step can't be put into a CUDA graph ({error}): construct the optimizer without "
+                "capturable=True, and report the cause above."
+            ) from error
+        self.num_captures += 1
+        return recorded

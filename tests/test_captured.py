@@ -431,6 +431,30 @@ def test_more_kinds_than_are_kept_are_not_captured(device, graph):
     assert (twins.num_captures, graph.num_replays) == (0, 0)
 
 
+def test_blocks_that_are_copies_are_written_back(device, graph):
+    """Channels that lie last can't be merged with the rest: blocks are cut from a copy."""
+    twins = Twins(device, shapes=((8, 3, 2, 2), (5, 9)))
+    for optimizer in twins.both:
+        first = twins.parameters(optimizer)[0]
+        channels_last = first.detach().contiguous(memory_format=torch.channels_last)
+        (first.data,) = twins._there([channels_last])
+    for _ in range(6):
+        twins.step()
+    assert (twins.num_captures, graph.num_replays) == (2, 3)
+    assert not twins.parameters(twins.captured)[0].is_contiguous()
+
+
+def test_a_step_that_no_graph_can_hold_says_what_to_do(device, graph):
+    twins = Twins(device)
+    for _ in range(4):
+        twins.step()
+    with (
+        mock.patch.object(graph, "record", side_effect=RuntimeError("operation not permitted")),
+        pytest.raises(RuntimeError, match=r"operation not permitted.*without capturable=True"),
+    ):
+        twins.captured.step()
+
+
 def test_copies_capture_too(device, graph):
     twins = Twins(device)
     twins.step()
