@@ -184,8 +184,12 @@ def test_owners_are_those_of_meta(model):
             assert assign_owners(blocks, num_owners, ours) == [rank for _, rank in expected]
 
 
-def test_what_cannot_be_distributed_is_refused(tmp_path):
-    messages = run(2, workers.refusals, tmp_path)[0]
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("dash_shampoo.base.embedded", "DistributedShampoo"), ("dash_shampoo", "DashShampoo")],
+)
+def test_what_cannot_be_distributed_is_refused(module, name, tmp_path):
+    messages = run(2, workers.refusals, tmp_path, module, name)[0]
     expected = {
         "single device, DTensor": "SingleDeviceDistributedConfig needs plain tensors",
         "DDP, sharded": "tensor-parallel parameters are not supported",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import importlib
 import logging
 
 import torch
@@ -252,15 +252,16 @@ def sharded_against_meta(rank, mesh_shape, shapes, steps):
     return {"params": results, "states": states, "loaded": plain_state(optimizers[0])}
 
 
-def refusals(rank):
-    """Messages of what cannot be done, or None where nothing was raised."""
+def refusals(rank, module, name):
+    """Messages of what cannot be done with a class of a module; None where nothing was raised."""
+    e = importlib.import_module(module)
+    optimizer_class = getattr(e, name)
     flat = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     square = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     column = distribute_tensor(torch.ones(4, 4), flat, [Shard(0)])
     whole = distribute_tensor(torch.ones(4, 4), flat, [Replicate()])
     both = distribute_tensor(torch.ones(4, 4), square, [Shard(0), Shard(1)])
     plain = torch.ones(4, 4)
-    e = embedded
     cases = {
         "single device, DTensor": (column, e.SingleDeviceDistributedConfig()),
         "DDP, sharded": (column, e.DDPDistributedConfig()),
@@ -275,11 +276,8 @@ def refusals(rank):
     messages = {}
     for name, (tensor, config) in cases.items():
         messages[name] = None
-        with contextlib.suppress(ValueError):
-            e.DistributedShampoo([torch.nn.Parameter(tensor)], distributed_config=config)
-            continue
         try:
-            e.DistributedShampoo([torch.nn.Parameter(tensor)], distributed_config=config)
+            optimizer_class([torch.nn.Parameter(tensor)], distributed_config=config)
         except ValueError as error:
             messages[name] = str(error)
     return messages

@@ -102,6 +102,23 @@ def test_a_run_of_two_processes_continues_exactly(strategy, words, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("how", ["cut off", "overwritten"])
+def test_a_damaged_checkpoint_of_two_processes_gives_way_to_the_one_before(how, words, tmp_path):
+    own = [*words, "parallelism=ddp", "checkpoint_every=2", f"output_dir={tmp_path}"]
+    train_together(2, own)
+    before = losses(tmp_path)
+    newest = tmp_path / "checkpoints" / "step_00000006"
+    shard = max((newest / "shards").iterdir(), key=lambda path: path.name)  # the second process's
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100] if how == "cut off" else b"?" * len(content))
+    train_together(2, own)
+    assert losses(tmp_path) == before
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if r["event"] == "resume"] == [4]
+    assert newest.with_name("damaged_step_00000006").is_dir()
+
+
+@pytest.mark.distributed
 def test_two_replicas_do_what_one_process_does(words, tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     own = [*words, "parallelism=hybrid_shard", "micro_batch_size=1"]

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from experiments import settings
 from experiments.composition import plain
 from experiments.main import COMMANDS, main
+from experiments.runs import leaves
 from tests.experiments.composing import CONFIGS, composed, options
 
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
@@ -115,6 +116,21 @@ def test_own_yaml_files(tmp_path, capsys):
     assert printed.optimizer._target_ == "torch.optim.SGD"
     assert main([*words, str(tmp_path / "nowhere")]) == 2
     assert "not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("groups", options("parameter_groups"))
+def test_beta2_is_written_once(groups):
+    """Who sets `optimizer.betas` sets that of the grafting, and of groups with one of their own."""
+    found = []
+    for name in options("optimizer"):
+        words = [f"optimizer={name}", f"parameter_groups={groups}"]
+        if "betas" in composed(words).optimizer:
+            config = composed([*words, "optimizer.betas=[0.9,0.123]"])
+            for part in ("optimizer", "parameter_groups"):
+                values = OmegaConf.to_container(config[part], resolve=True)
+                found += [value for key, value in leaves(values) if key.endswith(".beta2")]
+    assert len(found) >= 3
+    assert set(found) == {0.123}
 
 
 def test_names_of_dtypes_and_enums():

@@ -333,6 +333,7 @@ def test_bad_data_is_told_before_the_first_step(tiny, tmp_path, capsys):
     words = [*own, "data=token_files", f"data.train={path}", f"data.validation={path}", "steps=1"]
     for more, message in [
         (["data.vocab_size=100"], "tokens.bin holds token 200, outside of its vocabulary of 100"),
+        (["data.vocab_size=200"], "tokens.bin holds token 200, outside of its vocabulary of 200"),
         ([], "data.vocab_size must be given"),
         (["data.vocab_size=201", "sequence_length=400"], "has 400 tokens, too few for one window"),
         (["data.vocab_size=201", "data.train=nowhere.bin"], "data.train: no file matches"),
