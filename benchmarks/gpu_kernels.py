@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -102,8 +102,9 @@ def queued_milliseconds(call: Callable[[], object], number: int = _QUEUED) -> fl
     return float(begin.elapsed_time(end)) / number
 
 
+@lru_cache(maxsize=4)
 def stack_of(num_blocks: int, size: int, device: str) -> Tensor:
-    """Symmetric blocks with eigenvalues between 0 and 3."""
+    """Symmetric blocks with eigenvalues between 0 and 3, made once for all precisions; not to be changed."""
     generator = torch.Generator().manual_seed(size)
     noise = torch.randn(num_blocks, size, size, generator=generator) / size**0.5
     S: Tensor = (noise + noise.mT) / 2 + 1.5 * torch.eye(size)
@@ -193,12 +194,11 @@ def update_row(
 ) -> Row:
     """A factor update by square blocks, for gradients of a dtype."""
     factors = stack_of(max(1, min(256, ELEMENTS // size**2)), size, clock.device)
-    generator = torch.Generator().manual_seed(size)
-    blocks = torch.randn(factors.shape, generator=generator).to(clock.device)
-    gradients = blocks.to(DTYPES.get(precision, torch.float32)).mT
+    # No symmetric ones, which would not show a dimension for another.
+    gradients = factors.triu().to(DTYPES.get(precision, torch.float32)).mT
     few = gradients[:2].double()
     truth = DECAY * factors[:2].double() + WEIGHT * (few @ few.mT)
-    stored = pack(factors) if is_packed else factors
+    stored = pack(factors) if is_packed else factors.clone()
     with tf32_switch(precision == "tf32"):
         errors = []
         for update in (our_update, torch_update):
