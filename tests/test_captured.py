@@ -253,6 +253,25 @@ def test_shares_of_a_staggered_refresh_are_kinds(device, graph):
     assert (twins.num_captures, graph.num_replays) == (2, 5)
 
 
+def test_refreshes_of_other_numbers_of_iterations_are_another_kind(device, graph):
+    soap = CONFIGS["soap_rotation"].make()
+    assert soap.amortized_computation_config.num_early_iterations == 4
+    twins = Twins(
+        device,
+        preconditioner_config=soap,
+        grafting_config=None,
+        precondition_frequency=1,
+        start_preconditioning_step=1,
+    )
+    counts = []
+    for _ in range(14):
+        twins.step()
+        counts.append(twins.num_captures)
+    # The eleventh refresh is the first of one iteration, and recorded when it comes again.
+    assert counts[10] == counts[9] > 0
+    assert counts[11:] == [counts[9] + 1] * 3
+
+
 def test_what_is_edited_between_steps_is_obeyed(device, graph):
     """Every number that a kernel gets from the host makes a kind of its own."""
     momentum = ds.ClassicMomentumConfig(momentum=0.9)
