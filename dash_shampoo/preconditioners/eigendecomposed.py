@@ -13,6 +13,7 @@ from dash_shampoo.eigenbasis import EigenbasisResult
 from dash_shampoo.inverse_root.eigen import inverse_power
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
 from dash_shampoo.preconditioners.limits import limit_
+from dash_shampoo.preconditioners.modes import by_parts
 
 
 class StackedEigendecomposedShampooPreconditionerList(
@@ -54,7 +55,7 @@ class StackedEigendecomposedShampooPreconditionerList(
         self, grads: Tensor, piece: Piece, skipped: int | None = None
     ) -> Tensor:
         """U = G ×₁ F₁^(-1/p₁) ×₂ F₂^(-1/p₂) …, except over factor number `skipped`."""
-        return self._by_parts(
+        return by_parts(
             grads,
             lambda blocks, part, out: self._apply_roots_to(blocks, piece, part, skipped, out),
         )

@@ -12,7 +12,7 @@ from dash_shampoo.base import PreconditionerList
 from dash_shampoo.buckets import ActiveStack, Piece, stack_
 from dash_shampoo.eigenbasis import follows_a_basis, is_identity
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
-from dash_shampoo.preconditioners.modes import contract, parts
+from dash_shampoo.preconditioners.modes import by_parts, contract, parts
 from dash_shampoo.safety import is_asynchronous
 
 
@@ -101,7 +101,7 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         del skipped
         if self._is_idle:
             return torch.zeros_like(grads)
-        return self._by_parts(grads, partial(self._direction, piece))
+        return by_parts(grads, partial(self._direction, piece))
 
     def _direction(self, piece: Piece, grads: Tensor, part: slice, out: Tensor) -> None:
         """Adam's direction in the eigenbasis, of some rows of a piece."""

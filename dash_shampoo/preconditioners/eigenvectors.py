@@ -5,7 +5,7 @@ Shapes: K blocks of a piece, B rows of a stack, N×N factor matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from dash_shampoo.eigenbasis import (
     method_at,
 )
 from dash_shampoo.preconditioners.measures import FactorMeasures, measure_basis
-from dash_shampoo.preconditioners.modes import contract, parts
+from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous
@@ -57,21 +57,6 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
         self._may_lack_basis = [stack.size > 1 for stack in self._layout.stacks]
 
     # --------------------------------------------------------------------- the basis at work
-
-    def _by_parts(self, grads: Tensor, function: Callable[[Tensor, slice, Tensor], None]) -> Tensor:
-        """Applies a function to the parts of a piece.
-
-        Args:
-            grads: (K, *shape) of the piece.
-            function: Takes some of its blocks, their rows, and a tensor like them that it fills.
-
-        Returns:
-            Its results for all blocks, in new memory.
-        """
-        result = torch.empty_like(grads, memory_format=torch.contiguous_format)
-        for part in parts(grads):
-            function(grads[part], part, result[part])
-        return result
 
     def _bases(self, piece: Piece, part: slice, skipped: int | None = None) -> dict[int, Tensor]:
         """The eigenvectors (K, N, N) of some rows of a piece by dimension, except of one factor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,22 @@ def parts(blocks: Tensor) -> list[slice]:
     if rows >= count:
         return [slice(0, count)]
     return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def by_parts(blocks: Tensor, function: Callable[[Tensor, slice, Tensor], None]) -> Tensor:
+    """Applies a function to the `parts` of a piece.
+
+    Args:
+        blocks: (K, *shape) of the piece.
+        function: Takes some of its blocks, their rows, and a tensor like them that it fills.
+
+    Returns:
+        Its results for all blocks, in new memory.
+    """
+    result = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    for part in parts(blocks):
+        function(blocks[part], part, result[part])
+    return result
 
 
 def contract(
@@ -51,8 +68,7 @@ def contract(
         and len(matrices) == 2
         and can_use_two_sided(blocks, matrices[0], matrices[1])
     ):
-        result = two_sided(blocks, matrices[0], matrices[1])
-        return result if out is None else out.copy_(result)
+        return two_sided(blocks, matrices[0], matrices[1], out)
     result = blocks
     shape = list(blocks.shape)
     last = len(shape) - 2

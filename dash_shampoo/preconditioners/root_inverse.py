@@ -22,7 +22,7 @@ from dash_shampoo.inverse_root import (
 )
 from dash_shampoo.preconditioners.limits import limit_
 from dash_shampoo.preconditioners.measures import FactorMeasures, measure_roots
-from dash_shampoo.preconditioners.modes import contract, parts
+from dash_shampoo.preconditioners.modes import by_parts, contract
 from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous
@@ -97,22 +97,16 @@ class StackedRootInvShampooPreconditionerList(
         if not factors:
             return grads.clone()
 
-        def direction(part: slice) -> Tensor:
+        def direction(grads: Tensor, part: slice, out: Tensor) -> None:
             matrices = {
                 factor.dimension: self._inverse_factors[factor.stack].read(
                     subset(piece.factor_rows(factor), part)
                 )
                 for factor in factors
             }
-            return contract(grads[part], matrices, dtype).to(grads.dtype)
+            contract(grads, matrices, dtype, out)
 
-        cuts = parts(grads)
-        if len(cuts) == 1:
-            return direction(cuts[0])
-        result = torch.empty_like(grads, memory_format=torch.contiguous_format)
-        for part in cuts:
-            result[part] = direction(part)
-        return result
+        return by_parts(grads, direction)
 
     # ------------------------------------------------------------------ inverse roots
 

@@ -52,7 +52,7 @@ def can_use_two_sided(G: Tensor, X: Tensor, Y: Tensor) -> bool:
     )
 
 
-def two_sided(G: Tensor, X: Tensor, Y: Tensor) -> Tensor:
+def two_sided(G: Tensor, X: Tensor, Y: Tensor, out: Tensor | None = None) -> Tensor:
     """XᵀGY of each block, in one launch.
 
     Args:
@@ -61,11 +61,13 @@ def two_sided(G: Tensor, X: Tensor, Y: Tensor) -> Tensor:
             4e-4 of the result in TF32, 3e-4 in float16 and 2e-3 in bfloat16; float32 stands for TF32. Sums
             are float32.
         Y: (K, n, n) of any strides, of the dtype of X.
+        out: (K, m, n), contiguous, which is written to; no memory of the others. (Default: of the dtype of G)
 
     Returns:
-        (K, m, n), contiguous, of the dtype of G.
+        (K, m, n), contiguous.
     """
-    out = torch.empty_like(G, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(G, memory_format=torch.contiguous_format)
     torch.ops.dash_shampoo.two_sided_(out, G, X, Y, _PRECISIONS[X.dtype])
     return out
 

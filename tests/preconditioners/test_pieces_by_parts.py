@@ -56,7 +56,7 @@ def test_parts_give_what_the_whole_gives(
         return parts(blocks)
 
     monkeypatch.setattr(modes, "_PART_BYTES", 2 * 16 * 16 * dtype.itemsize)
-    for module in ("grafting", "root_inverse"):
+    for module in ("grafting", "modes"):
         monkeypatch.setattr(f"dash_shampoo.preconditioners.{module}.parts", counted)
     by_parts = _train(dtype, GRAFTINGS[grafting])
     assert max(num_parts) > 2
