@@ -451,15 +451,22 @@ def test_the_base_has_every_seam():
     assert missing_seam(lists, BLOCK_SEAMS) is None
 
 
-@pytest.mark.parametrize("seam", [*LIST_SEAMS, *BLOCK_SEAMS])
-def test_without_a_seam_it_runs_block_by_block_and_says_so(seam, monkeypatch, caplog):
+@pytest.mark.parametrize("where", ["list_seams", "block_seams"])
+def test_without_a_seam_it_runs_block_by_block_and_says_so(where, monkeypatch, caplog):
+    """The base is asked itself: for a name that it has not."""
     expected, expected_params = build(cls=ds.DistributedShampoo)
     step(expected, expected_params)
-    monkeypatch.setattr("dash_shampoo.optimizer.missing_seam", lambda *_: f"TheList.{seam}")
+    names = getattr(StackedRootInvShampooPreconditionerList, where)
+    wanted = (*names, "of_another_release")
+    monkeypatch.setattr(StackedRootInvShampooPreconditionerList, where, wanted)
     with caplog.at_level(logging.WARNING, logger="dash_shampoo"):
         optimizer, params = build()
-    assert f"TheList.{seam}" in caplog.text
+    assert ".of_another_release, which DashShampoo was tested with" in caplog.text
     assert "f606606" in caplog.text
+    assert not isinstance(
+        optimizer._per_group_state_lists[0]["shampoo_preconditioner_list"],
+        StackedRootInvShampooPreconditionerList,
+    )
     step(optimizer, params)
     for p, q in zip(params, expected_params, strict=True):
         assert torch.equal(p, q)

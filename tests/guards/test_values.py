@@ -60,6 +60,19 @@ def test_gradients_of_any_size(config, grafting, dtype, kind):
         assert all(torch.isfinite(value).all() for value in state), size
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_healthy_training_counts_no_failure(config, dtype):
+    """Factor matrices of vectors have rank 1 at first, and a gradient of half precision has its round-off."""
+    model = network(dtype=dtype)
+    before = values(model)
+    optimizer = construct(model.parameters(), config)
+    train(model, optimizer, range(20))
+    assert values(model).isfinite().all()
+    assert (values(model) != before).float().mean() > 0.9
+    assert optimizer.failure_counts() == {}
+    assert optimizer.gradient_failure_counts() == {}
+
+
 @pytest.mark.parametrize("grafting", ["adam", "rmsprop"])
 def test_a_second_moment_that_underflows_divides_nothing(config, grafting):
     p = torch.nn.Parameter(torch.zeros(16, 16, dtype=torch.float16))
