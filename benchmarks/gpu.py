@@ -38,6 +38,7 @@ from benchmarks import step_time
 from benchmarks.cases import Case, Shapes, llama, make_parameters
 from benchmarks.gpu_kernels import Clock, brief, kernel_table, measured_kernels, release, stack_of
 from benchmarks.gpu_report import Report, draw, head_of, peak_rates
+from benchmarks.ours import CONFIGS, shampoo
 from benchmarks.peers import PEERS
 from benchmarks.rank_share import blocks_of_rank
 from dash_shampoo.inverse_root import inverse_root
@@ -200,11 +201,15 @@ def steps_of_case(
         clock="cuda" if clock.device == "cuda" else "wall clock",
         frequencies=[1, 10],
         rounds=rounds,
-        warmup=1,
+        warmup=3,  # a graph is recorded in the second step of its kind
         memory=True,
         threads=torch.get_num_threads(),
     )
     variants = step_time.make_variants(case.block, STEP_CONFIGS, importable_peers())
+    if clock.device == "cuda" and torch.backends.cuda.is_built():
+        capturing = partial(ds.DashShampoo, capturable=True)
+        make = shampoo(capturing, CONFIGS["default"], case.block)
+        variants.append(step_time.Variant("ours/default, captured", "default", "ours", make))
     values = make_parameters(case, clock.device)
     # Kernels are compiled here, before anything is timed.
     reasons = {v.name: reason_against(v, values) for v in variants}

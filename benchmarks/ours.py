@@ -95,7 +95,7 @@ CONFIGS = {
 
 
 def shampoo(
-    optimizer_class: type[ds.DistributedShampoo],
+    optimizer_class: Callable[..., ds.DistributedShampoo],
     config: Config,
     block: int,
     split: Callable[[Sequence[Parameter]], list[list[Parameter]]] = lambda params: [list(params)],

@@ -109,7 +109,7 @@ def run_case(case: Case, variants: list[Variant], options: argparse.Namespace) -
     for variant in variants:
         parameters = [torch.nn.Parameter(value.clone()) for value in values]
         # What is imported late is imported now.
-        variant.make([torch.nn.Parameter(torch.ones(2, 2))])
+        variant.make([torch.nn.Parameter(torch.ones(2, 2, device=options.device))])
         made: list[Steppable] = []
         construct = partial(lambda v, p, made: made.append(v.make(p)), variant, parameters, made)
         variant.construction = milliseconds(construct, 1, options.clock) / 1e3
