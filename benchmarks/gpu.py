@@ -206,7 +206,8 @@ def steps_of_case(
         threads=torch.get_num_threads(),
     )
     variants = step_time.make_variants(case.block, STEP_CONFIGS, importable_peers())
-    if clock.device == "cuda" and torch.backends.cuda.is_built():
+    has_cuda: bool = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+    if clock.device == "cuda" and has_cuda:
         capturing = partial(ds.DashShampoo, capturable=True)
         make = shampoo(capturing, CONFIGS["default"], case.block)
         variants.append(step_time.Variant("ours/default, captured", "default", "ours", make))
