@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def check_params(params: object) -> None:
         raise TypeError(f"params is the module {kind}: give its parameters, model.parameters().")
     if isinstance(params, Mapping):
         raise TypeError(f"params is a {kind}: a parameter group stands in a list, [{{...}}].")
-    if isinstance(params, Set):
+    if isinstance(params, set | frozenset):
         raise TypeError(f"params is a {kind}, which has no order to save a state by: give a list.")
 
 
