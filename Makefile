@@ -15,7 +15,7 @@ CLIENTS_READY := $(VENV)/.ready-clients
 DOCS_READY := $(VENV)/.ready-docs
 PIP := $(BIN)/python -m pip
 # One thread per worker: two workers with two threads each are slower than one on two cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs bench wheel test-wheel install-meta test-meta test-meta-suite test-clients clean

@@ -8,11 +8,20 @@ import pytest
 
 import dash_shampoo
 
+_MADE_ONCE = {"interpreted", "report"}
+
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Doctests are looked for in every module, but the helpers and scripts of the tests hold none."""
     is_helper = collection_path.suffix == ".py" and not collection_path.name.startswith("test_")
     return True if is_helper and collection_path.name != "__init__.py" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what takes half a minute to make run on one worker, so that it is made once."""
+    for item in items:
+        for name in _MADE_ONCE.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(autouse=True)
