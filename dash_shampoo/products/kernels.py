@@ -86,6 +86,38 @@ def store_twice(out, result, rows, columns, size, is_on_diagonal):
 
 
 # A loop over the addends that could be unrolled would be, and its loads would not fit the registers.
+@triton.jit
+def square_of_tile(
+    S,
+    rows,
+    columns,
+    size,
+    mean,
+    factor,
+    IS_CENTRED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """A tile of D², D = f·(S - mI)."""
+    inner = tl.arange(0, STEP)
+    is_row, is_column = rows[:, None] < size, columns[:, None] < size
+    total = tl.zeros((TILE, TILE), tl.float32)
+    cross = total
+    for start in range(0, size, STEP):
+        k = start + inner
+        is_inner = k[None, :] < size
+        a = tl.load(S + rows[:, None] * size + k[None, :], mask=is_row & is_inner, other=0.0)
+        b = tl.load(S + columns[:, None] * size + k[None, :], mask=is_column & is_inner, other=0.0)
+        if IS_CENTRED:
+            a = tl.where(rows[:, None] == k[None, :], a - mean, a)
+            b = tl.where(columns[:, None] == k[None, :], b - mean, b)
+        total, cross = add_product(total, cross, a * factor, b * factor, PRECISION)
+    if PRECISION == "fp16x3":
+        total += cross * (1.0 / _SPLIT_SCALE)
+    return total
+
+
 @triton.jit(
     do_not_specialize=[
         "num_addends",
@@ -135,8 +167,6 @@ def symmetric_square(
     begin = block * size * size
     S, addends = S + begin, addends + begin
     rows, columns = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
-    inner = tl.arange(0, STEP)
-    is_row, is_column = rows[:, None] < size, columns[:, None] < size
 
     IS_CENTRED: tl.constexpr = PRECISION != "fp16x3" and PRECISION != "fp32"
     mean = 0.0
@@ -145,22 +175,9 @@ def symmetric_square(
     factor = tl.load(factors + block, mask=has_factors != 0, other=1.0)
     offset = tl.load(offsets + block, mask=has_offsets != 0, other=0.0)
 
-    total = tl.zeros((TILE, TILE), tl.float32)
-    cross = total
-    for start in range(0, size, STEP):
-        k = start + inner
-        is_inner = k[None, :] < size
-        a = tl.load(S + rows[:, None] * size + k[None, :], mask=is_row & is_inner, other=0.0)
-        b = tl.load(S + columns[:, None] * size + k[None, :], mask=is_column & is_inner, other=0.0)
-        if IS_CENTRED:
-            a = tl.where(rows[:, None] == k[None, :], a - mean, a)
-            b = tl.where(columns[:, None] == k[None, :], b - mean, b)
-        total, cross = add_product(total, cross, a * factor, b * factor, PRECISION)
-    if PRECISION == "fp16x3":
-        total += cross * (1.0 / _SPLIT_SCALE)
-
+    total = square_of_tile(S, rows, columns, size, mean, factor, IS_CENTRED, PRECISION, TILE, STEP)
     place = rows[:, None] * size + columns[None, :]
-    is_inside = is_row & (columns[None, :] < size)
+    is_inside = (rows[:, None] < size) & (columns[None, :] < size)
     on_diagonal = rows[:, None] == columns[None, :]
     total = shifted_back(total, S, factor, mean, offset, place, is_inside, on_diagonal)
     result = alpha * total
