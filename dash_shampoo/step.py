@@ -82,7 +82,7 @@ _STEPS_BETWEEN_LOOKS = 100
 
 
 @dataclass(frozen=True)
-class Selection:
+class _Selection:
     """What a step needs for one selection of active blocks.
 
     Attributes:
@@ -170,8 +170,8 @@ class BucketStep:
             if isinstance(lists, AdagradPreconditionerList)
         ]
         self.observer: Callable[[Sequence[Tensor], Sequence[Piece]], None] | None = None
-        self._selections: dict[tuple[bool, ...], Selection] = {}
-        self._selected: Selection | None = None
+        self._selections: dict[tuple[bool, ...], _Selection] = {}
+        self._selected: _Selection | None = None
 
     @staticmethod
     def can_serve(state_lists: Mapping[str, Any]) -> bool:
@@ -236,7 +236,7 @@ class BucketStep:
         return self._lists_with(grads, state_lists, selection)
 
     def _lists_with(
-        self, grads: tuple[Tensor, ...], state_lists: Mapping[str, Any], selection: Selection
+        self, grads: tuple[Tensor, ...], state_lists: Mapping[str, Any], selection: _Selection
     ) -> BucketLists | None:
         """The lists of a step on gathered gradients, which are masked; None if it is to be skipped."""
         if not self.gradient_guard.mask_(grads, selection.pieces):
@@ -252,7 +252,7 @@ class BucketStep:
         return lists
 
     @staticmethod
-    def _gather(blocks: Sequence[Tensor], selection: Selection) -> tuple[Tensor, ...]:
+    def _gather(blocks: Sequence[Tensor], selection: _Selection) -> tuple[Tensor, ...]:
         if not selection.pieces:
             return ()
         # A strided copy moves a grid; on an accelerator one launch for many blocks is worth more.
@@ -271,7 +271,7 @@ class BucketStep:
         blocks = [tensors[number] for number in range(len(tensors))]
         return GridBlocks(self._selected.grids, blocks) if self._gives_grids else tuple(blocks)
 
-    def _select(self, state_lists: Mapping[str, Any]) -> Selection:
+    def _select(self, state_lists: Mapping[str, Any]) -> _Selection:
         distributor = state_lists[DISTRIBUTOR]
         selector = tuple(distributor.local_grad_selector)
         found = self._selections.get(selector)
@@ -281,7 +281,7 @@ class BucketStep:
             found = self._selections[selector] = self._new_selection(selector, distributor)
         return found
 
-    def _new_selection(self, selector: tuple[bool, ...], distributor: Any) -> Selection:
+    def _new_selection(self, selector: tuple[bool, ...], distributor: Any) -> _Selection:
         pieces = self._layout.active(selector).pieces
         grids: tuple[BlockGrid, ...] = (
             distributor.grids
@@ -291,7 +291,7 @@ class BucketStep:
                 for position, block in enumerate(distributor.local_masked_blocked_params)
             )
         )
-        return Selection(
+        return _Selection(
             pieces,
             grids,
             grids_of_pieces(grids, pieces),

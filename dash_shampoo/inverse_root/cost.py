@@ -64,6 +64,7 @@ def num_products(
         value[rows].copy_(roots)
 
     def solve() -> None:
+        """One root of A, written to `value`."""
         solve_stack(
             lambda rows: A[rows],
             store,
