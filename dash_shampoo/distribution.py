@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,13 +96,16 @@ class ManyProcesses(DistributedShampoo):
         own = own_distributor_class(distributed_config)
         return own or super()._select_distributor_class(distributed_config)
 
+    @cached_property
+    def _flight(self) -> Flight:
+        return Flight()
+
     def _group_step_body(self, state_lists: Any, *args: Any) -> None:
         """As the base's; what a group sends to other processes arrives while the next one computes."""
         take_weights(state_lists)
-        flight: Flight = vars(self).setdefault("_flight", Flight())
         if getattr(state_lists[DISTRIBUTOR], "is_shared", False):
-            state_lists[DISTRIBUTOR].flight = flight
-        with flight.over_group(is_last=state_lists is self._per_group_state_lists[-1]):
+            state_lists[DISTRIBUTOR].flight = self._flight
+        with self._flight.over_group(is_last=state_lists is self._per_group_state_lists[-1]):
             super()._group_step_body(state_lists, *args)
 
     @torch.no_grad()

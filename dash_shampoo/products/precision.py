@@ -190,8 +190,8 @@ def _fastest_exact_setting() -> str:
 
 def _is_from_amd() -> bool:
     name = platform.processor()
-    with contextlib.suppress(OSError):
-        name += Path("/proc/cpuinfo").read_text()
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as file:
+        name += file.read(1024)  # the first core's vendor
     return "AuthenticAMD" in name
 
 
