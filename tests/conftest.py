@@ -1,5 +1,6 @@
 """What holds for the whole suite."""
 
+import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in _MADE_ONCE.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(name))
+
+
+def pytest_collection_finish() -> None:
+    """Sets what was imported and collected apart: a garbage collection would look at it for half a second."""
+    import torch._dynamo  # noqa: F401 -- the first optimizer would import it
+
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """What is set apart would be called leaked at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

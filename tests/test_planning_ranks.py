@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import socket
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import dash_shampoo as ds
 from dash_shampoo.base import name as base_name
 from dash_shampoo.planning import Parallelism, plan_optimizer
+from tests.processes import CONTEXT, free_port
 from tests.state_bytes import real_bytes
 
 WORLD_SIZE = 2
@@ -82,10 +82,12 @@ def measure(rank, port, folder):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(measure, args=(port, str(folder)), nprocs=WORLD_SIZE)
+    multiprocessing.start_processes(
+        measure,
+        (free_port(), str(folder)),
+        nprocs=WORLD_SIZE,
+        start_method=CONTEXT.get_start_method(),
+    )
     return {
         strategy: [torch.load(folder / f"{strategy}_{rank}.pt") for rank in range(WORLD_SIZE)]
         for strategy in TWO_RANKS

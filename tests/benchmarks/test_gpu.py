@@ -22,6 +22,21 @@ from dash_shampoo.products.outer import OUTER_PRECISIONS
 from dash_shampoo.products.sides import SIDED_PRECISIONS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Stacks of a few blocks, and calls that are timed a few times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_kernels, "ELEMENTS", 2**12)
+        patch.setattr(gpu_kernels.queued_milliseconds, "__defaults__", (2,))
+        yield
+
+
+@pytest.fixture
+def few_optimizers(monkeypatch):
+    """For runs that are about something else."""
+    monkeypatch.setattr(gpu, "STEP_CONFIGS", ("default", "coupled_newton"))
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "report.md"
@@ -79,7 +94,7 @@ def test_gpt2_has_124_million_parameters():
     assert total - padding == 124_439_808
 
 
-def test_an_optimizer_that_takes_no_step_is_named(monkeypatch, tmp_path):
+def test_an_optimizer_that_takes_no_step_is_named(monkeypatch, few_optimizers, tmp_path):
     def refuse(block, parameters):
         raise AssertionError("no such blocks")
 
@@ -155,7 +170,7 @@ def pretended_cuda(monkeypatch):
     ds.base.name == "meta", reason="Meta's class makes a CUDA stream, which torch for a CPU has not"
 )
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_it_runs_to_its_end_on_a_pretended_device(pretended_cuda, tmp_path):
+def test_it_runs_to_its_end_on_a_pretended_device(pretended_cuda, few_optimizers, tmp_path):
     device, calls = pretended_cuda
     switches = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
     text = gpu.main(["--toy", "--output", str(tmp_path / "x.md")])
@@ -177,7 +192,7 @@ def test_the_report_is_named_by_its_device(pretended_cuda):
     assert re.fullmatch(r"gpu_h100-80gb-hbm3_\d{4}-\d\d-\d\d\.md", options.output.name)
 
 
-def test_what_fails_loses_nothing_else(monkeypatch, tmp_path):
+def test_what_fails_loses_nothing_else(monkeypatch, few_optimizers, tmp_path):
     def fail(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore")
 

@@ -12,17 +12,21 @@ import torch
 
 import dash_shampoo as ds
 from benchmarks import launches
+from benchmarks.cases import Case, llama
 from benchmarks.device_counts import CUDA, DeviceCounts
 from benchmarks.launches import CASES, CONFIGS, count_steps, factor_elements, main
 from dash_shampoo.inverse_root import inverse_root
 
+# The Llama of 458-of-128 at an eighth of its width: as many blocks and stacks, which launches go by.
+SMALL_LLAMA = Case("458 blocks of 16", llama(8, 32, 32, 96), 16)
+
 
 def count(case, config):
-    return count_steps(CASES[case], ds.DashShampoo, preconditioner_config=CONFIGS[config].make())
+    return count_steps(case, ds.DashShampoo, preconditioner_config=CONFIGS[config].make())
 
 
 def test_launches_of_a_llama_by_phase():
-    with_refresh, without = count("458-of-128", "default")
+    with_refresh, without = count(CASES["458-of-128"], "default")
     steady = {
         "gather": 16, "factor update": 3, "precondition": 3, "grafting": 14, "elementwise": 24,
         # One addition per parameter.
@@ -47,7 +51,7 @@ def test_launches_of_a_llama_by_phase():
     ],
 )
 def test_launches_waits_passes_and_memory_of_a_refresh(config, launches, waits, passes, mebibytes):
-    counts, _ = count("146-of-64", config)
+    counts, _ = count(CASES["146-of-64"], config)
     assert counts.launches["roots"] == launches
     assert sum(counts.waits.values()) == waits
     elements = factor_elements(CASES["146-of-64"])
@@ -81,7 +85,7 @@ def test_a_refresh_goes_four_times_over_the_stacks_beside_fused_products(precisi
     ],
 )
 def test_a_refresh_of_a_llama_takes_300_launches_and_one_wait(config, launches, num_products):
-    counts, without = count("458-of-128", config)
+    counts, without = count(SMALL_LLAMA, config)
     assert counts.launches["roots"] == launches > num_products
     assert sum(counts.launches.values()) <= 300
     assert sum(counts.waits.values()) == 1

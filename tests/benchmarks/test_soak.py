@@ -1,9 +1,6 @@
 """Many steps leave memory as it was and state bound to its stacks; the long run is `benchmarks/soak.py`."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,25 +13,18 @@ from benchmarks.soak import (
     complaints,
     main,
     slowdown,
+    soak,
     state_tensors,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
-ALONE = """
-import sys
-from benchmarks.soak import soak
-windows, found = soak(sys.argv[1], steps=120, num_windows=4)
-print(found, len(windows), windows[-1].tensor_bytes > 0)
-"""
+from tests.processes import run_apart
 
 
 @pytest.mark.parametrize("name", ["default", "newton_db"])
 def test_memory_is_flat_and_state_stays_bound(name):
     """In a process of its own: objects are counted one by one, and other tests leave some behind."""
-    command = [sys.executable, "-W", "ignore", "-c", ALONE, name]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[] 4 True"
+    windows, found = run_apart(soak, name, steps=120, num_windows=4)
+    assert (found, len(windows)) == ([], 4)
+    assert windows[-1].tensor_bytes > 0
 
 
 def test_every_state_tensor_is_looked_at():

@@ -38,6 +38,7 @@ def cells(text, name):
 def test_the_tables(tmp_path, capsys):
     output, times = tmp_path / "results" / "step_time.md", tmp_path / "times.json"
     words = ["--cases", "tiny", "--rounds", "4", "--warmup", "1", "--peers", "Muon", "AdamW"]
+    words += ["--frequencies", "1", "2", "0"]
     text = main([*words, "--output", str(output), "--json", str(times)])
     assert output.read_text() == text
     assert capsys.readouterr().out.split() == text.split()

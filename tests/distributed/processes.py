@@ -1,22 +1,16 @@
-"""Runs a function in several processes that form a process group.
-
-Processes come from a fork server that has torch imported already, as importing it anew in each would take
-most of a test's time. They find each other through a file and listen on the loopback interface alone.
-"""
+"""Runs a function in several processes that form a process group; they find each other through a file."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import traceback
 from datetime import timedelta
 
 import torch
 
-TIMEOUT = 120.0
+from tests.processes import CONTEXT
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.distributed.workers"])
+TIMEOUT = 120.0
 
 
 def run(world_size, worker, directory, *args):
@@ -32,7 +26,7 @@ def run(world_size, worker, directory, *args):
     directory = directory / f"run{len(list(directory.iterdir()))}"
     directory.mkdir()
     processes = [
-        _context.Process(target=_main, args=(rank, world_size, worker, str(directory), args))
+        CONTEXT.Process(target=_main, args=(rank, world_size, worker, str(directory), args))
         for rank in range(world_size)
     ]
     for process in processes:

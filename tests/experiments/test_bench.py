@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from benchmarks.peers import of_groups
 from benchmarks.phases import PHASES, phase_milliseconds
 from benchmarks.rank_share import blocks_of_rank
 from experiments.main import main
-from tests.experiments.test_parallel import free_port
+from tests.processes import run_experiments
 
 QUICK = ["--vocab", "64", "--rounds", "1", "--warmup", "0", "--frequencies", "2"]
 
@@ -95,28 +92,11 @@ def test_phases_add_up_and_leave_no_trace(cls):
 
 @pytest.mark.distributed
 def test_two_ranks_give_one_result(tmp_path):
-    environment = os.environ | {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
     words = ["bench", *QUICK, "--solvers", "newton_db", "--blocks", "128", "--out", str(tmp_path)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "experiments", *words],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=240) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert "2 ranks" in outputs[0][0]
-    assert outputs[1][0] == ""
+    ended = run_experiments(2, words, tmp_path)
+    assert [one.status for one in ended] == [0, 0], ended
+    assert "2 ranks" in ended[0].out
+    assert ended[1].out == ""
     assert [x["name"] for x in results(tmp_path)] == ["layer_wise", "whole"]
 
 

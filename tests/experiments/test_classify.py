@@ -2,7 +2,6 @@
 
 import importlib.util
 import shlex
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -20,6 +19,7 @@ from experiments.main import main
 from experiments.metrics import read_metrics
 from experiments.settings import SettingsError
 from tests.experiments.composing import composed
+from tests.processes import run_experiments
 
 THEIRS = "python -m distributed_shampoo.examples.cifar10_example"
 
@@ -44,9 +44,9 @@ def test_it_learns(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_two_processes_do_what_one_does(strategy: str, tmp_path: Path) -> None:
     words = ["optimizer=adamw", "channels=8", "device=cpu", "num_threads=1", "batch_size=100"]
     assert main(["classify", *words, f"output_dir={tmp_path / 'one'}"]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     own = [*words, f"parallelism={strategy}", f"output_dir={tmp_path / 'two'}"]
-    subprocess.run([*launch, "-m", "experiments", "classify", *own], check=True, timeout=120)
+    ended = run_experiments(2, ["classify", *own], tmp_path)
+    assert [one.status for one in ended] == [0, 0], ended
     (one,), (two,) = epochs(tmp_path / "one"), epochs(tmp_path / "two")
     assert one["step"] == two["step"] == 13
     assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-4)

@@ -1,8 +1,4 @@
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,43 +8,19 @@ from experiments.main import main
 from experiments.metrics import read_metrics
 from experiments.settings import SettingsError, dtype_of
 from tests.experiments.test_train import losses, tensors
+from tests.processes import run_experiments
 
 UNSUPPORTED = "is not in the embedded base"
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def train_together(world_size, words):
-    """Run `python -m experiments train` in several processes, with the environment that torchrun gives."""
-    environment = os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "experiments", "train", *words],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    if any(UNSUPPORTED in error for error in errors):
+def train_together(words, folder):
+    """Run `python -m experiments train` in two processes, with the environment that torchrun gives."""
+    folder.mkdir(exist_ok=True)
+    ended = run_experiments(2, ["train", *words, f"output_dir={folder}"], folder)
+    errors = "\n".join(one.error for one in ended)
+    if UNSUPPORTED in errors:
         pytest.skip("the embedded base lacks this parallelism")
-    assert [worker.returncode for worker in workers] == [0] * world_size, "\n".join(errors)
+    assert [one.status for one in ended] == [0, 0], errors
 
 
 @pytest.fixture
@@ -78,10 +50,10 @@ def check_same_losses(folder, other):
 def test_a_run_of_two_processes_continues_exactly(strategy, words, tmp_path):
     straight, continued = tmp_path / "straight", tmp_path / "continued"
     own = [*words, f"parallelism={strategy}"]
-    train_together(2, [*own, "checkpoint_every=3", f"output_dir={straight}"])
+    train_together([*own, "checkpoint_every=3"], straight)
     shutil.copytree(straight, continued)
     shutil.rmtree(continued / "checkpoints" / "step_00000006")
-    train_together(2, [*own, "micro_batch_size=2", "resume=always", f"output_dir={continued}"])
+    train_together([*own, "micro_batch_size=2", "resume=always"], continued)
     assert losses(straight) == losses(continued)
     events = [r["event"] for r in read_metrics(continued / "metrics.jsonl")]
     assert events.count("resume") == 1
@@ -104,14 +76,14 @@ def test_a_run_of_two_processes_continues_exactly(strategy, words, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", ["cut off", "overwritten"])
 def test_a_damaged_checkpoint_of_two_processes_gives_way_to_the_one_before(how, words, tmp_path):
-    own = [*words, "parallelism=ddp", "checkpoint_every=2", f"output_dir={tmp_path}"]
-    train_together(2, own)
+    own = [*words, "parallelism=ddp", "checkpoint_every=2"]
+    train_together(own, tmp_path)
     before = losses(tmp_path)
     newest = tmp_path / "checkpoints" / "step_00000006"
     shard = max((newest / "shards").iterdir(), key=lambda path: path.name)  # the second process's
     content = shard.read_bytes()
     shard.write_bytes(content[:-100] if how == "cut off" else b"?" * len(content))
-    train_together(2, own)
+    train_together(own, tmp_path)
     assert losses(tmp_path) == before
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if r["event"] == "resume"] == [4]
@@ -122,7 +94,7 @@ def test_a_damaged_checkpoint_of_two_processes_gives_way_to_the_one_before(how, 
 def test_two_replicas_do_what_one_process_does(words, tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     own = [*words, "parallelism=hybrid_shard", "micro_batch_size=1"]
-    train_together(2, [*own, f"output_dir={together}"])
+    train_together(own, together)
     assert main(["train", *words, f"output_dir={alone}"]) == 0
     check_same_losses(alone, together)
 
@@ -131,7 +103,7 @@ def test_two_replicas_do_what_one_process_does(words, tmp_path):
 def test_shards_in_bf16_train_and_tell_of_the_blocks_of_all_processes(words, tmp_path):
     own = ["parallelism=fully_shard", "parallelism.param_dtype=bfloat16", "precision=fp32"]
     own += ["parallelism.reduce_dtype=float32", "diagnose_every=4", "sample_prompts=[a]"]
-    train_together(2, [*words, *own, "steps=4", f"output_dir={tmp_path}"])
+    train_together([*words, *own, "steps=4"], tmp_path)
     records = read_metrics(tmp_path / "metrics.jsonl")
     (found,) = [r for r in records if r["event"] == "diagnostics"]
     by_name = [block["parameter"] for block in found["blocks"]]

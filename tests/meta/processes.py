@@ -11,12 +11,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.processes import CONTEXT
+
 
 def run_in_processes(
     function: Callable[..., Any], num_processes: int, folder: Path, *args: Any
 ) -> list[Any]:
     """What `function(*args)` returned in each process, by rank."""
-    mp.spawn(_work, (num_processes, folder, function, args), nprocs=num_processes)
+    mp.start_processes(
+        _work,
+        (num_processes, folder, function, args),
+        nprocs=num_processes,
+        start_method=CONTEXT.get_start_method(),
+    )
     return [
         torch.load(folder / f"result_{rank}.pt", weights_only=False)
         for rank in range(num_processes)
