@@ -1,10 +1,4 @@
-"""`python -m experiments` of which one rank is killed, the first time, inside of a step or of a save.
-
-    torchrun ... -m tests.experiments.dying PLACE RANK NUMBER train ...
-
-`PLACE` is "step" (NUMBER is the optimizer's step, by count), or the event of Python's audit hooks before
-which it happens (NUMBER is the step whose checkpoint is written): "os.mkdir", "open", "os.rename".
-"""
+"""A command of experiments of which one rank is killed, the first time, inside of a step or of a save."""
 
 from __future__ import annotations
 
@@ -12,11 +6,11 @@ import os
 import signal
 import sys
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 import dash_shampoo
 from experiments.main import main
-from experiments.parallel import leave
 
 # In the middle of a step: its factor matrices are updated, its parameters are not.
 NUM_OPERATIONS = 20
@@ -59,11 +53,20 @@ def die_in_save(event_name, number):
     sys.addaudithook(hook)
 
 
-if __name__ == "__main__":
-    place, rank, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    if os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+def run(place, rank, number, words):
+    """What a rank of torchrun's agent does.
+
+    Args:
+        place: "step", or the event of Python's audit hooks before which the rank dies: "open", "os.rename".
+        rank: Who dies.
+        number: The optimizer's step, by count; or the step whose checkpoint is written.
+        words: The command and its settings.
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    if os.environ["RANK"] == str(rank) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         if place == "step":
             die_in_step(number)
         else:
             die_in_save(place, number)
-    leave(main(sys.argv[4:]))
+    assert main(words) == 0

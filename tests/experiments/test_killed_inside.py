@@ -1,36 +1,55 @@
 """A rank that is killed inside of a step or of a save: the restarted run does what it would have done."""
 
-from pathlib import Path
+import signal
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from experiments import checkpoint
 from experiments.metrics import read_metrics
-from tests.experiments.test_killed_rank import finish, last_state, torchrun
+from tests.experiments import dying
+from tests.experiments.test_killed_rank import last_state, train_words
+from tests.experiments.test_parallel import train_together
 from tests.experiments.test_train import losses
+from tests.processes import CONTEXT
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.distributed,
-    pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the agent in /proc"),
 ]
-NUM_STEPS, CHECKPOINT_EVERY = 16, 3
-
-
-def words(tiny):
-    return [
-        *tiny,
-        *("optimizer=dash", "optimizer.lr=0.01", "optimizer.precondition_frequency=2"),
-        *("optimizer.epsilon=1e-4", "parallelism=ddp", "evaluate_every=10"),
-        *(f"steps={NUM_STEPS}", f"checkpoint_every={CHECKPOINT_EVERY}"),
-    ]
 
 
 @pytest.fixture(scope="module")
 def straight():
     """Losses and last state of a run that nothing happens to; filled by the first test that runs."""
     return {}
+
+
+@pytest.fixture
+def handlers():
+    """Those of signals, which the agent replaces in its process: this one."""
+    names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {name: signal.getsignal(name) for name in names}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+def run_by_agent(*arguments):
+    """`dying.run` on two ranks, by the agent of torchrun, whose processes are forked instead of begun."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=1,
+        monitor_interval=0.1,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        start_method=CONTEXT.get_start_method(),
+    )
+    elastic_launch(config, dying.run)(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -41,18 +60,12 @@ def straight():
         ("os.rename", 0, 9, 6),
     ],
 )
-def test_a_rank_killed_inside(tiny, tmp_path, straight, place, rank, number, resumed_at):
-    runs = {"killed": ("tests.experiments.dying", place, str(rank), str(number))}
+def test_a_rank_killed_inside(tiny, tmp_path, straight, handlers, place, rank, number, resumed_at):
     if not straight:
-        runs["straight"] = ("experiments",)
-    for name, module in runs.items():
-        with (tmp_path / f"{name}.log").open("w") as log:
-            finish(torchrun(words(tiny), tmp_path / name, log, module), log)
-    if not straight:
-        folder = tmp_path / "straight"
+        folder = train_together(train_words(tiny), tmp_path / "straight")
         straight.update(losses=losses(folder), state=last_state(folder))
-
     killed = tmp_path / "killed"
+    run_by_agent(place, rank, number, ["train", *train_words(tiny), f"output_dir={killed}"])
     events = read_metrics(killed / "metrics.jsonl")
     assert [r["step"] for r in events if r["event"] == "resume"] == [resumed_at]
     assert losses(killed) == straight["losses"]

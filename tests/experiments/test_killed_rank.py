@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from experiments import checkpoint
 from experiments.metrics import read_metrics
+from tests.experiments.test_parallel import train_together
 from tests.experiments.test_train import losses, tensors
 
 NUM_STEPS, CHECKPOINT_EVERY = 16, 3
@@ -21,14 +22,24 @@ KILL_AFTER = 7
 TIMEOUT = 240.0
 
 
-def torchrun(words, folder, log, module=("experiments",)):
+def train_words(tiny):
+    """Settings of a run with checkpoints."""
+    return [
+        *tiny,
+        *("optimizer=dash", "optimizer.lr=0.01", "optimizer.precondition_frequency=2"),
+        *("optimizer.epsilon=1e-4", "parallelism=ddp", "evaluate_every=10"),
+        *(f"steps={NUM_STEPS}", f"checkpoint_every={CHECKPOINT_EVERY}"),
+    ]
+
+
+def torchrun(words, folder, log):
     """Two processes of `python -m experiments train`, which one agent starts and starts again."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
             *("--max-restarts", "1", "--monitor-interval", "0.1", "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
-            *("-m", *module, "train", *words, f"output_dir={folder}"),
+            *("-m", "experiments", "train", *words, f"output_dir={folder}"),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         stdout=log,
@@ -86,21 +97,15 @@ def last_state(folder):
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tiny, tmp_path):
-    words = [
-        *tiny,
-        *("optimizer=dash", "optimizer.lr=0.01", "optimizer.precondition_frequency=2"),
-        *("optimizer.epsilon=1e-4", "parallelism=ddp", "evaluate_every=10"),
-        *(f"steps={NUM_STEPS}", f"checkpoint_every={CHECKPOINT_EVERY}"),
-    ]
+    words = train_words(tiny)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    for folder in (straight, killed):
-        with (tmp_path / f"{folder.name}.log").open("w") as log:
-            agent = torchrun(words, folder, log)
-            try:
-                if folder == killed:
-                    saved = kill_in_the_middle(agent, 1, folder)
-            finally:
-                finish(agent, log)
+    train_together(words, straight)
+    with (tmp_path / "log").open("w") as log:
+        agent = torchrun(words, killed, log)
+        try:
+            saved = kill_in_the_middle(agent, 1, killed)
+        finally:
+            finish(agent, log)
 
     events = read_metrics(killed / "metrics.jsonl")
     resumed = [r["step"] for r in events if r["event"] == "resume"]

@@ -14,13 +14,14 @@ UNSUPPORTED = "is not in the embedded base"
 
 
 def train_together(words, folder):
-    """Run `python -m experiments train` in two processes, with the environment that torchrun gives."""
+    """Run `python -m experiments train` on two ranks into a folder, which is returned."""
     folder.mkdir(exist_ok=True)
     ended = run_experiments(2, ["train", *words, f"output_dir={folder}"], folder)
     errors = "\n".join(one.error for one in ended)
     if UNSUPPORTED in errors:
         pytest.skip("the embedded base lacks this parallelism")
     assert [one.status for one in ended] == [0, 0], errors
+    return folder
 
 
 @pytest.fixture
