@@ -10,84 +10,17 @@ The configs of Distributed Shampoo are re-exported here under their own names. T
 package where it is importable, else from the embedded base; `dash_shampoo.base.name` tells which.
 """
 
+# ruff: noqa: F403, F405 (the names are listed once, in __all__)
+
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from dash_shampoo import base as _base
-from dash_shampoo.base import (
-    AdaGradPreconditionerConfig,
-    AdamPreconditionerConfig,
-    AlignedMemoryCostModel,
-    BaseShampooPreconditionerConfig,
-    ClassicMomentumConfig,
-    ClassicShampooPreconditionerConfig,
-    ConcurrencyConfig,
-    CostModel,
-    CoupledHigherOrderConfig,
-    CoupledNewtonConfig,
-    DDPDistributedConfig,
-    DefaultConcurrencyConfig,
-    DefaultEigenConfig,
-    DefaultEigendecompositionConfig,
-    DefaultEigenvalueCorrectedShampooConfig,
-    DefaultNewtonSchulzOrthogonalizationConfig,
-    DefaultPerturbationConfig,
-    DefaultShampooConfig,
-    DefaultShampooRuntimeConfig,
-    DefaultSignDescentPreconditionerConfig,
-    DefaultSingleDeviceDistributedConfig,
-    DefaultSOAPConfig,
-    DefaultSpectralDescentPreconditionerConfig,
-    DistributedConfig,
-    DistributedShampoo,
-    EigenConfig,
-    EigendecomposedKLShampooPreconditionerConfig,
-    EigendecomposedShampooPreconditionerConfig,
-    EigendecompositionConfig,
-    EigenvalueCorrectedShampooPreconditionerConfig,
-    EighEigendecompositionConfig,
-    FSDPParamAssignmentStrategy,
-    FullyShardDistributedConfig,
-    GeneralizedPrimalAveragingConfig,
-    HybridShardDistributedConfig,
-    IterateAveragingConfig,
-    LoadBalancingConfig,
-    MatrixFunctionConfig,
-    NewtonSchulzOrthogonalizationConfig,
-    OrthogonalizationConfig,
-    PerturbationConfig,
-    PolynomialComputationalCostModel,
-    PreconditionerConfig,
-    PreconditionerValueError,
-    PseudoInverseConfig,
-    QREigendecompositionConfig,
-    RankDeficientStabilityConfig,
-    RMSpropPreconditionerConfig,
-    RootInvConfig,
-    RootInvKLShampooPreconditionerConfig,
-    RootInvShampooPreconditionerConfig,
-    ScheduleFreeConfig,
-    SGDPreconditionerConfig,
-    ShampooPT2CompileConfig,
-    ShampooRuntimeConfig,
-    SignDescentPreconditionerConfig,
-    SingleDeviceDistributedConfig,
-    SpectralDescentPreconditionerConfig,
-    SVDOrthogonalizationConfig,
-    WeightDecayType,
-)
+from dash_shampoo.base import *
 from dash_shampoo.checkpoint import safe_globals
-from dash_shampoo.config import (
-    DashEigendecomposedKLShampooPreconditionerConfig,
-    DashEigendecomposedShampooPreconditionerConfig,
-    DashKLShampooPreconditionerConfig,
-    DashShampooPreconditionerConfig,
-    DefaultDashConfig,
-    DefaultDashConvnetConfig,
-    SafetyConfig,
-)
+from dash_shampoo.config import *
 from dash_shampoo.diagnostics import BlockDiagnostics, FactorDiagnostics
 from dash_shampoo.distribution import DashDDPDistributedConfig
 from dash_shampoo.eigenbasis import OrthogonalIterationConfig
