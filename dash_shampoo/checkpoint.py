@@ -13,7 +13,7 @@ import copy
 import enum
 import json
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from types import ModuleType
@@ -257,36 +257,6 @@ def _decoded(value: Any) -> Any:
     if issubclass(cls, enum.Enum):
         return cls[value["name"]]
     return cls(**{name: _decoded(item) for name, item in value["fields"].items()})
-
-
-def without_cast(
-    cast: Mapping[Tensor, Any],
-    saved: Mapping[str, Any],
-    param_groups: Sequence[Mapping[str, Any]],
-    known: Container[Tensor],
-) -> dict[Tensor, Any]:
-    """The state of parameters as it was saved.
-
-    `Optimizer.load_state_dict` casts floating-point state to the dtype of its parameter before the
-    optimizer sees it: fp32 factor matrices of bf16 parameters would come back with 8 bits.
-
-    Args:
-        cast: What torch made of the state, by parameter.
-        saved: The state dict that is being loaded.
-        param_groups: The optimizer's groups, which have the parameters in the saved order.
-        known: Parameters whose state exists, so that it is copied in place, to its dtype and device.
-
-    Returns:
-        `cast`, with the saved state for every known parameter.
-    """
-    ids = [identifier for group in saved["param_groups"] for identifier in group["params"]]
-    params = [param for group in param_groups for param in group["params"]]
-    exact = {
-        param: saved["state"][identifier]
-        for identifier, param in zip(ids, params, strict=True)
-        if identifier in saved["state"] and param in known
-    }
-    return {**cast, **exact}
 
 
 def _config_classes(module: ModuleType) -> dict[str, type]:

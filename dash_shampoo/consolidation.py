@@ -136,7 +136,7 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
         return result
 
     def _own_part(self, state_dict: StateDict) -> dict[Any, Any]:
-        """The saved state without the blocks of other ranks, in tensors like those of now."""
+        """The saved state without the blocks of other ranks."""
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         saved, own = state_dict["state"], dict(state_dict["state"])
@@ -154,7 +154,7 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
                 str(k) for k, v in tree.items() if isinstance(v, Mapping) and k not in blocks
             }
             own[identifier] = {
-                key: _like(present[key], value) if key in blocks else value
+                key: value
                 for key, value in tree.items()
                 if key in blocks or not isinstance(value, Mapping)
             }
@@ -225,23 +225,6 @@ def _gather(own: dict[_Path, Tensor], group: Any, is_kept: bool) -> dict[_Path, 
 
 def _device_of(group: Any) -> str:
     return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-
-
-def _like(present: Any, saved: Any) -> Any:
-    """A saved tree with DTensors where the present one has them."""
-    if isinstance(saved, Mapping) and isinstance(present, Mapping):
-        # Tools that flatten a state turn the numbers of the factor matrices into strings.
-        by_name = {str(key): value for key, value in present.items()}
-        return {key: _like(by_name.get(str(key)), value) for key, value in saved.items()}
-    if not (hasattr(present, "to_local") and isinstance(saved, Tensor)):
-        return saved
-    local = saved.to_local() if hasattr(saved, "to_local") else saved
-    if local.shape != present.to_local().shape:
-        return saved  # for those who compare to refuse
-    from torch.distributed.tensor import DTensor
-
-    local = local.to(present.device)
-    return DTensor.from_local(local, present.device_mesh, present.placements, run_check=False)
 
 
 def _what_happened(missing: list[str], foreign: set[str]) -> str:

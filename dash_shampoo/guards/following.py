@@ -75,7 +75,7 @@ class FollowingShampoo(ReconstructibleShampoo):
     def _check_mode(self) -> None:
         # The base asks when the state has taken the gradients already.
         for state_lists in self._per_group_state_lists:
-            mode: Tensor | None = state_lists.get(TRAIN_MODE)  # type: ignore[assignment]
+            mode: Tensor | None = state_lists.get(TRAIN_MODE)
             if mode is not None and mode.device.type == "cpu" and not mode:
                 raise RuntimeError("The optimizer is in eval mode: call its train() before step().")
 

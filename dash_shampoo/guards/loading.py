@@ -12,25 +12,17 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import SingleDeviceDistributedConfig
-from dash_shampoo.base import name as base_name
 from dash_shampoo.guards.arguments import check_options
 from dash_shampoo.guards.cohorts import PARAM_NAMES, PARAMS, Cohort, options_of
 from dash_shampoo.guards.settings import STRUCTURE
-from dash_shampoo.guards.trees import STEP, leaves, local
+from dash_shampoo.guards.trees import SHARED, STEP, leaves, local, paired
 
 logger = logging.getLogger(__name__)
 
 _REFUSED = "Cannot load the optimizer's state, nothing was changed:"
 _MAX_NAMED = 5
 # State that does not begin as zeros, or that all parameters of a cohort share.
-_NOT_ACCUMULATED = {STEP, "train_mode", "lr_sum", "weight_buffer", "inv_factor_matrices"}
-
-
-class _Uncopied(dict[str, Any]):
-    """A group that torch's loading does not copy: its configs may hold parameters and meshes."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Uncopied:
-        return _Uncopied(self)
+_NOT_ACCUMULATED = {*SHARED, "weight_buffer", "inv_factor_matrices"}
 
 
 def check_form(state_dict: object) -> None:
@@ -183,46 +175,47 @@ def check_values(saved: Mapping[Tensor, Any], name_of: Callable[[Tensor], str]) 
                 )
 
 
-def check_complete(
-    present: Mapping[Tensor, Any], saved: Mapping[Tensor, Any], name_of: Callable[[Tensor], str]
-) -> None:
-    """Refuses a state of which parts are missing; Meta's package would go on with what there is.
+def copies(
+    present: Mapping[Tensor, Any],
+    saved: Mapping[Tensor, Any],
+    cohorts: Sequence[Cohort],
+    name_of: Callable[[Tensor], str],
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs the state with the saved one, on either base; Meta's package would go on with what fits.
+
+    Args:
+        present: The state in nested dicts, by parameter.
+        saved: The saved state by parameter; who has none there keeps what it has.
+        cohorts: The cohorts, whose parameters share some of the state.
+        name_of: The name of a parameter, for messages.
+
+    Returns:
+        Pairs of local tensors: into which to copy and which.
 
     Raises:
-        ValueError: Naming what is missing or of another shape.
+        ValueError: Naming what is missing, unknown, of another shape, or not the same where it is shared.
     """
-    if base_name != "meta":  # the embedded base checks more closely, and as atomically
-        return
-    problems = []
-    for param, tree in present.items():
-        found, expected = dict(leaves(saved[param])), dict(leaves(tree))
-        for path in found.keys() - expected.keys():
-            problems.append(f"{'.'.join(path)} of parameter {name_of(param)} is not known here")
-        for path, tensor in expected.items():
-            where = f"{'.'.join(path)} of parameter {name_of(param)}"
-            if path not in found and path[-1] not in (STEP, "train_mode", "lr_sum"):
-                problems.append(f"{where} is missing")
-            elif path in found and local(found[path]).shape != local(tensor).shape:
-                problems.append(
-                    f"{where} has shape {tuple(local(found[path]).shape)} instead of "
-                    f"{tuple(local(tensor).shape)}"
-                )
+    pairs, problems = [], []
+    for cohort in cohorts:
+        trees = {param: saved[param] for param in cohort.params if saved.get(param)}
+        shared = {}
+        for key in SHARED:
+            values = sorted(float(tree[key]) for tree in trees.values() if key in tree)
+            if values:
+                shared[key] = torch.tensor(values[0])
+                if not math.isclose(values[0], values[-1], rel_tol=1e-6):
+                    problems.append(f"{key} is {values[0]:g} and {values[-1]:g} in one group")
+        for param, tree in trees.items():
+            found, unequal = paired(present[param], {**tree, **shared})
+            pairs += found
+            problems += [f"{problem} (parameter {name_of(param)})" for problem in unequal]
     if problems:
         more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
         raise ValueError(
             f"{_REFUSED} {'; '.join(problems[:_MAX_NAMED])}{more}. Was it saved with other settings, or "
             "by another process, which keeps other blocks?"
         )
-
-
-def inner_state_dict(state: Mapping[int, Any], cohorts: Sequence[Cohort]) -> dict[str, Any]:
-    """A state dict for the base, whose groups are the cohorts."""
-    groups, start = [], 0
-    for cohort in cohorts:
-        stop = start + len(cohort.params)
-        groups.append(_Uncopied({**cohort.group, PARAMS: list(range(start, stop))}))
-        start = stop
-    return {"state": dict(state), "param_groups": groups}
+    return pairs
 
 
 def is_untouched(tree: Any) -> bool:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from dash_shampoo.base import DistributedShampoo
-from dash_shampoo.checkpoint import exported_groups, native_groups, without_cast
+from dash_shampoo.checkpoint import exported_groups, native_groups
 from dash_shampoo.guards import loading
 from dash_shampoo.guards.cohorts import PARAMS, partition
 from dash_shampoo.guards.following import FollowingShampoo
 from dash_shampoo.guards.reconstruction import HOOKS
-from dash_shampoo.guards.trees import STEP, copy_state
+from dash_shampoo.guards.trees import STEP, TRAIN_MODE, copy_, paired
 
 _ARGUMENTS = "_arguments"
 _MAX_SHOWN_GROUPS = 10
@@ -31,8 +31,6 @@ class GuardedShampoo(FollowingShampoo):
         TypeError: If an argument or a parameter has a wrong type.
         ValueError: If one is out of range.
     """
-
-    _state_to_load: dict[str, Any] | None = None
 
     # -------------------------------------------------------------------------- checkpoints
 
@@ -123,36 +121,27 @@ class GuardedShampoo(FollowingShampoo):
         )
         if wanted_members != members:
             self._reconstruct(steps, "The saved state has other step counts")
-        self._bound.heal_(self.state)
         if not self._cohorts:
             return
-        present = self._exported_state()
+        copies = loading.copies(self._exported_state(), saved, self._cohorts, self._name_of)
+        with self._inside():
+            lists = self._per_group_state_lists
+            modes = [bool(group[TRAIN_MODE]) for group in lists if TRAIN_MODE in group]
+            copy_(copies)
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)  # of Meta's class
+            if modes:  # as before the load; the copied state may be of the other
+                (self.train if all(modes) else self.eval)()
         params = [param for cohort in self._cohorts for param in cohort.params]
-        state = {i: saved[p] if saved.get(p) else present[p] for i, p in enumerate(params)}
-        loading.check_complete(
-            {p: present[p] for p in params if saved.get(p)}, saved, self._name_of
-        )
-        self._state_to_load = loading.inner_state_dict(state, self._cohorts)
-        try:
-            with self._inside():
-                DistributedShampoo.load_state_dict(self, self._state_to_load)
-        finally:
-            self._state_to_load = None
-            self._inner["param_groups"] = [cohort.group for cohort in self._cohorts]
         self._without_gradient = {p for p in params if loading.is_untouched(self.state[p])}
+
+    # ------------------------------------------------------------------------------- copies
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if _ARGUMENTS in state:
             self._restore(state)
-            return
-        if self._state_to_load is not None and "state" in state:
-            exact = without_cast(
-                state["state"], self._state_to_load, self.param_groups, known=self.state
-            )
-            state = {**state, "state": exact}
-        super().__setstate__(state)
-
-    # ------------------------------------------------------------------------------- copies
+        else:
+            super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -173,8 +162,9 @@ class GuardedShampoo(FollowingShampoo):
         self._patch_step_function()
         self._construct({param: int(tree[STEP]) for param, tree in saved.items()})
         for param, tree in saved.items():
-            problem = copy_state(self.state[param], tree)
-            assert problem is None, problem
+            pairs, problems = paired(self.state[param], tree)
+            assert not problems, problems
+            copy_(pairs)
 
     # ------------------------------------------------------------------------- printed form
 

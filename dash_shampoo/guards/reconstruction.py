@@ -27,7 +27,7 @@ from dash_shampoo.guards.cohorts import PARAMS, Cohort, options_of, partition
 from dash_shampoo.guards.memory import SeenParameters
 from dash_shampoo.guards.parameters import check_parameter, check_params, names_of
 from dash_shampoo.guards.settings import GroupSettings
-from dash_shampoo.guards.trees import STEP, BoundState, copy_state
+from dash_shampoo.guards.trees import STEP, BoundState, copy_, paired
 
 logger = logging.getLogger(__name__)
 
@@ -206,13 +206,13 @@ class ReconstructibleShampoo(DistributedShampoo):
         try:
             for param, step in steps.items():
                 if old_steps.get(param) == step:
-                    problem = copy_state(self.state[param], old_state[param])
-                    if problem is not None:
-                        name = self._name_of(param)
+                    pairs, problems = paired(self.state[param], old_state[param])
+                    if problems:
                         raise ValueError(
-                            f"{what}: the state of parameter {name} does not fit any more ({problem}). "
-                            "Undo that, or construct a new optimizer."
+                            f"{what}: the state of parameter {self._name_of(param)} does not fit any "
+                            f"more ({problems[0]}). Undo that, or construct a new optimizer."
                         )
+                    copy_(pairs)
         except ValueError:
             vars(self).clear()
             vars(self).update(before)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from torch import Tensor
 from dash_shampoo.buckets import bind_, row_of
 
 Path = tuple[str, ...]
+STEP: Final = "step"
+LR_SUM: Final = "lr_sum"
+TRAIN_MODE: Final = "train_mode"
 # One tensor for all parameters of a cohort.
-STEP = "step"
-LR_SUM = "lr_sum"
-TRAIN_MODE = "train_mode"
+SHARED = (STEP, LR_SUM, TRAIN_MODE)
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
@@ -40,28 +41,38 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-@torch.no_grad()
-def copy_state(target: Any, source: Any) -> str | None:
-    """Copies a parameter's state, tensor by tensor, casting and moving it where that is needed.
+def paired(target: Any, source: Any) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """The tensors of two states of a parameter, path by path.
 
     Args:
         target: State to copy into.
-        source: State of the same structure. Nothing is copied if it is another.
+        source: State to copy, of any dtype and device.
 
     Returns:
-        Why the structures differ, or None.
+        Pairs of local tensors, into which and which, and in words where the structures differ.
     """
     targets, sources = dict(leaves(target)), dict(leaves(source))
-    if unequal := sorted(targets.keys() ^ sources.keys()):
-        where = "new" if unequal[0] in targets else "gone"
-        return f"{'.'.join(unequal[0])} would be {where}"
-    for path, tensor in targets.items():
-        if local(tensor).shape != local(sources[path]).shape:
-            now, then = tuple(local(tensor).shape), tuple(local(sources[path]).shape)
-            return f"{'.'.join(path)} would have shape {now} instead of {then}"
-    for path, tensor in targets.items():
-        local(tensor).copy_(local(sources[path]))
-    return None
+    pairs, problems = [], []
+    for path in {**targets, **sources}:
+        name = ".".join(path)
+        if path not in sources:
+            problems.append(f"{name} is missing")
+        elif path not in targets:
+            problems.append(f"{name} is not known here")
+        else:
+            into, other = local(targets[path]), local(sources[path])
+            pairs.append((into, other))
+            if into.shape != other.shape:
+                shape, expected = tuple(other.shape), tuple(into.shape)
+                problems.append(f"{name} has shape {shape} instead of {expected}")
+    return pairs, problems
+
+
+@torch.no_grad()
+def copy_(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copies the second of each pair into the first, casting and moving it where that is needed."""
+    for into, other in pairs:
+        into.copy_(other)
 
 
 class BoundState:
@@ -82,10 +93,9 @@ class BoundState:
         self._rows: list[tuple[Tensor, Tensor]] = []
         for tree in state.values():
             self._collect(tree)
-        for _, tensor in (leaf for tree in state.values() for leaf in leaves(tree)):
-            row = row_of(local(tensor))
-            if row is not None:
-                self._rows.append((local(tensor), row))
+            for _, tensor in leaves(tree):
+                if (row := row_of(local(tensor))) is not None:
+                    self._rows.append((local(tensor), row))
 
     def _collect(self, tree: Any) -> None:
         if not isinstance(tree, dict):
