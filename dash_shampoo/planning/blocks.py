@@ -6,34 +6,25 @@ them, chooses the preconditioned dimensions and roots, and allocates the state, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dash_shampoo import base, preconditioners
 from dash_shampoo.base import (
     DISTRIBUTOR,
     SHAMPOO_PRECONDITIONER_LIST,
-    AdaGradPreconditionerConfig,
-    AdamPreconditionerConfig,
     BaseShampooPreconditionerConfig,
+    DefaultShampooConfig,
     DistributedShampoo,
-    EigenConfig,
-    EigendecomposedKLShampooPreconditionerConfig,
-    EigendecomposedShampooPreconditionerConfig,
-    EigenvalueCorrectedShampooPreconditionerConfig,
     PreconditionerConfig,
     PreconditionerList,
-    PseudoInverseConfig,
-    RMSpropPreconditionerConfig,
-    RootInvKLShampooPreconditionerConfig,
     RootInvShampooPreconditionerConfig,
-    SGDPreconditionerConfig,
-    SignDescentPreconditionerConfig,
     SingleDeviceDistributedConfig,
-    SpectralDescentPreconditionerConfig,
     own_distributor_class,
 )
 from dash_shampoo.buckets import BlockSpec
@@ -41,31 +32,11 @@ from dash_shampoo.config import base_class_of
 from dash_shampoo.inverse_root import check_supported
 from dash_shampoo.preconditioners import (
     ScalarAdaGradPreconditionerConfig,
-    ScalarAdamPreconditionerConfig,
-    ScalarRMSpropPreconditionerConfig,
+    config_for_base,
     scalar_list,
 )
 
 _PARAMS = ("params", "param_names")
-_SHAMPOO = (
-    RootInvShampooPreconditionerConfig,
-    RootInvKLShampooPreconditionerConfig,
-    EigendecomposedShampooPreconditionerConfig,
-    EigendecomposedKLShampooPreconditionerConfig,
-    EigenvalueCorrectedShampooPreconditionerConfig,
-)
-# No factor matrices.
-_OTHERS = (
-    AdaGradPreconditionerConfig,
-    AdamPreconditionerConfig,
-    RMSpropPreconditionerConfig,
-    ScalarAdaGradPreconditionerConfig,
-    ScalarAdamPreconditionerConfig,
-    ScalarRMSpropPreconditionerConfig,
-    SGDPreconditionerConfig,
-    SignDescentPreconditionerConfig,
-    SpectralDescentPreconditionerConfig,
-)
 META = torch.device("meta")
 
 
@@ -100,17 +71,21 @@ class GroupProfile:
     """The settings of a parameter group, and the blocks of every shape that occurs in it.
 
     Attributes:
-        options: The group's options as the base completed them.
-        shampoo: Its preconditioner config as it was given, with the solver; None where a group is
-            has no factor matrices, as with Adam.
+        options: The group's options as the base completed them, with the preconditioner config as it was
+            given.
         shared_bytes: Bytes of state that all parameters of the group share (the step count, …).
         blocks: The blocks of each parameter, in order.
     """
 
     options: Mapping[str, Any]
-    shampoo: BaseShampooPreconditionerConfig | None
     shared_bytes: int
     blocks: Mapping[ParameterSpec, tuple[BlockCost, ...]]
+
+    @property
+    def shampoo(self) -> BaseShampooPreconditionerConfig | None:
+        """The preconditioner config; None where a group has no factor matrices, as with Adam."""
+        config = self.options["preconditioner_config"]
+        return config if isinstance(config, BaseShampooPreconditionerConfig) else None
 
 
 def read_groups(params: Iterable[Any]) -> list[tuple[list[ParameterSpec], dict[str, Any]]]:
@@ -169,7 +144,8 @@ def profile_groups(
                 nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device=META), False)
                 for spec in specs
             ],
-            "preconditioner_config": _on_the_base(config),
+            # The solver leaves no trace in the state.
+            "preconditioner_config": config_for_base(config),
             "distributed_config": _single_device({**options, **own}),
         }
         for specs, own, config in zip(distinct, group_options, configs, strict=True)
@@ -185,32 +161,16 @@ def profile_groups(
 
 
 def _preconditioner_config(options: Mapping[str, Any]) -> PreconditionerConfig:
-    config = options.get("preconditioner_config", RootInvShampooPreconditionerConfig())
-    if base_class_of(config) not in (*_SHAMPOO, *_OTHERS):
-        known = ", ".join(cls.__name__ for cls in (*_SHAMPOO, *_OTHERS))
+    config = options.get("preconditioner_config", DefaultShampooConfig)
+    # By exact type: nobody knows what another class costs.
+    cls = base_class_of(config)
+    known = [getattr(room, cls.__name__, None) for room in (base, preconditioners)]
+    if not isinstance(config, PreconditionerConfig) or cls not in known:
         raise ValueError(
             f"preconditioner_config={type(config).__name__} can't be planned: it must be one of "
-            f"{known}."
+            "Distributed Shampoo's or of dash_shampoo's own preconditioner configs."
         )
-    assert isinstance(config, PreconditionerConfig)
     return config
-
-
-def _on_the_base(config: PreconditionerConfig) -> PreconditionerConfig:
-    """The same state with a solver that every base has; the solver leaves no trace in the state."""
-    if not isinstance(config, BaseShampooPreconditionerConfig):
-        return config
-    cls: Any = base_class_of(config)
-    plain = {field.name: getattr(config, field.name) for field in fields(cls)}
-    if isinstance(config, RootInvShampooPreconditionerConfig):
-        solver = config.amortized_computation_config
-        repair = getattr(solver, "rank_deficient_stability_config", None)
-        eigen = EigenConfig()
-        if isinstance(repair, PseudoInverseConfig):  # demands another epsilon
-            eigen = replace(eigen, rank_deficient_stability_config=repair)
-        plain["amortized_computation_config"] = eigen
-    on_base: PreconditionerConfig = cls(**plain)
-    return on_base
 
 
 class _Allocating(DistributedShampoo):
@@ -259,13 +219,11 @@ def _read_profile(
             if isinstance(value, Mapping)
         )
         shared.update((id(v), v) for v in optimizer.state[param].values() if isinstance(v, Tensor))
-    shampoo = config if isinstance(config, BaseShampooPreconditionerConfig) else None
-    if isinstance(shampoo, RootInvShampooPreconditionerConfig):
+    if isinstance(config, RootInvShampooPreconditionerConfig):
         for root in {r for costs in blocks.values() for block in costs for r in block.spec.roots}:
-            check_supported(shampoo.amortized_computation_config, root)
+            check_supported(config.amortized_computation_config, root)
     return GroupProfile(
-        options={key: value for key, value in group.items() if key != "params"},
-        shampoo=shampoo,
+        options={**group, "preconditioner_config": config},
         shared_bytes=sum(map(_num_bytes, shared.values())),
         blocks=blocks,
     )
@@ -287,21 +245,16 @@ def _block_specs(state_lists: Mapping[str, Any]) -> Iterator[BlockSpec]:
         yield BlockSpec(tuple(block.shape), tuple(selector), tuple(roots), block.dtype, META)
 
 
-def _bytes_by_kind(state: Mapping[Any, Any]) -> dict[str, int]:
+def _bytes_by_kind(state: Mapping[Any, Any], name: str = "") -> Counter[str]:
     """Bytes of a nested state by the innermost name above each tensor."""
-    result: dict[str, int] = {}
-    for kind, tensor in _leaves(state, ""):
-        result[kind] = result.get(kind, 0) + _num_bytes(tensor)
-    return result
-
-
-def _leaves(state: Mapping[Any, Any], name: str) -> Iterator[tuple[str, Tensor]]:
+    result: Counter[str] = Counter()
     for key, value in state.items():
         inner = name if str(key).isdigit() else str(key)
         if isinstance(value, Mapping):
-            yield from _leaves(value, inner)
+            result.update(_bytes_by_kind(value, inner))
         elif isinstance(value, Tensor):
-            yield inner, value
+            result[inner] += _num_bytes(value)
+    return result
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ that the phase must read from and write to memory.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
@@ -76,9 +77,13 @@ class StepCost:
         return float(sum(getattr(self, name) for name in names))
 
     def __add__(self, other: StepCost) -> StepCost:
-        return StepCost(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
+        return StepCost(*sums_of_fields(self, other))
+
+
+def sums_of_fields(one: Any, other: Any) -> list[Any]:
+    """The sums of the fields of two dataclasses of one type; of dicts key by key."""
+    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)]
+    return [dict(Counter(a) + Counter(b)) if isinstance(a, dict) else a + b for a, b in pairs]
 
 
 class GroupCost:

@@ -61,10 +61,7 @@ class OptimizerPlan:
     @property
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind, of all ranks together."""
-        total: Counter[str] = Counter()
-        for rank in self.ranks:
-            total.update(rank.state_bytes)
-        return dict(total)
+        return dict(sum((Counter(rank.state_bytes) for rank in self.ranks), Counter()))
 
     @property
     def flops(self) -> list[float]:

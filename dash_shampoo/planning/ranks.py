@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from dash_shampoo.base import DistributedConfig
 from dash_shampoo.buckets import make_layout
 from dash_shampoo.planning.blocks import GroupProfile, ParameterSpec
-from dash_shampoo.planning.costs import GroupCost, StepCost
+from dash_shampoo.planning.costs import GroupCost, StepCost, sums_of_fields
 from dash_shampoo.planning.devices import Device
 from dash_shampoo.planning.spread import Parallelism, Sharing, share
 
@@ -62,19 +62,7 @@ class RankPlan:
         return sum(self.state_bytes.values())
 
     def __add__(self, other: RankPlan) -> RankPlan:
-        kinds = {**self.state_bytes, **other.state_bytes}
-        return RankPlan(
-            num_blocks=self.num_blocks + other.num_blocks,
-            num_buckets=self.num_buckets + other.num_buckets,
-            stacks=self.stacks + other.stacks,
-            state_bytes={
-                kind: self.state_bytes.get(kind, 0) + other.state_bytes.get(kind, 0)
-                for kind in kinds
-            },
-            buffer_bytes=self.buffer_bytes + other.buffer_bytes,
-            received_bytes=self.received_bytes + other.received_bytes,
-            step=self.step + other.step,
-        )
+        return RankPlan(*sums_of_fields(self, other))
 
 
 class GroupPlanner:

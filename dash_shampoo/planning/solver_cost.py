@@ -31,6 +31,10 @@ _WELL_CONDITIONED = 10.0
 # accumulated eigenvectors.
 _EIGENDECOMPOSITION_FLOPS_PER_CUBE = 9.0
 
+# Passes that rounding the operands of a product takes on a device where it is not done inside of the product;
+# the CPU, which emulates it, takes others.
+_ROUNDING_PASSES = {"fp16": 1.0, "bf16": 1.0, "fp16x3": 12.0}
+
 
 @dataclass(frozen=True)
 class SolverCost:
@@ -47,13 +51,13 @@ class SolverCost:
             `REFERENCE_CONDITION_NUMBER` only.
     """
 
-    num_matmuls: float
-    num_symmetric_matmuls: float
-    num_columns: float
-    num_eigendecompositions: float
-    num_moved: float
-    num_passes: float
-    depends_on_data: bool
+    num_matmuls: float = 0.0
+    num_symmetric_matmuls: float = 0.0
+    num_columns: float = 0.0
+    num_eigendecompositions: float = 0.0
+    num_moved: float = 0.0
+    num_passes: float = 0.0
+    depends_on_data: bool = False
 
     def matmul_flops(self, size: int) -> float:
         """2N³ for each square product and 2N²K for each tall one."""
@@ -99,12 +103,34 @@ def measure_solver(
         >>> cost.matmul_flops(1024) == 2 * 1024**3 * cost.num_matmuls, cost.depends_on_data
         (True, False)
     """
-    cost, reference = (
-        _count(config, root, epsilon, dtype, residual_threshold, condition_number)
+    counted: Any = config
+    precision = getattr(config, "matmul_precision", "fp32")
+    rounding = 0.0
+    # All products of minimax are squares, whose operands the kernel rounds.
+    if precision != "fp32" and not isinstance(config, MinimaxConfig):
+        counted = replace(counted, matmul_precision="fp32")
+        rounding = _ROUNDING_PASSES.get(precision, 0.0)
+    count, of_well_conditioned = (
+        num_products(
+            counted,
+            root,
+            epsilon=epsilon,
+            dtype=dtype,
+            condition_number=condition_number,
+            residual_threshold=residual_threshold,
+            has_kernels=True,
+        )
         for condition_number in (REFERENCE_CONDITION_NUMBER, _WELL_CONDITIONED)
     )
-    depends_on_data = cost != reference
-    return SolverCost(*cost, depends_on_data=depends_on_data)
+    return SolverCost(
+        count.num_products,
+        count.num_symmetric,
+        count.num_columns,
+        count.num_eigendecompositions,
+        count.num_moved,
+        count.num_passes + rounding * count.num_products,
+        depends_on_data=count != of_well_conditioned,
+    )
 
 
 def eigenbasis_cost(config: EigendecompositionConfig) -> SolverCost:
@@ -130,17 +156,15 @@ def eigenbasis_cost(config: EigendecompositionConfig) -> SolverCost:
             products, symmetric = (
                 config.num_iterations * n for n in of_one[config.orthogonalization]
             )
-            return _of_products(products, symmetric, config.tolerance > 0.0)
         case QREigendecompositionConfig():
             steps = config.max_iterations
-            products = 2.0 + steps * (1.0 + 4 / 3) + max(steps - 1, 0)
-            return _of_products(products, 0.0, config.tolerance > 0.0)
-    return SolverCost(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, config.tolerance > 0.0)
-
-
-def _of_products(number: float, num_symmetric: float, depends_on_data: bool) -> SolverCost:
-    """The cost of products of which no operand is said to be shared."""
-    return SolverCost(number, num_symmetric, 0.0, 0.0, 3.0 * number, 0.0, depends_on_data)
+            products, symmetric = 2.0 + steps * (1.0 + 4 / 3) + max(steps - 1, 0), 0.0
+        case _:
+            return SolverCost(num_eigendecompositions=1.0, depends_on_data=config.tolerance > 0.0)
+    # No operand is said to be shared.
+    return SolverCost(
+        products, symmetric, num_moved=3.0 * products, depends_on_data=config.tolerance > 0.0
+    )
 
 
 def orthogonalization_flops(
@@ -173,42 +197,3 @@ def orthogonalization_flops(
         case NewtonSchulzOrthogonalizationConfig() | MinimaxPolarConfig():
             return config.num_iterations * (4.0 * m * n**2 + 2.0 * n**3), 0.0
     raise ValueError(f"{type(config).__name__} can't be planned: its cost is not known.")
-
-
-# Passes that rounding the operands of a product takes on a device where it is not done inside of the product;
-# the CPU, which emulates it, takes others.
-_ROUNDING_PASSES = {"fp16": 1.0, "bf16": 1.0, "fp16x3": 12.0}
-
-
-def _count(
-    config: RootInvConfig,
-    root: float,
-    epsilon: float,
-    dtype: torch.dtype,
-    residual_threshold: float | None,
-    condition_number: float,
-) -> tuple[float, float, float, float, float, float]:
-    counted: Any = config
-    precision = getattr(config, "matmul_precision", "fp32")
-    rounding = 0.0
-    # All products of minimax are squares, whose operands the kernel rounds.
-    if precision != "fp32" and not isinstance(config, MinimaxConfig):
-        counted = replace(counted, matmul_precision="fp32")
-        rounding = _ROUNDING_PASSES.get(precision, 0.0)
-    count = num_products(
-        counted,
-        root,
-        epsilon=epsilon,
-        dtype=dtype,
-        condition_number=condition_number,
-        residual_threshold=residual_threshold,
-        has_kernels=True,
-    )
-    return (
-        count.num_products,
-        count.num_symmetric,
-        count.num_columns,
-        count.num_eigendecompositions,
-        count.num_moved,
-        count.num_passes + rounding * count.num_products,
-    )
