@@ -21,11 +21,9 @@ from torch import Tensor
 
 from dash_shampoo.base import (
     ROW_PARTS,
-    BaseShampooPreconditionerConfig,
     ClassicMomentumConfig,
     ConcurrencyConfig,
     DistributedConfig,
-    EigendecompositionConfig,
     GeneralizedPrimalAveragingConfig,
     MatrixFunctionConfig,
     PreconditionerConfig,
@@ -51,11 +49,14 @@ class _Rule:
     allowed: str
     in_range: Callable[[Any], bool] = lambda _: True
 
-    def check(self, name: str, value: object) -> None:
-        is_bool = isinstance(value, bool) and bool not in self.types
-        # torch takes no Fraction.
+    def has_type(self, value: object) -> bool:
+        """Whether a value is of an allowed type; torch takes no Fraction."""
         is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)
-        if is_bool or is_fraction or not isinstance(value, self.types):
+        is_bool = isinstance(value, bool) and bool not in self.types
+        return isinstance(value, self.types) and not is_bool and not is_fraction
+
+    def check(self, name: str, value: object) -> None:
+        if not self.has_type(value):
             raise TypeError(
                 f"Invalid {name}={_shown(value)}: must be {self.allowed}.{_hint(value)}"
             )
@@ -66,43 +67,29 @@ class _Rule:
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def _is_at_least(value: Any, least: float) -> bool:
-    return bool(least <= value <= _LARGEST)
-
-
-def _is_lr(value: Any) -> bool:
+def _is_at_least_0(value: Any) -> bool:
     if isinstance(value, Tensor):
         if value.dim() or value.is_meta or value.is_complex() or value.dtype == torch.bool:
             return False
         value = value.item()
-    return _is_at_least(value, 0.0)
-
-
-def _is_decay(value: Any, is_closed: bool) -> bool:
-    return bool(0.0 <= value < 1.0 or (is_closed and value == 1.0))
+    return bool(0.0 <= value <= _LARGEST)
 
 
 _BOOL = _Rule((bool,), "True or False")
-_AT_LEAST_0 = _Rule(
-    (Real,), "a finite number (in float32) of at least 0", lambda v: _is_at_least(v, 0.0)
-)
-_AT_LEAST_1 = _Rule((Integral,), "an integer of at least 1", lambda v: v >= 1)
-_CONFIG = _Rule((PreconditionerConfig,), "a PreconditionerConfig")
+_AT_LEAST_0 = _Rule((Real,), "a finite number (in float32) of at least 0", _is_at_least_0)
 _AVERAGING = (ClassicMomentumConfig, GeneralizedPrimalAveragingConfig, ScheduleFreeConfig)
-_BETA1 = _Rule((Real,), "a number in [0, 1)", lambda v: _is_decay(v, is_closed=False))
-_BETA2 = _Rule((Real,), "a number in [0, 1]", lambda v: _is_decay(v, is_closed=True))
+_BETA1 = _Rule((Real,), "a number in [0, 1)", lambda v: 0.0 <= v < 1.0)
+_BETA2 = _Rule((Real,), "a number in [0, 1]", lambda v: 0.0 <= v <= 1.0)
 
 # Options of a parameter group, by name.
 _RULES: dict[str, _Rule] = {
     "lr": _Rule(
         (Real, Tensor),
         "a finite number (in float32) of at least 0, or a tensor of one such without dimensions",
-        _is_lr,
+        _is_at_least_0,
     ),
     "beta3": _Rule(
-        (Real,),
-        "a number in [0, 1), or -1 for beta1",
-        lambda v: v == -1 or _is_decay(v, is_closed=False),
+        (Real,), "a number in [0, 1), or -1 for beta1", lambda v: v == -1 or 0.0 <= v < 1.0
     ),
     "epsilon": _AT_LEAST_0,
     "weight_decay": _AT_LEAST_0,
@@ -116,7 +103,7 @@ _RULES: dict[str, _Rule] = {
         "an integer of at least 1, or math.inf",
         lambda v: v == math.inf or (isinstance(v, Integral) and int(v) >= 1),
     ),
-    "precondition_frequency": _AT_LEAST_1,
+    "precondition_frequency": _Rule((Integral,), "an integer of at least 1", lambda v: v >= 1),
     "start_preconditioning_step": _Rule(
         (Integral, float),
         "an integer of at least precondition_frequency, math.inf, or -1 for precondition_frequency",
@@ -130,10 +117,10 @@ _RULES: dict[str, _Rule] = {
     "grafting_config": _Rule((PreconditionerConfig, type(None)), "a PreconditionerConfig, or None"),
     "use_pin_memory": _BOOL,
     "distributed_config": _Rule((DistributedConfig,), "a DistributedConfig"),
-    "preconditioner_config": _CONFIG,
+    "preconditioner_config": _Rule((PreconditionerConfig,), "a PreconditionerConfig"),
 }
 # Arguments of the constructor that are no options of a group.
-_OPTIMIZER_RULES: dict[str, _Rule] = {
+_ARGUMENT_RULES: dict[str, _Rule] = {
     "shampoo_pt2_compile_config": _Rule(
         (ShampooPT2CompileConfig, type(None)), "a ShampooPT2CompileConfig, or None"
     ),
@@ -145,24 +132,11 @@ OPTIONS = ("betas", *_RULES)
 """The names of a group's options."""
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Checks the constructor's arguments, complete with defaults, `params` left out.
-
-    Raises:
-        TypeError: If one has a wrong type.
-        ValueError: If one is out of range.
-    """
-    for name, rule in _OPTIMIZER_RULES.items():
-        if name in arguments:
-            rule.check(name, arguments[name])
-    check_options(arguments)
-
-
 def check_options(options: Mapping[str, Any], where: str = "", is_edit: bool = False) -> None:
-    """Checks the options of a parameter group.
+    """Checks the options of a parameter group, or all of the constructor's arguments but `params`.
 
     Args:
-        options: The group, or the constructor's arguments; unknown keys are the user's own.
+        options: The group, or the arguments; unknown keys are the user's own.
         where: Put behind the name in messages, such as " of parameter group 1". (Default: "")
         is_edit: Whether the preconditioner may have started already. (Default: False)
 
@@ -170,10 +144,10 @@ def check_options(options: Mapping[str, Any], where: str = "", is_edit: bool = F
         TypeError: If one has a wrong type.
         ValueError: If one is out of range, or two contradict each other.
     """
-    for name, rule in _RULES.items():
+    for name, rule in {**_ARGUMENT_RULES, **_RULES}.items():
         if name in options:
             rule.check(f"{name}{where}", options[name])
-            if is_dataclass(options[name]):
+            if is_dataclass(options[name]) and name in _RULES:
                 _check_fields(f"{name}{where}", options[name])
     if "betas" in options:
         _check_betas(options["betas"], where)
@@ -226,11 +200,8 @@ def check_lr(lr: object, where: str) -> None:
 
 def is_lr(value: object) -> bool:
     """Whether a value is a learning rate."""
-    try:
-        _RULES["lr"].check("lr", value)
-    except (TypeError, ValueError):
-        return False
-    return True
+    rule = _RULES["lr"]
+    return rule.has_type(value) and rule.in_range(value)
 
 
 def misspelled(names: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -263,21 +234,15 @@ def _check_row_parts(row_parts: object, where: str) -> None:
 def _check_epsilon(options: Mapping[str, Any], where: str) -> None:
     if "epsilon" not in options or "preconditioner_config" not in options:
         return
-    epsilon, config = options["epsilon"], options["preconditioner_config"]
-    uses_pseudo_inverse = (
-        isinstance(config, BaseShampooPreconditionerConfig)
-        and isinstance(config.amortized_computation_config, EigendecompositionConfig)
-        and isinstance(
-            config.amortized_computation_config.rank_deficient_stability_config,
-            PseudoInverseConfig,
-        )
-    )
-    if uses_pseudo_inverse and epsilon != 0.0:
-        raise ValueError(
-            f"Invalid epsilon{where}={epsilon!r}: must be 0.0 when PseudoInverseConfig is used."
-        )
-    if not uses_pseudo_inverse and not epsilon > 0.0:
-        raise ValueError(f"Invalid epsilon{where}={epsilon!r}: must be above 0.")
+    epsilon = options["epsilon"]
+    solver = getattr(options["preconditioner_config"], "amortized_computation_config", None)
+    stability = getattr(solver, "rank_deficient_stability_config", None)
+    if isinstance(stability, PseudoInverseConfig):
+        is_allowed, allowed = epsilon == 0.0, "0.0 when PseudoInverseConfig is used"
+    else:
+        is_allowed, allowed = epsilon > 0.0, "above 0"
+    if not is_allowed:
+        raise ValueError(f"Invalid epsilon{where}={epsilon!r}: must be {allowed}.")
 
 
 def _check_fields(path: str, config: Any) -> None:
@@ -309,18 +274,15 @@ def _scalar_types(hint: Any) -> tuple[type, ...]:
     return tuple(options) if options and all(option in scalars for option in options) else ()
 
 
+_WIDER: dict[type, type] = {int: Integral, float: Real}
+
+
 def _conforms(value: object, allowed: tuple[type, ...]) -> bool:
     if isinstance(value, bool):
         return bool in allowed
-    if float in allowed and isinstance(value, Real):
+    if int in allowed and isinstance(value, float) and value.is_integer():
         return True
-    if int in allowed and (isinstance(value, Integral) or _is_whole(value)):
-        return True
-    return isinstance(value, allowed)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, float) and value.is_integer()
+    return isinstance(value, tuple(_WIDER.get(kind, kind) for kind in allowed))
 
 
 def _shown(value: object) -> str:

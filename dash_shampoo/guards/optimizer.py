@@ -97,14 +97,8 @@ class GuardedShampoo(FollowingShampoo):
         groups = native_groups(state_dict["param_groups"], self.param_groups)
         saved = loading.by_parameter(self.param_groups, groups, state_dict["state"])
         updates = loading.options_to_take_over(self.param_groups, groups)
-        before = dict(vars(self))
-        try:
-            with self._neutral():
-                self._load(saved)
-        except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
-            raise
+        with self._all_or_nothing(), self._neutral():
+            self._load(saved)
         for group, update, known in zip(self.param_groups, updates, self._settings, strict=True):
             group.update(update)
             known.note_loaded(group)

@@ -22,7 +22,7 @@ from dash_shampoo.base import (
 )
 from dash_shampoo.base import name as base_name
 from dash_shampoo.guards.ambient import neutral
-from dash_shampoo.guards.arguments import OPTIONS, check_arguments, check_options, is_lr, misspelled
+from dash_shampoo.guards.arguments import OPTIONS, check_options, is_lr, misspelled
 from dash_shampoo.guards.cohorts import PARAMS, Cohort, options_of, partition
 from dash_shampoo.guards.memory import SeenParameters
 from dash_shampoo.guards.parameters import check_parameter, check_params, names_of
@@ -69,7 +69,7 @@ class ReconstructibleShampoo(DistributedShampoo):
     def __init__(self, params: ParamsT, *args: Any, **kwargs: Any) -> None:
         self._arguments = _bind(args, kwargs)
         with _words_of_base([{}], self._arguments):
-            check_arguments(self._arguments)
+            check_options(self._arguments)
         defaults = {name: self._arguments[name] for name in OPTIONS if name in self._arguments}
         defaults["peak_lr"] = float(self._arguments["lr"])
         self._without_gradient = set()
@@ -107,7 +107,6 @@ class ReconstructibleShampoo(DistributedShampoo):
         Args:
             steps: The parameters that get state, each with its step count.
         """
-        before = dict(vars(self))
         for known, group in zip(self._settings, self.param_groups, strict=True):
             known.resolve_beta3(group)
         self._cohorts = partition(self.param_groups, steps)
@@ -122,13 +121,8 @@ class ReconstructibleShampoo(DistributedShampoo):
             ):
                 # The base sets its target_parameter_dimensionality to 2: not in everybody's default.
                 cohort.group["distributed_config"] = copy(cohort.group["distributed_config"])
-        try:
-            with _collector_paused():
-                self._construct_base()
-        except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
-            raise
+        with _collector_paused():
+            self._construct_base()
         if len(edited_betas) == len(self._cohorts):
             for cohort, betas in zip(self._cohorts, edited_betas, strict=True):
                 cohort.group["betas"] = betas
@@ -173,20 +167,13 @@ class ReconstructibleShampoo(DistributedShampoo):
 
     def _take_over_split(self) -> None:
         """Takes the groups as the base has resolved them, and those that it has split."""
-        groups = self.param_groups
-        if len(groups) == len(self._cohorts):
-            self._cohorts = [
-                Cohort(group_index=cohort.group_index, params=cohort.params, group=group)
-                for cohort, group in zip(self._cohorts, groups, strict=True)
-            ]
-            return
         # Meta's package splits groups with num_sub_groups > 1. Each part is then a cohort.
         owner = {id(param): c.group_index for c in self._cohorts for param in c.params}
         self._cohorts = [
             Cohort(
                 group_index=owner[id(group[PARAMS][0])], params=tuple(group[PARAMS]), group=group
             )
-            for group in groups
+            for group in self.param_groups
         ]
 
     def _reconstruct(self, steps: Mapping[Tensor, int], what: str) -> None:
@@ -199,11 +186,10 @@ class ReconstructibleShampoo(DistributedShampoo):
         Raises:
             ValueError: If the state doesn't fit; then everything is as it was.
         """
-        old_steps = self._steps()
-        before, old_state = dict(vars(self)), dict(self.state)
+        old_steps, old_state = self._steps(), dict(self.state)
         logger.info("%s: the blocks are cut anew.", what)
-        self._construct(steps)
-        try:
+        with self._all_or_nothing():
+            self._construct(steps)
             for param, step in steps.items():
                 if old_steps.get(param) == step:
                     pairs, problems = paired(self.state[param], old_state[param])
@@ -213,7 +199,14 @@ class ReconstructibleShampoo(DistributedShampoo):
                             f"more ({problems[0]}). Undo that, or construct a new optimizer."
                         )
                     copy_(pairs)
-        except ValueError:
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Puts all attributes back where the body raises."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
             vars(self).clear()
             vars(self).update(before)
             raise
