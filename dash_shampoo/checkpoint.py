@@ -77,21 +77,19 @@ def safe_globals() -> list[type | tuple[type, str]]:
     """
     named = _config_classes(base).items()
     aliases = [(cls, f"{home}.{name}") for home in _HOMES for name, cls in named]
-    ours = [
-        cls
-        for room in (
-            config,
-            distribution,
-            eigenbasis,
-            inverse_root,
-            orthogonalization,
-            preconditioners,
-        )
-        for name, cls in _config_classes(room).items()
-        if room is config or name.endswith(("Config", "Scaling"))
-    ]
     scales: list[Any] = [orthogonalization.match_rms_adamw, orthogonalization.muon_original]
-    return [*ours, *scales, *aliases]
+    return [*_own_classes().values(), *scales, *aliases]
+
+
+def _own_classes() -> dict[str, type]:
+    """The configs of our own, by name."""
+    rooms = (config, distribution, eigenbasis, inverse_root, orthogonalization, preconditioners)
+    return {
+        name: cls
+        for room in rooms
+        for name, cls in _config_classes(room).items()
+        if name.endswith(("Config", "Scaling"))
+    }
 
 
 def native_groups(
@@ -252,8 +250,7 @@ def _decoded(value: Any) -> Any:
         return {"list": list, "tuple": tuple}[kind](_decoded(item) for item in items)
     if kind == "dtype":
         return getattr(torch, value["name"])
-    known = {entry.__name__: entry for entry in safe_globals() if not isinstance(entry, tuple)}
-    cls: Any = {**known, **_config_classes(base)}[kind]
+    cls: Any = {**_own_classes(), **_config_classes(base)}[kind]
     if issubclass(cls, enum.Enum):
         return cls[value["name"]]
     return cls(**{name: _decoded(item) for name, item in value["fields"].items()})

@@ -15,12 +15,11 @@ from dash_shampoo.base import DISTRIBUTOR, Distributor
 from dash_shampoo.distribution import ManyProcesses
 from dash_shampoo.guards import GuardedShampoo
 from dash_shampoo.guards.loading import check_form
+from dash_shampoo.guards.trees import Path, leaves, local
 from dash_shampoo.resharding import is_of_shards, num_shards, resharded
 
 logger = logging.getLogger(__name__)
 
-# Where a tensor of the state belongs: number of the parameter, keys down to the tensor.
-_Path = tuple[Any, ...]
 _MAX_NAMED = 3
 
 
@@ -30,9 +29,9 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
     Accepts the arguments of the base's class; see there.
     """
 
-    _consolidated: dict[_Path, Tensor] | None = None
+    # By the number of the parameter and the keys down to the tensor.
+    _consolidated: dict[Path, Tensor] | None = None
     _consolidated_steps: dict[Tensor, int] | None = None
-    _is_exporting = False
     _has_warned = False
 
     @torch.no_grad()
@@ -49,13 +48,13 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
         """
         self._consolidated, self._consolidated_steps = None, None
         numbers = self._numbers()
-        found: dict[_Path, Tensor] = {}
+        found: dict[Path, Tensor] = {}
         exported = self._exported_state()
         for state_lists, cohort in zip(self._per_group_state_lists, self._cohorts, strict=True):
-            own: dict[_Path, Tensor] = {}
+            own: dict[Path, Tensor] = {}
             for param in cohort.params:
                 blocks = {k: v for k, v in exported[param].items() if isinstance(v, Mapping)}
-                own.update(_leaves(blocks, (numbers[param],)))
+                own.update((path, local(t)) for path, t in leaves(blocks, (numbers[param],)))
             groups = _groups_to_gather_over(state_lists[DISTRIBUTOR])
             for index, group in enumerate(groups):
                 is_last = index == len(groups) - 1
@@ -64,22 +63,9 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
         if not dist.is_initialized() or dist.get_rank() == to:
             self._consolidated, self._consolidated_steps = found, self._steps()
 
-    def state_dict(self) -> StateDict:
-        """The state, by the numbers of the parameters, and the parameter groups.
-
-        Under DDP and `fully_shard` these are the blocks of this rank, except after
-        `consolidate_state_dict()`.
-        """
-        self._is_exporting = True
-        try:
-            return super().state_dict()
-        finally:
-            self._is_exporting = False
-
-    def _exported_state(self) -> dict[Tensor, dict[str, Any]]:
-        exported = super()._exported_state()
-        if not self._is_exporting:
-            return exported
+    def _state_to_save(self) -> dict[Tensor, dict[str, Any]]:
+        """The blocks of this rank, except after `consolidate_state_dict()`."""
+        exported = self._exported_state()
         if self._consolidated is None or self._consolidated_steps != self._steps():
             self._consolidated = None
             self._warn_of_a_partial_state()
@@ -119,34 +105,29 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
         """
         check_form(state_dict)
         state_dict = {**state_dict, "state": self._resharded(state_dict)}
-        if any(getattr(lists[DISTRIBUTOR], "keeps_a_part", False) for lists in self._lists()):
+        if self._keeps_a_part():
             state_dict["state"] = self._own_part(state_dict)
         super().load_state_dict(state_dict)
 
     def _resharded(self, state_dict: StateDict) -> dict[Any, Any]:
         """The saved state under the keys of the shards of now, parameter by parameter."""
         result = dict(state_dict["state"])
-        if not all(isinstance(lists[DISTRIBUTOR], Distributor) for lists in self._lists()):
+        if not all(isinstance(distributor, Distributor) for distributor in self._distributors()):
             return result  # FSDP1, and what else only Meta's package has
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            for identifier, param in zip(saved_group["params"], group["params"], strict=False):
-                tree = result.get(identifier)
-                if isinstance(tree, Mapping) and (is_of_shards(tree) or num_shards(param)):
-                    result[identifier] = resharded(tree, param, group, self._name_of(param))
+        for identifier, tree, param, group in self._saved_trees(state_dict):
+            if is_of_shards(tree) or num_shards(param):
+                result[identifier] = resharded(tree, param, group, self._name_of(param))
         return result
 
     def _own_part(self, state_dict: StateDict) -> dict[Any, Any]:
         """The saved state without the blocks of other ranks."""
-        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        saved, own = state_dict["state"], dict(state_dict["state"])
-        exported = super()._exported_state()
+        own = dict(state_dict["state"])
+        exported = self._exported_state()
         missing, foreign = [], set()
-        for identifier, param in zip(ids, params, strict=False):
-            tree, present = saved.get(identifier), exported.get(param)
-            if not isinstance(tree, Mapping) or present is None:
+        for identifier, tree, param, _ in self._saved_trees(state_dict):
+            if param not in exported:
                 continue
-            blocks = {key for key, value in present.items() if isinstance(value, Mapping)}
+            blocks = {key for key, value in exported[param].items() if isinstance(value, Mapping)}
             missing += [
                 f"{key} of parameter {self._name_of(param)}" for key in blocks - tree.keys()
             ]
@@ -163,8 +144,7 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
         return own
 
     def _warn_of_a_partial_state(self) -> None:
-        distributors = [lists[DISTRIBUTOR] for lists in self._lists()]
-        if self._has_warned or not any(getattr(d, "keeps_a_part", False) for d in distributors):
+        if self._has_warned or not self._keeps_a_part():
             return
         self._has_warned = True
         logger.warning(
@@ -173,20 +153,25 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
             dist.get_rank(),
         )
 
-    def _lists(self) -> Iterator[Any]:
-        yield from self._per_group_state_lists
+    def _saved_trees(
+        self, state_dict: StateDict
+    ) -> Iterator[tuple[Any, Mapping[Any, Any], Tensor, dict[str, Any]]]:
+        """Every parameter with its key and entry in a saved state, and its group."""
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            for identifier, param in zip(saved_group["params"], group["params"], strict=False):
+                tree = state_dict["state"].get(identifier)
+                if isinstance(tree, Mapping):
+                    yield identifier, tree, param, group
+
+    def _keeps_a_part(self) -> bool:
+        return any(getattr(one, "keeps_a_part", False) for one in self._distributors())
+
+    def _distributors(self) -> list[Any]:
+        return [lists[DISTRIBUTOR] for lists in self._per_group_state_lists]
 
     def _numbers(self) -> dict[Tensor, int]:
         params = [param for group in self.param_groups for param in group["params"]]
         return {param: number for number, param in enumerate(params)}
-
-
-def _leaves(tree: Mapping[Any, Any], path: _Path) -> Iterator[tuple[_Path, Tensor]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, key))
-        elif isinstance(value, Tensor):
-            yield (*path, key), value.to_local() if hasattr(value, "to_local") else value
 
 
 def _groups_to_gather_over(distributor: Any) -> list[Any]:
@@ -197,12 +182,12 @@ def _groups_to_gather_over(distributor: Any) -> list[Any]:
     return [dist.group.WORLD] if own is None else list(own())
 
 
-def _gather(own: dict[_Path, Tensor], group: Any, is_kept: bool) -> dict[_Path, Tensor]:
+def _gather(own: dict[Path, Tensor], group: Any, is_kept: bool) -> dict[Path, Tensor]:
     """The tensors of all ranks of a group, on the CPU; one rank's where several have a path."""
     everyones: list[Any] = [None] * dist.get_world_size(group)
     described = [(path, tuple(t.shape), t.dtype, t.device.type) for path, t in own.items()]
     dist.all_gather_object(everyones, described, group=group)
-    found: dict[_Path, Tensor] = {}
+    found: dict[Path, Tensor] = {}
     seen = set()
     me = dist.get_rank(group)
     for rank, entries in enumerate(everyones):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -197,25 +197,15 @@ def _factors(
         if spec.size == 0:
             continue
         measures = preconditioners.measure(number)
-        # One transfer for all four.
-        rows = torch.stack(
-            (
-                measures.condition,
-                measures.residual,
-                measures.factor_norm,
-                measures.root_norm,
-            ),
-            dim=1,
-        ).tolist()
+        # One transfer for all of them.
+        names = [field.name for field in fields(measures)]
+        rows = torch.stack([getattr(measures, name) for name in names], dim=1).tolist()
         for slot, row in zip(spec.slots, rows, strict=True):
             found.setdefault(slot[0], []).append(
                 FactorDiagnostics(
-                    dimensions[slot],
-                    spec.size,
-                    condition=row[0],
-                    residual=row[1],
-                    factor_norm=row[2],
-                    root_norm=row[3],
+                    dimension=dimensions[slot],
+                    size=spec.size,
+                    **dict(zip(names, row, strict=True)),
                     steps_since_good_root=since.get(slot),
                 )
             )

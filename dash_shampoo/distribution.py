@@ -45,7 +45,7 @@ class DashDDPDistributedConfig(DDPDistributedConfig):
         return {
             **vars(self),
             "replicas": None,
-        }  # nor pickled; loading keeps the constructor's config
+        }  # nor pickled; a load keeps the constructor's config
 
 
 class ManyProcesses(DistributedShampoo):
@@ -107,20 +107,6 @@ class ManyProcesses(DistributedShampoo):
             state_lists[DISTRIBUTOR].flight = self._flight
         with self._flight.over_group(is_last=state_lists is self._per_group_state_lists[-1]):
             super()._group_step_body(state_lists, *args)
-
-    @torch.no_grad()
-    def train(self) -> None:
-        """Puts the parameters to the training sequence; without averaging does nothing."""
-        for state_lists in self._per_group_state_lists:
-            take_weights(state_lists)
-        super().train()
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Puts the parameters to the evaluation sequence; without averaging does nothing."""
-        for state_lists in self._per_group_state_lists:
-            take_weights(state_lists)
-        super().eval()
 
 
 def shares_errors(compute: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from dash_shampoo.base import (
     PREVIOUS_GRAD_SELECTOR,
     DistributedShampoo,
     PreconditionerValueError,
+    take_weights,
 )
 from dash_shampoo.guards import settings
 from dash_shampoo.guards.arguments import check_complete
@@ -121,13 +122,15 @@ class FollowingShampoo(ReconstructibleShampoo):
         self._switch("eval")
 
     def _switch(self, mode: str) -> None:
-        if self._is_inside:
-            getattr(super(), mode)()
+        if not self._is_inside:
+            with self._neutral():
+                self._follow()
+                with self._inside():
+                    self._switch(mode)
             return
-        with self._neutral():
-            self._follow()
-            with self._inside():
-                getattr(super(), mode)()
+        for state_lists in self._per_group_state_lists:
+            take_weights(state_lists)
+        getattr(super(), mode)()
 
     def _follow(self) -> None:
         """Takes over what has changed in the user's world since the last step."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import SingleDeviceDistributedConfig
+from dash_shampoo.guards import trees
 from dash_shampoo.guards.arguments import check_options
 from dash_shampoo.guards.cohorts import PARAM_NAMES, PARAMS, Cohort, options_of
 from dash_shampoo.guards.settings import STRUCTURE
@@ -170,7 +171,7 @@ def check_values(saved: Mapping[Tensor, Any], name_of: Callable[[Tensor], str]) 
                 what = "holds nan or inf"
             if what is not None:
                 raise ValueError(
-                    f"{_REFUSED} {'.'.join(path)} of parameter {name_of(param)} {what}. Load another "
+                    f"{_REFUSED} {trees.name_of(path)} of parameter {name_of(param)} {what}. Load another "
                     "checkpoint, or leave this parameter's entry empty ({}), so that it begins anew."
                 )
 

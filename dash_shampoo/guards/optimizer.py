@@ -39,7 +39,8 @@ class GuardedShampoo(FollowingShampoo):
 
         Keys, shapes and dtypes are those of the base's class. Configs in the groups read as strings, for
         tools that take plain values only, and are configs again where they are copied or loaded. A
-        parameter without state (a frozen one) has an empty entry.
+        parameter without state (a frozen one) has an empty entry. Under DDP and `fully_shard` the blocks
+        are those of this rank, except after `consolidate_state_dict()`.
 
         Returns:
             A dict for `load_state_dict` of this class and of the base's.
@@ -48,7 +49,7 @@ class GuardedShampoo(FollowingShampoo):
             return DistributedShampoo.state_dict(self)
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state = self._exported_state()
+        state = self._state_to_save()
         for group, known in zip(self.param_groups, self._settings, strict=True):
             known.resolve_beta3(group)  # a scheduler may have edited beta1 since the last step
         groups, numbers = exported_groups(self.param_groups)
@@ -60,6 +61,9 @@ class GuardedShampoo(FollowingShampoo):
             replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         return state_dict
+
+    def _state_to_save(self) -> dict[Tensor, dict[str, Any]]:
+        return self._exported_state()
 
     def _exported_state(self) -> dict[Tensor, dict[str, Any]]:
         """Nested dicts of the state's tensors, by parameter."""

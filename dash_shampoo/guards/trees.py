@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dash_shampoo.buckets import bind_, row_of
 
-Path = tuple[str, ...]
+Path = tuple[Any, ...]
 STEP: Final = "step"
 LR_SUM: Final = "lr_sum"
 TRAIN_MODE: Final = "train_mode"
@@ -27,12 +27,17 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield path, tree
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from leaves(value, (*path, str(key)))
+            yield from leaves(value, (*path, key))
     elif isinstance(tree, (list, tuple)):
         for index, value in enumerate(tree):
-            yield from leaves(value, (*path, str(index)))
+            yield from leaves(value, (*path, index))
     elif hasattr(tree, "load_state_dict"):
         yield from leaves(vars(tree), path)
+
+
+def name_of(path: Path) -> str:
+    """A path in words."""
+    return ".".join(map(str, path))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -51,16 +56,18 @@ def paired(target: Any, source: Any) -> tuple[list[tuple[Tensor, Tensor]], list[
     Returns:
         Pairs of local tensors, into which and which, and in words where the structures differ.
     """
-    targets, sources = dict(leaves(target)), dict(leaves(source))
+    # Tools that flatten a state turn the numbers of the factor matrices into strings.
+    targets, sources = (
+        {name_of(path): local(tensor) for path, tensor in leaves(tree)} for tree in (target, source)
+    )
     pairs, problems = [], []
-    for path in {**targets, **sources}:
-        name = ".".join(path)
-        if path not in sources:
+    for name in {**targets, **sources}:
+        if name not in sources:
             problems.append(f"{name} is missing")
-        elif path not in targets:
+        elif name not in targets:
             problems.append(f"{name} is not known here")
         else:
-            into, other = local(targets[path]), local(sources[path])
+            into, other = targets[name], sources[name]
             pairs.append((into, other))
             if into.shape != other.shape:
                 shape, expected = tuple(other.shape), tuple(into.shape)
