@@ -58,11 +58,8 @@ def language_model(
         >>> [len(group["params"]) for group in optimizer.param_groups]
         [1, 1, 3]
     """
-    adam = AdamPreconditionerConfig(beta2=beta2, epsilon=1e-8)
-    return {
-        "params": param_groups(model, adam=adam),
-        **_common(DefaultDashConfig, adam, lr, beta2, weight_decay, precondition_frequency),
-    }
+    options = _common(DefaultDashConfig, lr, beta2, weight_decay, precondition_frequency)
+    return {"params": param_groups(model, adam=options["grafting_config"]), **options}
 
 
 def convnet(
@@ -96,16 +93,12 @@ def convnet(
         >>> len(optimizer.param_groups)
         1
     """
-    adam = AdamPreconditionerConfig(beta2=beta2, epsilon=1e-8)
-    return {
-        "params": list(model.named_parameters()),
-        **_common(DefaultDashConvnetConfig, adam, lr, beta2, weight_decay, precondition_frequency),
-    }
+    options = _common(DefaultDashConvnetConfig, lr, beta2, weight_decay, precondition_frequency)
+    return {"params": list(model.named_parameters()), **options}
 
 
 def _common(
     config: DashShampooPreconditionerConfig,
-    adam: AdamPreconditionerConfig,
     lr: float,
     beta2: float,
     weight_decay: float,
@@ -119,7 +112,7 @@ def _common(
         "weight_decay_type": WeightDecayType.DECOUPLED,
         "max_preconditioner_dim": 1024,
         "precondition_frequency": precondition_frequency,
-        "grafting_config": adam,
+        "grafting_config": AdamPreconditionerConfig(beta2=beta2, epsilon=1e-8),
         "preconditioner_config": config,
     }
 

@@ -115,7 +115,7 @@ class FailureLedger:
         counts = self._counts.copy()
         for outcome in self.pending:
             for (block, _), code in zip(outcome.slots, outcome.codes(), strict=True):
-                counts[block] += InverseRootStatus(code) in _MEANING
+                counts[block] += code in _MEANING
         return counts
 
     def counts(self) -> dict[str, int]:
@@ -155,33 +155,30 @@ class FailureLedger:
                 "used as it is. This is logged once."
             )
         # Later outcomes of a slot supersede earlier ones.
-        latest: dict[Slot, InverseRootStatus] = {}
-        for slot, code in zip(slots, codes, strict=True):
-            status = InverseRootStatus(code)
-            latest[slot] = status
-            if status in _MEANING:
-                self._counts[slot[0]] += 1
-        by_block: dict[int, list[tuple[int, InverseRootStatus]]] = defaultdict(list)
+        latest = dict(zip(slots, map(InverseRootStatus, codes), strict=True))
+        failures: dict[int, list[tuple[int, InverseRootStatus]]] = defaultdict(list)
         for (block, number), status in sorted(latest.items()):
-            by_block[block].append((number, status))
-
+            failed = failures[block]  # empty where all is well
+            if status in _MEANING:
+                failed.append((number, status))
+        self._counts.update(
+            block for (block, _), code in zip(slots, codes, strict=True) if code in _MEANING
+        )
+        for block, failed in failures.items():
+            if self._safety is None:
+                self._apply_rules_of_base(block, failed)
+            elif failed:
+                if self._safety.policy == "raise":
+                    raise PreconditionerValueError(self._message(block, *failed[0]))
+                self._warn_once(block, *failed[0])
         if self._safety is None:
-            for block, statuses in by_block.items():
-                self._apply_rules_of_base(block, statuses)
             return []
-        return self._apply_safety(by_block)
+        return [(block, number) for block, failed in failures.items() for number, _ in failed]
 
-    def _apply_rules_of_base(
-        self, block: int, statuses: list[tuple[int, InverseRootStatus]]
-    ) -> None:
+    def _apply_rules_of_base(self, block: int, failed: list[tuple[int, InverseRootStatus]]) -> None:
         factors = self._blocks[block]
-        failed = [number for number, s in statuses if s is InverseRootStatus.FAILED]
-        for number, status in statuses:
-            if status in (
-                InverseRootStatus.NON_FINITE_INPUT,
-                InverseRootStatus.NON_FINITE_RESULT,
-                InverseRootStatus.INACCURATE,
-            ):
+        for number, status in failed:
+            if status is not InverseRootStatus.FAILED:
                 raise PreconditionerValueError(self._message(block, number, status))
         if not failed:
             factors._failed_amortized_computation_counter = 0
@@ -189,24 +186,11 @@ class FailureLedger:
         factors._failed_amortized_computation_counter += 1
         if factors._failed_amortized_computation_counter > self._num_tolerated_failures:
             raise ValueError(
-                f"{self._message(block, failed[0], InverseRootStatus.FAILED)} It failed "
+                f"{self._message(block, *failed[0])} It failed "
                 f"{factors._failed_amortized_computation_counter} times in a row, more than "
                 f"num_tolerated_failed_amortized_computations={self._num_tolerated_failures}."
             )
-        self._warn_once(block, failed[0], InverseRootStatus.FAILED)
-
-    def _apply_safety(self, by_block: dict[int, list[tuple[int, InverseRootStatus]]]) -> list[Slot]:
-        assert self._safety is not None
-        bad = []
-        for block, statuses in by_block.items():
-            for number, status in statuses:
-                if status not in _MEANING:
-                    continue
-                if self._safety.policy == "raise":
-                    raise PreconditionerValueError(self._message(block, number, status))
-                self._warn_once(block, number, status)
-                bad.append((block, number))
-        return bad
+        self._warn_once(block, *failed[0])
 
     def _message(self, block: int, number: int, status: InverseRootStatus) -> str:
         index = self._blocks[block].factor_matrix_indices[number]

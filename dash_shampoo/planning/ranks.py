@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from dash_shampoo.base import DistributedConfig
 from dash_shampoo.buckets import make_layout
@@ -90,8 +91,9 @@ class GroupPlanner:
         self._distributed_config = distributed_config
         self._device = device
         self._num_owners = parallelism.num_owners(distributed_config)
-        self._sharings: dict[tuple[ParameterSpec, ...], Sharing] = {}
-        self._plans: dict[tuple[tuple[ParameterSpec, ...], int], RankPlan] = {}
+        # Most ranks hold the same as others.
+        self._plan = cache(self._plan_anew)
+        self._sharing = cache(self._sharing_anew)
 
     def plan(self, local: tuple[ParameterSpec, ...], replica: int) -> RankPlan:
         """The part of a rank in this group.
@@ -103,16 +105,14 @@ class GroupPlanner:
         Returns:
             The plan.
         """
-        owner = replica % self._num_owners
-        if (local, owner) not in self._plans:
-            self._plans[local, owner] = self._plan(local, owner)
-        return self._plans[local, owner]
+        return self._plan(local, replica % self._num_owners)
 
-    def _plan(self, local: tuple[ParameterSpec, ...], owner: int) -> RankPlan:
-        if local not in self._sharings:
-            blocks = [block for spec in local for block in self._profile.blocks[spec]]
-            self._sharings[local] = share(blocks, self._num_owners, self._distributed_config)
-        sharing = self._sharings[local]
+    def _sharing_anew(self, local: tuple[ParameterSpec, ...]) -> Sharing:
+        blocks = [block for spec in local for block in self._profile.blocks[spec]]
+        return share(blocks, self._num_owners, self._distributed_config)
+
+    def _plan_anew(self, local: tuple[ParameterSpec, ...], owner: int) -> RankPlan:
+        sharing = self._sharing(local)
         owned = sharing.blocks[owner]
         stacked = owned if self._profile.shampoo is not None else ()
         plan = make_layout([block.spec for block in stacked])
