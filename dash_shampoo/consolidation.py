@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch.optim.optimizer import StateDict
 from dash_shampoo.base import DISTRIBUTOR, Distributor
 from dash_shampoo.distribution import ManyProcesses
 from dash_shampoo.guards import GuardedShampoo
-from dash_shampoo.guards.loading import check_form
 from dash_shampoo.guards.trees import Path, leaves, local
 from dash_shampoo.resharding import is_of_shards, num_shards, resharded
 
@@ -82,63 +81,30 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
             tree[keys[-1]] = tensor
         return complete
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Loads a state that this class or the base's `DistributedShampoo` saved, of either base.
+    def _state_to_load(self, saved: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
+        """The saved state under the keys of the shards of now, without the blocks of other ranks."""
+        result = dict(saved)
+        # Not with FSDP1, and what else only Meta's package has.
+        if all(isinstance(distributor, Distributor) for distributor in self._distributors()):
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param in saved and (is_of_shards(saved[param]) or num_shards(param)):
+                        name = self._name_of(param)
+                        result[param] = resharded(saved[param], param, group, name)
+        return self._own_part(result) if self._keeps_a_part() else result
 
-        The state is copied in place and keeps its precision: fp32 factor matrices of bf16 parameters
-        are restored bit for bit. Options in the saved groups are taken over; what the state is built
-        from (preconditioner, grafting, blocking, distribution) stays the constructor's. Blocks that
-        other ranks own may be in it.
-
-        Under `fully_shard`, with replicas (HSDP) or without, blocks are cut from the rows of each shard.
-        A consolidated state fits another number of shards, or one process, where every block of there
-        is a block of here: where the shards of both are multiples of `max_preconditioner_dim` rows, for
-        instance. How many replicas there are does not matter.
-
-        Args:
-            state_dict: As returned by `state_dict()`.
-
-        Raises:
-            ValueError: If groups, keys or shapes do not fit, or the state was saved by one rank alone
-                and lacks this rank's blocks, or on another number of ranks with other blocks; then
-                nothing was changed.
-        """
-        check_form(state_dict)
-        state_dict = {**state_dict, "state": self._resharded(state_dict)}
-        if self._keeps_a_part():
-            state_dict["state"] = self._own_part(state_dict)
-        super().load_state_dict(state_dict)
-
-    def _resharded(self, state_dict: StateDict) -> dict[Any, Any]:
-        """The saved state under the keys of the shards of now, parameter by parameter."""
-        result = dict(state_dict["state"])
-        if not all(isinstance(distributor, Distributor) for distributor in self._distributors()):
-            return result  # FSDP1, and what else only Meta's package has
-        for identifier, tree, param, group in self._saved_trees(state_dict):
-            if is_of_shards(tree) or num_shards(param):
-                result[identifier] = resharded(tree, param, group, self._name_of(param))
-        return result
-
-    def _own_part(self, state_dict: StateDict) -> dict[Any, Any]:
-        """The saved state without the blocks of other ranks."""
-        own = dict(state_dict["state"])
-        exported = self._exported_state()
-        missing, foreign = [], set()
-        for identifier, tree, param, _ in self._saved_trees(state_dict):
-            if param not in exported:
+    def _own_part(self, saved: dict[Tensor, Any]) -> dict[Tensor, Any]:
+        own, missing, foreign = dict(saved), [], set()
+        for param, present in self._exported_state().items():
+            if (tree := saved.get(param)) is None:
                 continue
-            blocks = {key for key, value in exported[param].items() if isinstance(value, Mapping)}
+            blocks = {key for key, value in present.items() if isinstance(value, Mapping)}
+            others = {k for k, v in tree.items() if isinstance(v, Mapping) and k not in blocks}
             missing += [
                 f"{key} of parameter {self._name_of(param)}" for key in blocks - tree.keys()
             ]
-            foreign |= {
-                str(k) for k, v in tree.items() if isinstance(v, Mapping) and k not in blocks
-            }
-            own[identifier] = {
-                key: value
-                for key, value in tree.items()
-                if key in blocks or not isinstance(value, Mapping)
-            }
+            foreign |= set(map(str, others))
+            own[param] = {key: value for key, value in tree.items() if key not in others}
         if missing and foreign:
             raise ValueError(_what_happened(missing, foreign))
         return own
@@ -152,16 +118,6 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
             "consolidate_state_dict() on every rank before rank 0 saves.",
             dist.get_rank(),
         )
-
-    def _saved_trees(
-        self, state_dict: StateDict
-    ) -> Iterator[tuple[Any, Mapping[Any, Any], Tensor, dict[str, Any]]]:
-        """Every parameter with its key and entry in a saved state, and its group."""
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            for identifier, param in zip(saved_group["params"], group["params"], strict=False):
-                tree = state_dict["state"].get(identifier)
-                if isinstance(tree, Mapping):
-                    yield identifier, tree, param, group
 
     def _keeps_a_part(self) -> bool:
         return any(getattr(one, "keeps_a_part", False) for one in self._distributors())

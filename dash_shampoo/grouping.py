@@ -272,14 +272,12 @@ def param_groups(
 
 
 def _check_rules(rules: Sequence[ParamRule], options: Mapping[str, Any]) -> None:
-    seen = set(options)
-    for rule in rules:
-        if rule.name in seen:
-            raise ValueError(
-                f"The name {rule.name!r} of a rule is taken already: names must differ, also from "
-                f"{', '.join(options)}."
-            )
-        seen.add(rule.name)
+    names = [*options, *(rule.name for rule in rules)]
+    if taken := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"The name {taken[0]!r} of a rule is taken already: names must differ, also from "
+            f"{', '.join(options)}."
+        )
 
 
 def _trainable(

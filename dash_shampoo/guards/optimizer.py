@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -63,6 +64,7 @@ class GuardedShampoo(FollowingShampoo):
         return state_dict
 
     def _state_to_save(self) -> dict[Tensor, dict[str, Any]]:
+        """What `state_dict` holds; for a subclass that knows blocks of other processes."""
         return self._exported_state()
 
     def _exported_state(self) -> dict[Tensor, dict[str, Any]]:
@@ -84,14 +86,22 @@ class GuardedShampoo(FollowingShampoo):
 
         The state is copied in place and keeps its precision: fp32 factor matrices of bf16 parameters
         are restored bit for bit. Options in the saved groups are taken over; what the state is built
-        from (preconditioner, grafting, blocking, distribution) stays the constructor's.
+        from (preconditioner, grafting, blocking, distribution) stays the constructor's. Blocks that
+        other ranks own may be in it.
+
+        Under `fully_shard`, with replicas (HSDP) or without, blocks are cut from the rows of each shard.
+        A consolidated state fits another number of shards, or one process, where every block of there
+        is a block of here: where the shards of both are multiples of `max_preconditioner_dim` rows, for
+        instance. How many replicas there are does not matter.
 
         Args:
             state_dict: As returned by `state_dict()`.
 
         Raises:
             TypeError: If it is no state dict, or a saved option has a wrong type.
-            ValueError: If groups, keys or shapes do not fit; then nothing was changed.
+            ValueError: If groups, keys or shapes do not fit, or the state was saved by one rank alone
+                and lacks this rank's blocks, or on another number of ranks with other blocks; then
+                nothing was changed.
         """
         loading.check_form(state_dict)
         state_dict = state_dict.copy()
@@ -111,6 +121,7 @@ class GuardedShampoo(FollowingShampoo):
 
     def _load(self, saved: dict[Tensor, Any]) -> None:
         self._follow()
+        saved = self._state_to_load(saved)
         loading.check_values(saved, self._name_of)
         steps = loading.steps_to_load(self.param_groups, self._steps(), saved)
         wanted = partition(self.param_groups, steps)
@@ -132,6 +143,10 @@ class GuardedShampoo(FollowingShampoo):
                 (self.train if all(modes) else self.eval)()
         params = [param for cohort in self._cohorts for param in cohort.params]
         self._without_gradient = {p for p in params if loading.is_untouched(self.state[p])}
+
+    def _state_to_load(self, saved: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
+        """A saved state in terms of this process's blocks; for a subclass that knows others."""
+        return dict(saved)
 
     # ------------------------------------------------------------------------------- copies
 

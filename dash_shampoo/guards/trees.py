@@ -112,16 +112,12 @@ class BoundState:
             self._collect(value)
 
     @torch.no_grad()
-    def heal_(self, state: dict[Tensor, Any]) -> int:
+    def heal_(self, state: dict[Tensor, Any]) -> None:
         """Binds again what has left its place.
 
         Args:
             state: The optimizer's state; parameters that are not in it any more stay out.
-
-        Returns:
-            How many tensors and dicts that were.
         """
-        num_healed = 0
         for tree, values in [
             (state, {p: t for p, t in self._trees.items() if p in state}),
             *self._dicts,
@@ -129,9 +125,6 @@ class BoundState:
             for key, value in values.items():
                 if tree.get(key) is not value:
                     tree[key] = value
-                    num_healed += 1
         for tensor, row in self._rows:
             if tensor.data_ptr() != row.data_ptr():
                 bind_(tensor, row)
-                num_healed += 1
-        return num_healed
