@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.optimizer import StateDict
 
 from dash_shampoo.base import DISTRIBUTOR, Distributor
 from dash_shampoo.distribution import ManyProcesses
@@ -31,7 +30,7 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
     # By the number of the parameter and the keys down to the tensor.
     _consolidated: dict[Path, Tensor] | None = None
     _consolidated_steps: dict[Tensor, int] | None = None
-    _has_warned = False
+    _has_warned_of_a_part = False
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -110,9 +109,9 @@ class ConsolidatingShampoo(GuardedShampoo, ManyProcesses):
         return own
 
     def _warn_of_a_partial_state(self) -> None:
-        if self._has_warned or not self._keeps_a_part():
+        if self._has_warned_of_a_part or not self._keeps_a_part():
             return
-        self._has_warned = True
+        self._has_warned_of_a_part = True
         logger.warning(
             "This state_dict() holds the blocks of rank %d alone. Save it on every rank, or call "
             "consolidate_state_dict() on every rank before rank 0 saves.",
