@@ -25,13 +25,17 @@ class Cohort:
 
     Attributes:
         group_index: Which of the user's groups it belongs to.
-        params: Its parameters.
-        group: The base's group: these parameters, and the options of the user's group.
+        group: The base's group: some of its parameters, and its options.
     """
 
     group_index: int
-    params: tuple[Tensor, ...]
     group: dict[str, Any]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Its parameters."""
+        params: list[Tensor] = self.group[PARAMS]
+        return params
 
 
 def partition(groups: Sequence[Mapping[str, Any]], steps: Mapping[Tensor, int]) -> list[Cohort]:
@@ -56,11 +60,8 @@ def partition(groups: Sequence[Mapping[str, Any]], steps: Mapping[Tensor, int]) 
                 # A parameter that is given twice is trained once.
                 part.setdefault(param, names[position] if names else None)
         for part in members.values():
-            options = options_of(group)
-            options[PARAMS] = list(part)
-            if names:
-                options[PARAM_NAMES] = list(part.values())
-            cohorts.append(Cohort(group_index=index, params=tuple(part), group=options))
+            named = {PARAM_NAMES: list(part.values())} if names else {}
+            cohorts.append(Cohort(index, {**options_of(group), PARAMS: list(part), **named}))
     return cohorts
 
 

@@ -78,8 +78,7 @@ class GuardedShampoo(FollowingShampoo):
             return {}
         with self._inside():
             exported = DistributedShampoo.state_dict(self)
-        params = [param for cohort in self._cohorts for param in cohort.params]
-        return {param: exported["state"][number] for number, param in enumerate(params)}
+        return {param: exported["state"][i] for i, param in enumerate(self._seen.params)}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Loads a state that this class or the base's `DistributedShampoo` saved, of either base.
@@ -141,8 +140,9 @@ class GuardedShampoo(FollowingShampoo):
                 post_hook(self)  # of Meta's class
             if modes:  # as before the load; the copied state may be of the other
                 (self.train if all(modes) else self.eval)()
-        params = [param for cohort in self._cohorts for param in cohort.params]
-        self._without_gradient = {p for p in params if loading.is_untouched(self.state[p])}
+        self._without_gradient = {
+            param for param in self._seen.params if loading.is_untouched(self.state[param])
+        }
 
     def _state_to_load(self, saved: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
         """A saved state in terms of this process's blocks; for a subclass that knows others."""

@@ -110,7 +110,6 @@ class ReconstructibleShampoo(DistributedShampoo):
         for known, group in zip(self._settings, self.param_groups, strict=True):
             known.resolve_beta3(group)
         self._cohorts = partition(self.param_groups, steps)
-        edited_betas = [cohort.group["betas"] for cohort in self._cohorts]
         for cohort in self._cohorts:
             # Filtered gradients stay in the state when beta1 has been set to 0.
             beta1 = self._settings[cohort.group_index].first_beta1
@@ -123,11 +122,10 @@ class ReconstructibleShampoo(DistributedShampoo):
                 cohort.group["distributed_config"] = copy(cohort.group["distributed_config"])
         with _collector_paused():
             self._construct_base()
-        if len(edited_betas) == len(self._cohorts):
-            for cohort, betas in zip(self._cohorts, edited_betas, strict=True):
-                cohort.group["betas"] = betas
         for cohort in self._cohorts:
-            self.param_groups[cohort.group_index].update(options_of(cohort.group))
+            group = self.param_groups[cohort.group_index]
+            cohort.group["betas"] = group["betas"]
+            group.update(options_of(cohort.group))
         for group in self.param_groups:
             _complete(group)
         self._settings = [
@@ -169,12 +167,7 @@ class ReconstructibleShampoo(DistributedShampoo):
         """Takes the groups as the base has resolved them, and those that it has split."""
         # Meta's package splits groups with num_sub_groups > 1. Each part is then a cohort.
         owner = {id(param): c.group_index for c in self._cohorts for param in c.params}
-        self._cohorts = [
-            Cohort(
-                group_index=owner[id(group[PARAMS][0])], params=tuple(group[PARAMS]), group=group
-            )
-            for group in self.param_groups
-        ]
+        self._cohorts = [Cohort(owner[id(group[PARAMS][0])], group) for group in self.param_groups]
 
     def _reconstruct(self, steps: Mapping[Tensor, int], what: str) -> None:
         """Constructs the base anew and keeps the state.

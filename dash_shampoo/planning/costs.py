@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import compress
 from typing import Any
@@ -103,8 +103,7 @@ class GroupCost:
         config = profile.shampoo or RootInvShampooPreconditionerConfig()
         solver: Any = config.amortized_computation_config
         safety = getattr(config, "safety", None)
-        is_wide = config.factor_matrix_dtype == torch.float64
-        compute_dtype = torch.float64 if is_wide else torch.float32
+        compute_dtype = torch.promote_types(config.factor_matrix_dtype, torch.float32)
         self._inverse_dtype, self._num_passes = _application(config)
         # KL-Shampoo takes outer products of gradients preconditioned in all other dimensions.
         self._is_kl = isinstance(config, _KL)
@@ -161,25 +160,28 @@ class GroupCost:
         )
         if self._device is None:
             return flops
-        others = sum(size for kind, size in block.state_bytes if kind not in FACTOR_KINDS)
-        bandwidth = self._device.memory_bandwidth
-        return flops + StepCost(
-            factor_update_seconds=self._device.matmul_seconds(
+        phases = {
+            "factor_update_seconds": (
                 outer,
                 len(sizes) * grad_bytes + 2 * factor_bytes,
                 precision_of(spec.dtype, self._use_tf32),
             ),
-            inverse_root_seconds=self._device.matmul_seconds(
-                root_flops + eigh_flops, moved / frequency, self._solver_precision
+            "inverse_root_seconds": (
+                root_flops + eigh_flops,
+                moved / frequency,
+                self._solver_precision,
             ),
-            precondition_seconds=self._device.matmul_seconds(
+            "precondition_seconds": (
                 mode,
                 2 * len(sizes) * numel * self._inverse_dtype.itemsize + inverse_bytes,
                 precision_of(self._inverse_dtype, self._use_tf32),
             ),
-            # The state is read and written; the gradient and the direction are read.
-            elementwise_seconds=(2 * others + 2 * grad_bytes) / bandwidth,
-        )
+        }
+        seconds = {phase: self._device.matmul_seconds(*work) for phase, work in phases.items()}
+        # The state is read and written; the gradient and the direction are read.
+        others = sum(size for kind, size in block.state_bytes if kind not in FACTOR_KINDS)
+        elementwise = (2 * others + 2 * grad_bytes) / self._device.memory_bandwidth
+        return replace(flops, elementwise_seconds=elementwise, **seconds)
 
 
 def _application(config: BaseShampooPreconditionerConfig) -> tuple[torch.dtype, int]:
