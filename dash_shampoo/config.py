@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from dash_shampoo.base import (
     BaseShampooPreconditionerConfig,
@@ -22,7 +22,7 @@ from dash_shampoo.base import (
     RootInvShampooPreconditionerConfig,
 )
 from dash_shampoo.inverse_root import MinimaxConfig
-from dash_shampoo.inverse_root.fields import check_field, is_int
+from dash_shampoo.inverse_root.fields import check_choice, check_field, check_positive_int
 
 __all__ = [
     "DashEigendecomposedKLShampooPreconditionerConfig",
@@ -78,11 +78,8 @@ class SafetyConfig:
     gradients: GradientPolicy = "skip_block"
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("policy", get_args(SafetyPolicy)),
-            ("gradients", get_args(GradientPolicy)),
-        ):
-            check_field(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        check_choice(self, "policy", SafetyPolicy)
+        check_choice(self, "gradients", GradientPolicy)
         check_field(
             self,
             "residual_threshold",
@@ -120,12 +117,7 @@ class StackedConfig:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # the base's config
-        check_field(
-            self,
-            "max_workspace_bytes",
-            is_int(self.max_workspace_bytes) and self.max_workspace_bytes >= 1,
-            "an integer of at least 1",
-        )
+        check_positive_int(self, "max_workspace_bytes")
 
 
 def gradient_policies(configs: Sequence[PreconditionerConfig]) -> list[GradientPolicy]:
