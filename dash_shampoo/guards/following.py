@@ -156,9 +156,8 @@ class FollowingShampoo(ReconstructibleShampoo):
         groups = self.param_groups
         for index, group in enumerate(groups):
             check_complete(group, index)
-        for index in range(len(self._settings), len(groups)):
-            self._settings.append(GroupSettings(groups[index]))
-        del self._settings[len(groups) :]
+        known = self._settings[: len(groups)]
+        self._settings = known + [GroupSettings(group) for group in groups[len(known) :]]
         for index, group in enumerate(groups):
             self._check_group(group, index)
         present = [param for group in groups for param in group[PARAMS]]

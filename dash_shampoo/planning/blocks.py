@@ -150,10 +150,7 @@ def profile_groups(
         }
         for specs, own, config in zip(distinct, group_options, configs, strict=True)
     ]
-    replaced = ("preconditioner_config", "distributed_config")
-    optimizer = _Allocating(
-        groups, **{key: value for key, value in options.items() if key not in replaced}
-    )
+    optimizer = _Allocating(groups, **options)
     return [
         _read_profile(optimizer, number, specs, config)
         for number, (specs, config) in enumerate(zip(distinct, configs, strict=True))
