@@ -42,18 +42,6 @@ _META_MODULES = (
 
 # What only Meta's package has (FSDP1); without it, the names say so.
 META_ONLY = ("FSDPDistributedConfig", "HSDPDistributedConfig", "compile_fsdp_parameter_metadata")
-if TYPE_CHECKING:
-    from dash_shampoo.base.embedded.configs import *
-    from dash_shampoo.base.embedded.distributed_configs import *
-    from dash_shampoo.base.embedded.keys import *
-    from dash_shampoo.base.embedded.matrix_function_configs import *
-    from dash_shampoo.base.embedded.optimizer import DistributedShampoo
-    from dash_shampoo.base.embedded.preconditioner_list import *
-    from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
-
-    FSDPDistributedConfig: Any
-    HSDPDistributedConfig: Any
-    compile_fsdp_parameter_metadata: Any
 
 __all__ = [
     "DISTRIBUTOR",
@@ -179,16 +167,13 @@ def _choose(variables: Mapping[str, str]) -> Literal["meta", "embedded"]:
     return "meta"
 
 
-def _load(base: Literal["meta", "embedded"]) -> dict[str, Any]:
-    """Everything that the door takes from a base.
+def _load_meta() -> dict[str, Any]:
+    """Everything that the door takes from Meta's package.
 
     Raises:
-        ImportError: If Meta's package lacks a name.
+        ImportError: If it lacks a name.
     """
-    wanted = set(__all__) - _OURS
-    if base == "embedded":
-        return {n: getattr(import_module(f"{__name__}.embedded"), n) for n in wanted}
-    wanted |= set(META_ONLY)
+    wanted = {*__all__, *META_ONLY} - _OURS
     found: dict[str, Any] = {}
     for module in map(import_module, _META_MODULES):
         found |= {n: getattr(module, n) for n in wanted - found.keys() if hasattr(module, n)}
@@ -242,6 +227,25 @@ def _say_what_is_missing(missing: str) -> Any:
 name: Literal["meta", "embedded"] = _choose(os.environ)
 # What is here so far is the same on both bases.
 _OURS = frozenset(globals())
-if not TYPE_CHECKING:
-    globals().update(_load(name))
+if TYPE_CHECKING or name == "embedded":
+    from dash_shampoo.base.embedded.configs import *
+    from dash_shampoo.base.embedded.distributed_configs import *
+    from dash_shampoo.base.embedded.keys import *
+    from dash_shampoo.base.embedded.matrix_function_configs import *
+    from dash_shampoo.base.embedded.optimizer import DistributedShampoo
+    from dash_shampoo.base.embedded.preconditioner_list import (
+        AdagradPreconditionerList,
+        PreconditionerList,
+        PreconditionerValueError,
+        SGDPreconditionerList,
+    )
+    from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
+else:
+    globals().update(_load_meta())
+
+if TYPE_CHECKING:
+    FSDPDistributedConfig: Any
+    HSDPDistributedConfig: Any
+    compile_fsdp_parameter_metadata: Any
+else:
     __getattr__ = _say_what_is_missing
