@@ -203,7 +203,7 @@ def copies(
         for key in SHARED:
             values = sorted(float(tree[key]) for tree in trees.values() if key in tree)
             if values:
-                shared[key] = torch.tensor(values[0])
+                shared[key] = torch.tensor(values[0], dtype=torch.float64)
                 if not math.isclose(values[0], values[-1], rel_tol=1e-6):
                     problems.append(f"{key} is {values[0]:g} and {values[-1]:g} in one group")
         for param, tree in trees.items():
