@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dash_shampoo as ds
-from dash_shampoo.buckets import ActiveStack
+from dash_shampoo.buckets.layout import ActiveStack
 from experiments.study.questions import TASKS
 from experiments.study.runs import Store, result
 from experiments.study.sides import Shampoo, Side

@@ -33,8 +33,8 @@ PHASES = {
     r"(Adagrad|SGD|RMSprop|Adam|Grafting)\w*\.(update|precondition)": "grafting",
     r"(^|\.)_?(gather\w*|merge_and_block_gradients)$": "gather",
     r"(^|\.)_?(refresh\w*|settle\w*|inverse_root)$": "roots",
-    r"\._update_factor_matrices$|\.update_(preconditioners|buckets)$": "factor update",
-    r"\.(precondition|precondition_buckets|_precondition_piece)$": "precondition",
+    r"\._update_factor_matrices$|\.update_preconditioners$": "factor update",
+    r"\.(precondition|_precondition_piece)$": "precondition",
     r"_precondition_and_graft\w*$": "grafting",
     r"\.update_params$": "update",
 }

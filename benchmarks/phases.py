@@ -22,14 +22,12 @@ _METHODS: dict[str, dict[str, str]] = {
         # The exchange of updates, and their addition to the parameters.
         "update_params": "communication",
     },
-    "dash_buckets": {"_on_buckets": "gather", "_to_blocks": "gather"},
+    "dash_buckets": {"on_buckets": "gather", "to_blocks": "gather"},
     "shampoo_preconditioner_list": {
         "_update_factor_matrices": "factors",
         "_accumulate_all_": "factors",
         # What is left of them: the roots, or eigenvectors.
-        "update_buckets": "roots",
         "update_preconditioners": "roots",
-        "precondition_buckets": "precondition",
         "precondition": "precondition",
     },
     "grafting_preconditioner_list": {

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import (
-    DISTRIBUTOR,
     LR_CPU_PINNED,
     MASKED_BLOCKED_GRADS,
     GridBlocks,
     WeightDecayType,
 )
 from dash_shampoo.base import name as base_name
-from dash_shampoo.buckets import ActiveStack, gather
+from dash_shampoo.buckets.layout import ActiveStack
+from dash_shampoo.buckets.transfer import gather
 from dash_shampoo.config import GradientPolicy
 from dash_shampoo.graphs import Graphs
-from dash_shampoo.preconditioners import Outcomes
+from dash_shampoo.preconditioners.refresh import Outcomes
 from dash_shampoo.step import STEP, BucketStep
 
 # Numbers of a list that its kernels are given.
@@ -97,7 +97,7 @@ class CapturedStep(BucketStep):
         if settings["iterate_averaging_enabled"] and base_name == "meta":
             return None  # reads a coefficient from the device
 
-        self._selected = selection = self._select(state_lists)
+        self._selected = selection = self._select()
         grads = tuple(self._grads[piece.bucket.number][piece.slots] for piece in selection.pieces)
         for tensor, piece in zip(grads, selection.pieces, strict=True):
             gather(state_lists[MASKED_BLOCKED_GRADS], piece, out=tensor)
@@ -105,15 +105,13 @@ class CapturedStep(BucketStep):
         self._step_there.fill_(int(step))
         self._divisor_there.fill_(divisor)
 
-        distributor = state_lists[DISTRIBUTOR]
-        is_shared = not self._gives_grids or distributor.is_shared
-        is_updated = not is_shared and self.observer is None
+        is_updated = self._gives_grids and not self._is_shared and self.observer is None
 
         def launch() -> None:
             lists = self._lists_with(grads, state_lists, selection)
             directions = compute(state_lists=lists, **{**settings, "step": self._step_there})
             if is_updated:
-                distributor.update_params(self._to_blocks(directions))
+                self._distributor.update_params(self.to_blocks(directions))
             else:
                 torch._foreach_copy_(grads, tuple(directions))
 
@@ -121,7 +119,8 @@ class CapturedStep(BucketStep):
             if stacked is None:
                 launch()
                 return []
-            with stacked.captured(None if divisor == 1.0 else self._divisor_there) as outcomes:
+            there = None if divisor == 1.0 else self._divisor_there
+            with stacked.captured(step, there) as outcomes:
                 launch()
             return outcomes
 
@@ -144,7 +143,7 @@ class CapturedStep(BucketStep):
         # Its decay is a number of the host that follows the learning rate.
         is_corrected = settings["weight_decay_type"] == WeightDecayType.CORRECTED
         return (
-            tuple(state_lists[DISTRIBUTOR].local_grad_selector),
+            tuple(self._distributor.local_grad_selector),
             tuple(sorted(numbers.items())),
             tuple(getattr(self._shampoo, name, None) for name in _NUMBERS),
             state_lists[LR_CPU_PINNED].item()

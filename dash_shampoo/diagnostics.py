@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import DISTRIBUTOR, SHAMPOO_PRECONDITIONER_LIST
-from dash_shampoo.buckets import Piece
+from dash_shampoo.buckets.layout import Piece
 from dash_shampoo.inverse_root.result import is_usable
-from dash_shampoo.preconditioners import StackedPreconditionerList
+from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import Slot, slot_norms
 from dash_shampoo.step import BUCKETS
 
@@ -196,17 +196,17 @@ def _factors(
     for number, spec in enumerate(layout.stacks):
         if spec.size == 0:
             continue
-        measures = preconditioners.measure(number)
-        # One transfer for all of them.
-        names = [field.name for field in fields(measures)]
-        rows = torch.stack([getattr(measures, name) for name in names], dim=1).tolist()
-        for slot, row in zip(spec.slots, rows, strict=True):
+        for slot, row in zip(spec.slots, preconditioners.measure(number).tolist(), strict=True):
+            condition, residual, factor_norm, root_norm = row
             found.setdefault(slot[0], []).append(
                 FactorDiagnostics(
-                    dimension=dimensions[slot],
-                    size=spec.size,
-                    **dict(zip(names, row, strict=True)),
-                    steps_since_good_root=since.get(slot),
+                    dimensions[slot],
+                    spec.size,
+                    condition,
+                    residual,
+                    factor_norm,
+                    root_norm,
+                    since.get(slot),
                 )
             )
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import PreconditionerValueError
-from dash_shampoo.buckets import Layout, Piece
+from dash_shampoo.buckets.layout import Layout, Piece
 from dash_shampoo.config import GradientPolicy
 from dash_shampoo.safety import ADVICE, FailureLedger, is_asynchronous, slot_norms
 

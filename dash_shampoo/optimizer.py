@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,29 +33,12 @@ from dash_shampoo.planning import (
     parallelism_of,
     plan_optimizer,
 )
-from dash_shampoo.preconditioners import (
-    ScalarAdaGradPreconditionerConfig,
-    StackedOptions,
-    StackedPreconditionerList,
-    config_for_base,
-    explanation_of,
-    fall_back,
-    method_of,
-    missing_seam,
-    scalar_list,
-    stacked_list_of,
-    warn_of_known_bad,
-)
-from dash_shampoo.step import (
-    BUCKETS,
-    BucketLists,
-    BucketStep,
-    call,
-    check_gradients,
-    has_refused_gradients,
-    is_time_to_look,
-    missing_step_seam,
-)
+from dash_shampoo.preconditioners import ScalarAdaGradPreconditionerConfig
+from dash_shampoo.preconditioners.choice import preconditioner_list
+from dash_shampoo.preconditioners.scalar import scalar_list
+from dash_shampoo.preconditioners.seams import explanation_of
+from dash_shampoo.preconditioners.stacked import StackedPreconditionerList, leave_out_of_graphs
+from dash_shampoo.step import BUCKETS, STEP, BucketLists, BucketStep, missing_step_seam
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +121,9 @@ class DashShampoo(ConsolidatingShampoo):
         if seam:
             logger.warning("%s It computes its steps block by block.", explanation_of(seam))
             return
-        run: Callable[..., Any] = call
-        if self._shampoo_pt2_compile_config is not None:
-            run = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+        is_compiled = self._shampoo_pt2_compile_config is not None
+        if is_compiled:
+            leave_out_of_graphs(self, "_observe")
         groups = self.param_groups
         policies = gradient_policies([group["preconditioner_config"] for group in groups])
         step_class = CapturedStep if self._capturable else BucketStep
@@ -148,10 +132,10 @@ class DashShampoo(ConsolidatingShampoo):
         ):
             can_serve = BucketStep.can_serve(state_lists)
             if self._capturable:
-                check_capturable(group, policy, run is not call, can_serve)
+                check_capturable(group, policy, is_compiled, can_serve)
             if can_serve:
                 names = self._block_names(state_lists[DISTRIBUTOR].local_block_info_list)
-                state_lists[BUCKETS] = step_class(state_lists, group, names, policy, run)
+                state_lists[BUCKETS] = step_class(state_lists, group, names, policy, is_compiled)
 
     def _reconstruct(self, steps: Mapping[Tensor, int], what: str) -> None:
         # The books are the lists', which are built anew.
@@ -185,7 +169,11 @@ class DashShampoo(ConsolidatingShampoo):
     def _settle(self) -> None:
         """Reads for all groups at once, after a refresh, what an accelerator has not told yet."""
         waiting = [lists for lists in self._stacked_lists() if lists.waits_for_settlement]
-        if waiting or is_time_to_look(self._lists_of_groups()):
+        if waiting or any(
+            lists[BUCKETS].is_time_to_look(int(lists[STEP]))
+            for lists in self._lists_of_groups()
+            if BUCKETS in lists
+        ):
             guards = [step.gradient_guard for step in self._bucket_steps()]
             settle_together([lists.ledger for lists in waiting], guards)
             for lists in waiting:
@@ -206,10 +194,12 @@ class DashShampoo(ConsolidatingShampoo):
                 yield state_lists[BUCKETS]
 
     def _check_gradients(self) -> None:
-        check_gradients(self._lists_of_groups())
+        if len(self._per_group_state_lists) > 1:
+            for buckets in self._bucket_steps():
+                buckets.check_gradients()
 
     def _has_refused_gradients(self, state_lists: dict[str, Any]) -> bool:
-        return has_refused_gradients(state_lists)
+        return BUCKETS in state_lists and state_lists[BUCKETS].has_refused_gradients
 
     @shares_errors
     def _compute_search_directions(
@@ -220,7 +210,7 @@ class DashShampoo(ConsolidatingShampoo):
         if buckets is None:
             return super()._compute_search_directions(state_lists=state_lists, **settings)
         if self.collects_diagnostics or HISTORY in state_lists:
-            buckets.run(observe, state_lists, self.collects_diagnostics)
+            self._observe(state_lists)
         compute = super()._compute_search_directions
         if isinstance(buckets, CapturedStep):
             captured = buckets.search(state_lists, settings, compute)
@@ -234,24 +224,16 @@ class DashShampoo(ConsolidatingShampoo):
 
     @torch.no_grad()
     def _precondition_and_grafting(
-        self,
-        state_lists: dict[str, Any],
-        masked_filtered_grad_list: tuple[Tensor, ...],
-        use_grafting_method: bool,
-        grafting_config_not_none: bool,
+        self, state_lists: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor, ...]:
         """The base's; on bucket tensors with the norms of every slot."""
-        if not isinstance(state_lists, BucketLists):
-            return super()._precondition_and_grafting(
-                state_lists,
-                masked_filtered_grad_list,
-                use_grafting_method,
-                grafting_config_not_none,
-            )
-        buckets: BucketStep = state_lists[BUCKETS]
-        return buckets.directions(
-            state_lists, masked_filtered_grad_list, use_grafting_method, grafting_config_not_none
-        )
+        if isinstance(state_lists, BucketLists):
+            buckets: BucketStep = state_lists[BUCKETS]
+            return buckets.directions(state_lists, *args, **kwargs)
+        return super()._precondition_and_grafting(state_lists, *args, **kwargs)
+
+    def _observe(self, state_lists: dict[str, Any]) -> None:
+        observe(state_lists, self.collects_diagnostics)
 
     def _preconditioner_config_to_list_cls(
         self,
@@ -268,31 +250,12 @@ class DashShampoo(ConsolidatingShampoo):
             )
         if isinstance(preconditioner_config, ScalarAdaGradPreconditionerConfig):
             return scalar_list(preconditioner_config, self.state, distributor)
-        for_base = config_for_base(preconditioner_config)
-        stacked_list = stacked_list_of(for_base)
-        if stacked_list is None:
-            if preconditioner_config is group["preconditioner_config"]:
-                logger.info(
-                    "%s has no factor matrices, or is not known: it runs on the base's own list.",
-                    type(preconditioner_config).__name__,
-                )
-            return super()._preconditioner_config_to_list_cls(
-                state_lists, group, preconditioner_config
-            )
-
-        method = method_of(for_base)
-        # The base swallows an unknown method as a failed computation, so it must be refused here.
-        stacked_list.check_method(method)
-        base_list = super()._preconditioner_config_to_list_cls(state_lists, group, for_base)
-        if seam := missing_seam(base_list, stacked_list.block_seams, stacked_list.list_seams):
-            return fall_back(base_list, seam, method)
-        warn_of_known_bad(preconditioner_config, group, base_list)
-        return stacked_list.adopt(
-            base_list,
+        return preconditioner_list(
+            preconditioner_config,
+            group,
+            partial(super()._preconditioner_config_to_list_cls, state_lists, group),
             block_list=distributor.local_blocked_params,
             block_names=self._block_names(distributor.local_block_info_list),
-            options=StackedOptions(preconditioner_config),
-            group=group,
             is_compiled=self._shampoo_pt2_compile_config is not None,
         )
 
@@ -355,8 +318,8 @@ class DashShampoo(ConsolidatingShampoo):
         Returns:
             Counts of this rank's blocks; parameters without a failure are absent.
         """
-        present = (lists.failure_counts() for lists in self._stacked_lists())
-        return _sum([self._earlier_failures[0], *present])
+        counts = [lists.ledger.counts() for lists in self._stacked_lists()]
+        return _sum(self._earlier_failures[0], *counts)
 
     def gradient_failure_counts(self) -> dict[str, int]:
         """How many gradients of blocks were not finite since the start, by the name of their parameter.
@@ -366,12 +329,9 @@ class DashShampoo(ConsolidatingShampoo):
         Returns:
             Counts of this rank's blocks; parameters without such a gradient are absent.
         """
-        present = (step.gradient_guard.counts() for step in self._bucket_steps())
-        return _sum([self._earlier_failures[1], *present])
+        counts = [step.gradient_guard.counts() for step in self._bucket_steps()]
+        return _sum(self._earlier_failures[1], *counts)
 
 
-def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for part in counts:
-        total.update(part)
-    return dict(total)
+def _sum(*counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sum(map(Counter, counts), Counter()))

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -33,22 +34,15 @@ from dash_shampoo.base import (
     GridBlocks,
     SGDPreconditionerList,
 )
-from dash_shampoo.buckets import (
-    GridsOfPiece,
-    Piece,
-    gather,
-    grids_of_pieces,
-    layout_of_shapes,
-    stack_,
-)
-from dash_shampoo.buckets.layout import MAX_KEPT_SELECTIONS
+from dash_shampoo.buckets.layout import ActiveLayout, Piece, make_layout
+from dash_shampoo.buckets.storage import stack_
+from dash_shampoo.buckets.transfer import GridsOfPiece, gather, grids_of_pieces
 from dash_shampoo.config import GradientPolicy
 from dash_shampoo.gradients import GradientGuard
-from dash_shampoo.preconditioners import (
-    ScalarAdagradPreconditionerList,
-    StackedPreconditionerList,
-    precondition_and_graft,
-)
+from dash_shampoo.preconditioners.grafting import precondition_and_graft
+from dash_shampoo.preconditioners.scalar import ScalarAdagradPreconditionerList
+from dash_shampoo.preconditioners.seams import block_specs
+from dash_shampoo.preconditioners.stacked import StackedPreconditionerList, leave_out_of_graphs
 from dash_shampoo.safety import is_asynchronous
 
 BUCKETS = "dash_buckets"
@@ -128,7 +122,7 @@ class BucketStep:
         group: The parameter group.
         block_names: For each block the name of its parameter.
         gradient_policy: What a gradient that is not finite leads to.
-        run: Calls what must stay out of a compiled step.
+        is_compiled: Whether the optimizer's step is compiled; what is done here stays out of it.
     """
 
     def __init__(
@@ -137,23 +131,21 @@ class BucketStep:
         group: Mapping[str, Any],
         block_names: Sequence[str],
         gradient_policy: GradientPolicy,
-        run: Callable[..., Any],
+        is_compiled: bool,
     ) -> None:
-        distributor = state_lists[DISTRIBUTOR]
+        self._distributor = distributor = state_lists[DISTRIBUTOR]
         self._gives_grids = isinstance(distributor, Distributor)  # and not Meta's
         if self._gives_grids:
             distributor.gives_grids = True
-        self.run = run
         self._group = group
         self._shampoo = state_lists[SHAMPOO_PRECONDITIONER_LIST]
         self._stacked: StackedPreconditionerList | None = None
         if isinstance(self._shampoo, StackedPreconditionerList):
             self._stacked = self._shampoo
-        self._layout = (
-            layout_of_shapes(distributor.local_blocked_params)
-            if self._stacked is None
-            else self._stacked.layout
-        )
+            self._stacked.takes_buckets = True
+            self._layout = self._stacked.layout
+        else:
+            self._layout = make_layout(block_specs(self._shampoo, distributor.local_blocked_params))
         labels = [
             ".".join(map(str, info.composable_block_ids))
             for info in distributor.local_block_info_list
@@ -170,8 +162,10 @@ class BucketStep:
             if isinstance(lists, AdagradPreconditionerList)
         ]
         self.observer: Callable[[Sequence[Tensor], Sequence[Piece]], None] | None = None
-        self._selections: dict[tuple[bool, ...], _Selection] = {}
+        self._selections: WeakKeyDictionary[ActiveLayout, _Selection] = WeakKeyDictionary()
         self._selected: _Selection | None = None
+        if is_compiled:
+            leave_out_of_graphs(self, "on_buckets", "_gather", "directions", "to_blocks")
 
     @staticmethod
     def can_serve(state_lists: Mapping[str, Any]) -> bool:
@@ -196,7 +190,9 @@ class BucketStep:
         Raises:
             PreconditionerValueError: If a gradient is not finite and that raises.
         """
-        return self.run(self._on_buckets, state_lists)  # type: ignore[no-any-return]
+        self._selected = selection = self._select()
+        grads = self._gather(state_lists[MASKED_BLOCKED_GRADS], selection)
+        return self._lists_with(grads, state_lists, selection)
 
     def nothing(self, state_lists: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Directions of zeros for the active blocks."""
@@ -205,35 +201,72 @@ class BucketStep:
     def directions(
         self,
         lists: BucketLists,
-        filtered_grads: Sequence[Tensor],
-        is_warm_up: bool,
-        use_grafting: bool,
+        masked_filtered_grad_list: Sequence[Tensor],
+        use_grafting_method: bool,
+        grafting_config_not_none: bool,
     ) -> tuple[Tensor, ...]:
         """Directions of the pieces, in new memory; see `precondition_and_graft`."""
-
-        def limit_(directions: Sequence[Tensor]) -> None:
-            # Before the start there are no roots.
-            if self._stacked is not None and self._has_started(lists):
-                self._stacked.limit_(directions)
-
-        return self.run(  # type: ignore[no-any-return]
-            precondition_and_graft, lists, filtered_grads, is_warm_up, use_grafting, limit_
+        return precondition_and_graft(
+            lists,
+            masked_filtered_grad_list,
+            use_grafting_method,
+            grafting_config_not_none,
+            self._has_started(lists),
         )
 
     def to_blocks(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
         """Directions of the pieces as views per active block."""
-        return self.run(self._to_blocks, directions)  # type: ignore[no-any-return]
+        assert self._selected is not None
+        if self.observer is not None:
+            self.observer(directions, self._selected.pieces)
+        tensors: dict[int, Tensor] = {}
+        for direction, grids in zip(directions, self._selected.grids_of_pieces, strict=True):
+            tensors.update(zip(grids.numbers, grids.split(direction), strict=True))
+        blocks = [tensors[number] for number in range(len(tensors))]
+        return GridBlocks(self._selected.grids, blocks) if self._gives_grids else tuple(blocks)
+
+    # ------------------------------------------------------------------------ bad gradients
+
+    def check_gradients(self) -> None:
+        """Refuses bad gradients before the first of several groups steps; one alone checks its own.
+
+        Raises:
+            PreconditionerValueError: Where the group's policy is to raise.
+        """
+        if not self._is_shared:
+            infos = self._distributor.local_block_info_list
+            self.gradient_guard.check([info.param for info in infos])
+
+    @property
+    def has_refused_gradients(self) -> bool:
+        """Whether the step ended before a gradient had entered any state, of any process."""
+        return self.gradient_guard.has_refused and not self._is_shared
+
+    def is_time_to_look(self, step: int) -> bool:
+        """Whether to wait for the counts of bad gradients where no refresh ever reads them.
+
+        Groups without roots (Adam's) on an accelerator; every 100 steps, so that waiting costs nothing.
+
+        Args:
+            step: The group's step count.
+        """
+        return (
+            self.gradient_guard.waits
+            and step % _STEPS_BETWEEN_LOOKS == 0
+            # Where others would wait for an error of this process alone, only when they listen.
+            and (not self._is_shared or self._distributor.is_late())
+        )
 
     # ---------------------------------------------------------------------------- internals
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether other processes wait for this one's directions."""
+        return bool(getattr(self._distributor, "is_shared", False))
 
     def _has_started(self, state_lists: Mapping[str, Any]) -> bool:
         start: float = self._group["start_preconditioning_step"]
         return int(state_lists[STEP]) >= start
-
-    def _on_buckets(self, state_lists: Mapping[str, Any]) -> BucketLists | None:
-        self._selected = selection = self._select(state_lists)
-        grads = self._gather(state_lists[MASKED_BLOCKED_GRADS], selection)
-        return self._lists_with(grads, state_lists, selection)
 
     def _lists_with(
         self, grads: tuple[Tensor, ...], state_lists: Mapping[str, Any], selection: _Selection
@@ -244,11 +277,9 @@ class BucketStep:
         for elementwise, views in selection.elementwise:
             elementwise._masked_preconditioner_list = views
         lists = BucketLists({**state_lists, **selection.lists, MASKED_BLOCKED_GRADS: grads})
-        if self._stacked is not None:
-            lists[SHAMPOO_PRECONDITIONER_LIST] = self._stacked.on_buckets(state_lists[STEP])
         del lists[MASKED_BLOCKED_PARAMS]
         params = GridBlocks(selection.grids, [grid.target for grid in selection.grids])
-        lists.gather_params = lambda: self.run(self._gather, params, selection)
+        lists.gather_params = lambda: self._gather(params, selection)
         return lists
 
     @staticmethod
@@ -261,36 +292,18 @@ class BucketStep:
         tensors = blocks.tensors if isinstance(blocks, GridBlocks) else blocks
         return tuple(grids.gather(tensors) for grids in selection.grids_of_pieces)
 
-    def _to_blocks(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
-        assert self._selected is not None
-        if self.observer is not None:
-            self.observer(directions, self._selected.pieces)
-        tensors: dict[int, Tensor] = {}
-        for direction, grids in zip(directions, self._selected.grids_of_pieces, strict=True):
-            tensors.update(zip(grids.numbers, grids.split(direction), strict=True))
-        blocks = [tensors[number] for number in range(len(tensors))]
-        return GridBlocks(self._selected.grids, blocks) if self._gives_grids else tuple(blocks)
+    def _select(self) -> _Selection:
+        active = self._layout.active(tuple(self._distributor.local_grad_selector))
+        if active not in self._selections:
+            self._selections[active] = self._new_selection(active.pieces)
+        return self._selections[active]
 
-    def _select(self, state_lists: Mapping[str, Any]) -> _Selection:
-        distributor = state_lists[DISTRIBUTOR]
-        selector = tuple(distributor.local_grad_selector)
-        found = self._selections.get(selector)
-        if found is None:
-            if len(self._selections) >= MAX_KEPT_SELECTIONS:
-                self._selections.pop(next(iter(self._selections)))
-            found = self._selections[selector] = self._new_selection(selector, distributor)
-        return found
-
-    def _new_selection(self, selector: tuple[bool, ...], distributor: Any) -> _Selection:
-        pieces = self._layout.active(selector).pieces
-        grids: tuple[BlockGrid, ...] = (
-            distributor.grids
-            if self._gives_grids
-            else tuple(
-                BlockGrid((position,), (), block)
-                for position, block in enumerate(distributor.local_masked_blocked_params)
-            )
-        )
+    def _new_selection(self, pieces: tuple[Piece, ...]) -> _Selection:
+        if self._gives_grids:
+            grids: tuple[BlockGrid, ...] = self._distributor.grids
+        else:
+            blocks = self._distributor.local_masked_blocked_params
+            grids = tuple(BlockGrid((place,), (), block) for place, block in enumerate(blocks))
         return _Selection(
             pieces,
             grids,
@@ -305,48 +318,6 @@ class BucketStep:
         )
 
 
-def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses bad gradients before the first of several groups steps; one alone checks its own.
-
-    Args:
-        groups: The lists of each group.
-
-    Raises:
-        PreconditionerValueError: Where the group's policy is to raise.
-    """
-    for state_lists in groups if len(groups) > 1 else ():
-        if BUCKETS in state_lists and not _is_shared(state_lists):
-            infos = state_lists[DISTRIBUTOR].local_block_info_list
-            state_lists[BUCKETS].gradient_guard.check([info.param for info in infos])
-
-
-def has_refused_gradients(state_lists: Mapping[str, Any]) -> bool:
-    """Whether a group's step ended before a gradient had entered any state, of any process."""
-    if BUCKETS not in state_lists or _is_shared(state_lists):
-        return False
-    return bool(state_lists[BUCKETS].gradient_guard.has_refused)
-
-
-def is_time_to_look(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether to wait for the counts of bad gradients where no refresh ever reads them.
-
-    Groups without roots (Adam's) on an accelerator; every 100 steps, so that waiting costs nothing.
-    """
-    return any(
-        BUCKETS in lists
-        and lists[BUCKETS].gradient_guard.waits
-        and int(lists[STEP]) % _STEPS_BETWEEN_LOOKS == 0
-        # Where others would wait for an error of this process alone, only when they listen.
-        and (not _is_shared(lists) or lists[DISTRIBUTOR].is_late())
-        for lists in groups
-    )
-
-
-def _is_shared(state_lists: Mapping[str, Any]) -> bool:
-    """Whether other processes wait for this one's directions."""
-    return bool(getattr(state_lists[DISTRIBUTOR], "is_shared", False))
-
-
 def missing_step_seam() -> str | None:
     """What the base's step lacks for running on bucket tensors, or None."""
     for name, wanted in _STEP_SEAMS.items():
@@ -358,11 +329,6 @@ def missing_step_seam() -> str | None:
             if parameter not in known:
                 return f"DistributedShampoo.{name}({parameter})"
     return None
-
-
-def call(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function: what `torch.compiler.disable` is applied to where a step is compiled."""
-    return function(*args)
 
 
 def _is_elementwise(lists: object) -> bool:

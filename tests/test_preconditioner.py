@@ -14,8 +14,8 @@ import torch
 import dash_shampoo as ds
 from dash_shampoo.inverse_root import InverseRootStatus, solve_stack
 from dash_shampoo.inverse_root.registry import _log_second
-from dash_shampoo.preconditioners import StackedRootInvShampooPreconditionerList, missing_seam
-from dash_shampoo.preconditioners.seams import LIST_SEAMS
+from dash_shampoo.preconditioners import StackedRootInvShampooPreconditionerList
+from dash_shampoo.preconditioners.seams import LIST_SEAMS, missing_seam
 
 SHAPES = [(8, 8), (20, 13), (5,), (), (3, 4, 5)]
 SOLVE = "dash_shampoo.preconditioners.root_inverse.solve_stack"
@@ -473,7 +473,9 @@ def test_without_a_seam_it_runs_block_by_block_and_says_so(where, monkeypatch, c
 
 
 def test_without_a_seam_a_solver_of_ours_is_refused(monkeypatch):
-    monkeypatch.setattr("dash_shampoo.optimizer.missing_seam", lambda *_: "TheList.seam")
+    monkeypatch.setattr(
+        "dash_shampoo.preconditioners.choice.missing_seam", lambda *_: "TheList.seam"
+    )
     config = ds.RootInvShampooPreconditionerConfig(amortized_computation_config=ds.NewtonDBConfig())
     with pytest.raises(RuntimeError, match=r"TheList\.seam.*NewtonDBConfig"):
         build(config, shapes=[(8, 8)])

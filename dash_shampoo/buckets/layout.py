@@ -12,9 +12,10 @@ Nothing here touches a tensor; `storage` holds the memory, `transfer` moves bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, lru_cache, partial
 from typing import overload
 
 import torch
@@ -105,27 +106,29 @@ class Layout:
 
     buckets: tuple[Bucket, ...]
     stacks: tuple[StackSpec, ...]
-    _selections: dict[tuple[bool, ...], ActiveLayout] = field(default_factory=dict, repr=False)
 
-    def active(self, selector: tuple[bool, ...]) -> ActiveLayout:
+    @cached_property
+    def active(self) -> Callable[[tuple[bool, ...]], ActiveLayout]:
         """The layout restricted to the blocks with a gradient; recent selections are remembered.
 
-        Args:
-            selector: One boolean per block: does it have a gradient.
-
-        Returns:
-            The pieces and active stacks; empty ones are left out. Contiguous rows of a stack are
-            slices.
+        Takes one boolean per block (does it have a gradient), and gives the pieces and active stacks;
+        empty ones are left out. Contiguous rows of a stack are slices.
         """
-        found = self._selections.get(selector)
-        if found is None:
-            if len(self._selections) >= MAX_KEPT_SELECTIONS:
-                self._selections.pop(next(iter(self._selections)))
-            found = self._selections[selector] = _activate(self, selector)
-        return found
+        return lru_cache(MAX_KEPT_SELECTIONS)(partial(_activate, self))
+
+    def rows(self, number: int, slots: Sequence[int]) -> ActiveStack:
+        """Some rows of a stack.
+
+        Args:
+            number: Index of the stack.
+            slots: At least one, ascending.
+        """
+        stack = self.stacks[number]
+        rows = rows_of(slots, stack.device)
+        return ActiveStack(number, rows, tuple(stack.slots[slot] for slot in slots))
 
 
-def make_layout(blocks: Sequence[BlockSpec]) -> Layout:
+def make_layout(blocks: Iterable[BlockSpec]) -> Layout:
     """Groups blocks into buckets, and their factor matrices into stacks.
 
     The layout depends on nothing but the arguments, and keeps the order of the blocks, so that every
@@ -147,9 +150,9 @@ def make_layout(blocks: Sequence[BlockSpec]) -> Layout:
         >>> [(stack.size, len(stack.slots)) for stack in layout.stacks]
         [(8, 5), (3, 1)]
     """
-    members: dict[BlockSpec, list[int]] = {}
+    members: dict[BlockSpec, list[int]] = defaultdict(list)
     for index, block in enumerate(blocks):
-        members.setdefault(block, []).append(index)
+        members[block].append(index)
 
     numbers: dict[tuple[int, float, torch.device], int] = {}
     slots: list[list[tuple[int, int]]] = []
@@ -171,23 +174,6 @@ def make_layout(blocks: Sequence[BlockSpec]) -> Layout:
             StackSpec(size, root, device, tuple(slots[number]))
             for (size, root, device), number in numbers.items()
         ),
-    )
-
-
-def layout_of_shapes(blocks: Sequence[torch.Tensor]) -> Layout:
-    """The buckets of blocks that have no factor matrices.
-
-    Args:
-        blocks: The blocks; only their shapes, dtypes and devices are looked at.
-
-    Returns:
-        A layout without stacks.
-    """
-    return make_layout(
-        [
-            BlockSpec(tuple(block.shape), (False,) * block.dim(), (), block.dtype, block.device)
-            for block in blocks
-        ]
     )
 
 
@@ -271,33 +257,21 @@ class ActiveLayout:
     pieces: tuple[Piece, ...]
     stacks: tuple[ActiveStack, ...]
     _layout: Layout = field(repr=False)
-    _shares: dict[int, tuple[tuple[ActiveStack, ...], ...]] = field(
-        default_factory=dict, repr=False
-    )
 
-    def shares(self, count: int) -> tuple[tuple[ActiveStack, ...], ...]:
+    @cached_property
+    def shares(self) -> Callable[[int], tuple[tuple[ActiveStack, ...], ...]]:
         """The active stacks, cut into shares of about the same work.
 
-        Where a stack is cut does not depend on which blocks are active, so that a block stays in its
-        share when other blocks come and go.
-
-        Args:
-            count: Number of shares, at least 1.
-
-        Returns:
-            For each share the rows of the stacks in it; empty ones are left out.
+        Takes the number of shares, at least 1, and gives for each the rows of the stacks in it; empty ones
+        are left out. Where a stack is cut does not depend on which blocks are active, so that a block
+        stays in its share when other blocks come and go.
         """
-        if count not in self._shares:
-            self._shares[count] = _share(self._layout, self.stacks, count)
-        return self._shares[count]
+        return cache(partial(_share, self._layout, self.stacks))
 
 
 def _activate(layout: Layout, selector: Sequence[bool]) -> ActiveLayout:
-    position: dict[int, int] = {}
-    for index, active in enumerate(selector):
-        if active:
-            position[index] = len(position)
-
+    active = (index for index, is_active in enumerate(selector) if is_active)
+    position = {index: place for place, index in enumerate(active)}
     pieces = tuple(
         Piece(bucket, start, stop, tuple(position[i] for i in bucket.blocks[start:stop]))
         for bucket in layout.buckets
@@ -305,15 +279,9 @@ def _activate(layout: Layout, selector: Sequence[bool]) -> ActiveLayout:
     )
     stacks = []
     for number, stack in enumerate(layout.stacks):
-        active_slots = [slot for slot, (index, _) in enumerate(stack.slots) if index in position]
-        if active_slots:
-            stacks.append(
-                ActiveStack(
-                    stack=number,
-                    rows=rows_of(active_slots, stack.device),
-                    slots=tuple(stack.slots[slot] for slot in active_slots),
-                )
-            )
+        slots = [slot for slot, (index, _) in enumerate(stack.slots) if index in position]
+        if slots:
+            stacks.append(layout.rows(number, slots))
     return ActiveLayout(pieces, tuple(stacks), layout)
 
 
@@ -325,16 +293,15 @@ def _share(
     shares: list[list[ActiveStack]] = [[] for _ in range(count)]
     done = 0
     for number, stack in enumerate(layout.stacks):
-        members: dict[int, list[int]] = {}
+        members: dict[int, list[int]] = defaultdict(list)
         for row, slot in enumerate(stack.slots):
             # By the middle of the slot's work, in the order of stacks and slots.
             share = count * (2 * done + stack.size**3) // (2 * total) if total else 0
             done += stack.size**3
             if slot in active.get(number, ()):
-                members.setdefault(share, []).append(row)
+                members[share].append(row)
         for share, rows in members.items():
-            slots = tuple(stack.slots[row] for row in rows)
-            shares[share].append(ActiveStack(number, rows_of(rows, stack.device), slots))
+            shares[share].append(layout.rows(number, rows))
     return tuple(map(tuple, shares))
 
 

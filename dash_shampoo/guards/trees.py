@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dash_shampoo.buckets import bind_, row_of
+from dash_shampoo.buckets.storage import bind_, row_of
 
 Path = tuple[Any, ...]
 STEP: Final = "step"

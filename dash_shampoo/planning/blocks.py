@@ -27,14 +27,13 @@ from dash_shampoo.base import (
     SingleDeviceDistributedConfig,
     own_distributor_class,
 )
-from dash_shampoo.buckets import BlockSpec
+from dash_shampoo.buckets.layout import BlockSpec
 from dash_shampoo.config import base_class_of
 from dash_shampoo.inverse_root import check_supported
-from dash_shampoo.preconditioners import (
-    ScalarAdaGradPreconditionerConfig,
-    config_for_base,
-    scalar_list,
-)
+from dash_shampoo.preconditioners import ScalarAdaGradPreconditionerConfig
+from dash_shampoo.preconditioners.choice import config_for_base
+from dash_shampoo.preconditioners.scalar import scalar_list
+from dash_shampoo.preconditioners.seams import block_specs
 
 _PARAMS = ("params", "param_names")
 META = torch.device("meta")
@@ -206,12 +205,15 @@ def _read_profile(
     group = optimizer.param_groups[number]
     saved = optimizer.state_dict()
     ids, state = saved["param_groups"][number]["params"], saved["state"]
-    block_specs = _block_specs(optimizer._per_group_state_lists[number])
+    lists = optimizer._per_group_state_lists[number]
+    specs_of_blocks = block_specs(
+        lists[SHAMPOO_PRECONDITIONER_LIST], lists[DISTRIBUTOR].local_blocked_params
+    )
     blocks = {}
     shared: dict[int, Tensor] = {}
     for spec, identifier, param in zip(specs, ids, group["params"], strict=True):
         blocks[spec] = tuple(
-            BlockCost(next(block_specs), tuple(_bytes_by_kind(value).items()))
+            BlockCost(next(specs_of_blocks), tuple(_bytes_by_kind(value).items()))
             for value in state[identifier].values()
             if isinstance(value, Mapping)
         )
@@ -224,22 +226,6 @@ def _read_profile(
         shared_bytes=sum(map(_num_bytes, shared.values())),
         blocks=blocks,
     )
-
-
-def _block_specs(state_lists: Mapping[str, Any]) -> Iterator[BlockSpec]:
-    """The blocks of a group, in order."""
-    preconditioners = state_lists[SHAMPOO_PRECONDITIONER_LIST]
-    tensors = state_lists[DISTRIBUTOR].local_blocked_params
-    factors = getattr(preconditioners, "_local_kronecker_factors_unwrapped", None)
-    for index, block in enumerate(tensors):
-        selector: tuple[bool, ...] = (False,) * block.dim()
-        roots: tuple[float, ...] = ()
-        if factors is not None:
-            selector = preconditioners._local_preconditioned_dims_selector_list[index]
-            roots = factors[index].roots
-            if hasattr(factors[index], "corrected_eigenvalues"):  # the one root is not of a factor
-                roots = (1.0,) * sum(selector)
-        yield BlockSpec(tuple(block.shape), tuple(selector), tuple(roots), block.dtype, META)
 
 
 def _bytes_by_kind(state: Mapping[Any, Any], name: str = "") -> Counter[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from dash_shampoo.base import DistributedConfig
-from dash_shampoo.buckets import make_layout
+from dash_shampoo.buckets.layout import make_layout
 from dash_shampoo.planning.blocks import GroupProfile, ParameterSpec
 from dash_shampoo.planning.costs import GroupCost, StepCost, sums_of_fields
 from dash_shampoo.planning.devices import Device

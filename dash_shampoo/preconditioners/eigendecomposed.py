@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import PreconditionerList
-from dash_shampoo.buckets import Piece, Rows, stack_, subset
+from dash_shampoo.buckets.layout import Piece, Rows, subset
+from dash_shampoo.buckets.storage import stack_
 from dash_shampoo.eigenbasis import EigenbasisResult
 from dash_shampoo.inverse_root.eigen import inverse_power
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
-from dash_shampoo.preconditioners.limits import limit_
 from dash_shampoo.preconditioners.modes import by_parts
 
 
@@ -37,6 +35,7 @@ class StackedEigendecomposedShampooPreconditionerList(
         *StackedEigenvectorsPreconditionerList.block_seams,
         "factor_matrices_eigenvalues",
     )
+    has_roots = True
     _eigenvalues: tuple[Tensor, ...]
 
     def _adopt_state(self) -> None:
@@ -44,41 +43,32 @@ class StackedEigendecomposedShampooPreconditionerList(
         blocks = self._local_kronecker_factors_unwrapped
         self._eigenvalues = tuple(
             stack_([blocks[i].factor_matrices_eigenvalues[number] for i, number in stack.slots])
-            for stack in self._layout.stacks
+            for stack in self.layout.stacks
         )
-
-    def limit_(self, directions: Sequence[Tensor]) -> None:
-        """Shortens what a root of round-off made of gradients; see `limits`."""
-        limit_(self, directions, lambda number, rows: self._epsilon, self._is_kl)
 
     def _precondition_piece(
         self, grads: Tensor, piece: Piece, skipped: int | None = None
     ) -> Tensor:
         """U = G ×₁ F₁^(-1/p₁) ×₂ F₂^(-1/p₂) …, except over factor number `skipped`."""
-        return by_parts(
-            grads,
-            lambda blocks, part, out: self._apply_roots_to(blocks, piece, part, skipped, out),
-        )
 
-    def _apply_roots_to(
-        self, grads: Tensor, piece: Piece, part: slice, skipped: int | None, out: Tensor
-    ) -> None:
-        """U of some rows of a piece."""
-        bases = self._bases(piece, part, skipped)
-        rotated = self._to_basis(grads, bases)
-        for number, factor in enumerate(piece.bucket.factors):
-            if number == skipped:
-                continue
-            scale = self._scales(factor.stack, subset(piece.factor_rows(factor), part))
-            shape = [len(grads), *[1] * (grads.dim() - 1)]
-            shape[factor.dimension + 1] = scale.shape[-1]
-            rotated.mul_(scale.view(shape))
-        self._from_basis(rotated, bases, out)
+        def apply_roots(grads: Tensor, part: slice, out: Tensor) -> None:
+            bases = self._bases(piece, part, skipped)
+            rotated = self._to_basis(grads, bases)
+            for factor in piece.bucket.factors:
+                if factor.dimension not in bases:
+                    continue
+                scale = self._scales(factor.stack, subset(piece.factor_rows(factor), part))
+                shape = [len(grads), *[1] * (grads.dim() - 1)]
+                shape[factor.dimension + 1] = scale.shape[-1]
+                rotated.mul_(scale.view(shape))
+            self._from_basis(rotated, bases, out)
+
+        return by_parts(grads, apply_roots)
 
     def _scales(self, number: int, rows: slice) -> Tensor:
         return inverse_power(
             self._eigenvalues[number][rows],
-            self._layout.stacks[number].root,
+            self.layout.stacks[number].root,
             self._epsilon,
             self._options.amortized_computation_config,
         )
@@ -91,11 +81,3 @@ class StackedEigendecomposedShampooPreconditionerList(
         eigenvalues[rows] = torch.where(
             usable, result.eigenvalues.to(eigenvalues.dtype), eigenvalues[rows]
         )
-
-
-class StackedEigendecomposedKLShampooPreconditionerList(
-    StackedEigendecomposedShampooPreconditionerList
-):
-    """KL-Shampoo: the outer products are taken of gradients preconditioned in all other dimensions."""
-
-    _is_kl = True

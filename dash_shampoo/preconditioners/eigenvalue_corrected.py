@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import PreconditionerList
-from dash_shampoo.buckets import ActiveStack, Piece, stack_
+from dash_shampoo.buckets.layout import ActiveStack, Piece
+from dash_shampoo.buckets.storage import stack_
 from dash_shampoo.eigenbasis import follows_a_basis, is_identity
 from dash_shampoo.preconditioners.eigenvectors import StackedEigenvectorsPreconditionerList
 from dash_shampoo.preconditioners.modes import by_parts, contract, parts
@@ -40,59 +40,37 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
     )
     _second_moments: tuple[Tensor, ...]
 
-    def _roots_of(self, factors: object, selector: tuple[bool, ...]) -> tuple[float, ...]:
-        # The one root is that of the second moment; the factor matrices are decomposed alone.
-        return (1.0,) * sum(selector)
-
     def _adopt_state(self) -> None:
         super()._adopt_state()
         blocks = self._local_kronecker_factors_unwrapped
         self._second_moments = tuple(
             stack_([blocks[index].corrected_eigenvalues for index in bucket.blocks])
-            for bucket in self._layout.buckets
+            for bucket in self.layout.buckets
         )
-        self._skips_first = bool(getattr(self._options, "skip_first_step", False))
-        self._aligns = bool(getattr(self._options, "align_second_moment", False))
+        self._skips_first = getattr(self._options, "skip_first_step", False)
+        self._aligns = getattr(self._options, "align_second_moment", False)
         self._is_idle = False  # whether this step has no direction
-        self._exponents = [1 / blocks[bucket.blocks[0]].roots[0] for bucket in self._layout.buckets]
+        self._exponents = [1 / blocks[bucket.blocks[0]].roots[0] for bucket in self.layout.buckets]
 
-    @torch.no_grad()
-    def update_buckets(
-        self,
-        masked_grad_list: Sequence[Tensor],
-        step: Tensor,
-        perform_amortized_computation: bool = False,
-    ) -> None:
-        """Accumulates the factor matrices, refreshes the bases when due, then the second moments.
-
-        Args:
-            masked_grad_list: Gradients, (K, *shape) of each piece.
-            step: Step count, a CPU tensor.
-            perform_amortized_computation: Whether the bases are due.
-
-        Raises:
-            PreconditionerValueError: If a factor matrix is not finite.
-            ValueError: If the eigenvectors of a block failed more often in a row than is tolerated.
-        """
+    def _update(self, grads: Sequence[Tensor], step: Tensor, is_due: bool) -> None:
+        """Accumulates the factor matrices, refreshes the bases when due, then the second moments."""
         self._is_idle = self._skips_first and int(step) == 1
         if self._is_idle:  # in the basis of the parameters, from which it is carried over
-            self._accumulate_all_(masked_grad_list)
-        super().update_buckets(masked_grad_list, step, perform_amortized_computation)
+            self._accumulate_all_(grads)
+        super()._update(grads, step, is_due)
         if not self._is_idle:
-            self._accumulate_all_(masked_grad_list)
+            self._accumulate_all_(grads)
 
-    def _accumulate_all_(self, masked_grad_list: Sequence[Tensor]) -> None:
-        for piece, grads in zip(self._active.pieces, masked_grad_list, strict=True):
-            second_moment = self._second_moments[piece.bucket.number][piece.slots]
-            for part in parts(grads):
-                self._accumulate_(second_moment[part], grads[part], self._bases(piece, part))
-
-    def _accumulate_(self, second_moment: Tensor, grads: Tensor, bases: dict[int, Tensor]) -> None:
+    def _accumulate_all_(self, grads_of_pieces: Sequence[Tensor]) -> None:
         """V ← beta2·V + w·(G in its basis)²."""
-        rotated = self._to_basis(grads, bases)
-        if self._beta2 != 1.0:
-            second_moment.mul_(self._beta2)
-        second_moment.addcmul_(rotated, rotated, value=self._weighting_factor)
+        for piece, grads in zip(self._active.pieces, grads_of_pieces, strict=True):
+            second_moments = self._second_moments[piece.bucket.number][piece.slots]
+            for part in parts(grads):
+                rotated = self._to_basis(grads[part], self._bases(piece, part))
+                second_moment = second_moments[part]
+                if self._beta2 != 1.0:
+                    second_moment.mul_(self._beta2)
+                second_moment.addcmul_(rotated, rotated, value=self._weighting_factor)
 
     def _precondition_piece(
         self, grads: Tensor, piece: Piece, skipped: int | None = None
@@ -101,15 +79,15 @@ class StackedEigenvalueCorrectedShampooPreconditionerList(
         del skipped
         if self._is_idle:
             return torch.zeros_like(grads)
-        return by_parts(grads, partial(self._direction, piece))
+        second_moments = self._second_moments[piece.bucket.number][piece.slots]
 
-    def _direction(self, piece: Piece, grads: Tensor, part: slice, out: Tensor) -> None:
-        """Adam's direction in the eigenbasis, of some rows of a piece."""
-        bases = self._bases(piece, part)
-        second_moment = self._second_moments[piece.bucket.number][piece.slots][part]
-        denominator = second_moment.div(self.divisor)
-        denominator.pow_(self._exponents[piece.bucket.number]).add_(self._epsilon)
-        self._from_basis(self._to_basis(grads, bases).div_(denominator), bases, out)
+        def direction(grads: Tensor, part: slice, out: Tensor) -> None:
+            bases = self._bases(piece, part)
+            denominator = second_moments[part].div(self.divisor)
+            denominator.pow_(self._exponents[piece.bucket.number]).add_(self._epsilon)
+            self._from_basis(self._to_basis(grads, bases).div_(denominator), bases, out)
+
+        return by_parts(grads, direction)
 
     # -------------------------------------------------------------------------- the refresh
 

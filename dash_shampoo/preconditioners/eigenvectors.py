@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dash_shampoo.base import EigendecompositionConfig, EighEigendecompositionConfig
-from dash_shampoo.buckets import ActiveStack, MatrixStack, Piece, Rows, num_rows, subset
+from dash_shampoo.base import EighEigendecompositionConfig
+from dash_shampoo.buckets.layout import ActiveStack, Piece, Rows, num_rows, subset
+from dash_shampoo.buckets.storage import MatrixStack
 from dash_shampoo.eigenbasis import (
     EigenbasisResult,
     check_basis_supported,
@@ -21,9 +22,8 @@ from dash_shampoo.eigenbasis import (
     is_identity,
     method_at,
 )
-from dash_shampoo.preconditioners.measures import FactorMeasures, measure_basis
+from dash_shampoo.preconditioners.measures import measure_basis
 from dash_shampoo.preconditioners.modes import contract
-from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous
 
@@ -31,30 +31,20 @@ from dash_shampoo.safety import is_asynchronous
 class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
     """A list that keeps the eigenvectors Q of every factor matrix, refreshed stack by stack."""
 
-    block_seams: tuple[str, ...] = (*BLOCK_SEAMS, "factor_matrices_eigenvectors")
-    subject: str = "eigenvectors"
+    block_seams = (*StackedPreconditionerList.block_seams, "factor_matrices_eigenvectors")
+    subject = "eigenvectors"
+    check_method = staticmethod(check_basis_supported)
     _eigenvectors: tuple[MatrixStack, ...]
 
-    @staticmethod
-    def check_method(method: EigendecompositionConfig) -> None:
-        """Refuses a way to compute eigenvectors that is not known.
-
-        Args:
-            method: Its config.
-
-        Raises:
-            ValueError: If there is none for it.
-        """
-        check_basis_supported(method)
-
-    def _check_roots(self, roots: set[float]) -> None:
-        check_basis_supported(self._options.amortized_computation_config, self._epsilon)
+    def _check(self, block_list: Sequence[Tensor], block_names: Sequence[str]) -> None:
+        self._method = self._options.amortized_computation_config
+        check_basis_supported(self._method, self._epsilon)
 
     def _adopt_state(self) -> None:
-        self._eigenvectors = self._stack_matrices("factor_matrices_eigenvectors", packed=False)
-        self._method = self._options.amortized_computation_config
+        self._eigenvectors = self._stack_matrices("factor_matrices_eigenvectors")
+        self._basis_dtype: torch.dtype = self._options.factor_matrix_eigenvectors_dtype
         # Stacks in which a row may still have the identity it was made with; of a number it is the basis.
-        self._may_lack_basis = [stack.size > 1 for stack in self._layout.stacks]
+        self._may_lack_basis = [stack.size > 1 for stack in self.layout.stacks]
 
     # --------------------------------------------------------------------- the basis at work
 
@@ -78,11 +68,6 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
         """G ×₁ Q₁ ×₂ Q₂ …, back in the basis of the parameters."""
         transposed = {dimension: Q.mT for dimension, Q in bases.items()}
         contract(rotated, transposed, self._basis_dtype, out)
-
-    @property
-    def _basis_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._preconditioner_config.factor_matrix_eigenvectors_dtype
-        return dtype
 
     # -------------------------------------------------------------------------- the refresh
 
@@ -114,47 +99,38 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
         Returns:
             The status of each row.
         """
-        number, spec = active.stack, self._layout.stacks[active.stack]
-        dtype = torch.promote_types(self._options.factor_matrix_dtype, torch.float32)
-
-        def load(part: slice) -> tuple[Tensor, Tensor]:
-            rows = subset(active.rows, part)
-            Q = self._eigenvectors[number].data[rows]
-            return self._bias_corrected(number, rows).to(dtype), Q.to(dtype)
-
-        config = self._method
+        number, Q = active.stack, self._eigenvectors[active.stack].data
+        may_lack = self._may_lack_basis[number] and follows_a_basis(self._method)
         lost = None
-        if (
-            is_asynchronous(spec.device)
-            and self._may_lack_basis[number]
-            and follows_a_basis(config)
-        ):
+        if may_lack and is_asynchronous(Q.device):
             # A host synchronisation, in the first refresh of a stack.
-            lost = is_identity(self._eigenvectors[number].data[active.rows]).nonzero().flatten()
+            lost = is_identity(Q[active.rows]).nonzero().flatten()
         status = eigenbasis_stack(
-            load,
+            lambda part: self._load(number, subset(active.rows, part)),
             lambda part, result: self._store(number, subset(active.rows, part), result),
             num_matrices=num_rows(active.rows),
-            size=spec.size,
-            config=config,
+            size=Q.shape[-1],
+            config=self._method,
             epsilon=self._epsilon,
-            dtype=dtype,
-            device=spec.device,
+            dtype=self._solving_dtype,
+            device=Q.device,
             max_workspace_bytes=self._options.max_workspace_bytes,
         )
         if lost is not None:
             self._may_lack_basis[number] = len(lost) > 0
             if len(lost):
-                rows = torch.arange(len(self._eigenvectors[number].data), device=spec.device)
+                rows = torch.arange(len(Q), device=Q.device)
                 status[lost] = self._decompose(number, rows[active.rows][lost])
         return status
 
+    def _load(self, number: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The factor matrices of some rows and their eigenvectors, in the dtype for solving."""
+        Q = self._eigenvectors[number].data[rows].to(self._solving_dtype)
+        return self._bias_corrected(number, rows), Q
+
     def _decompose(self, number: int, rows: Rows) -> Tensor:
         """Finds the eigenvectors of a few rows from nothing; gives their status."""
-        A = self._bias_corrected(number, rows)
-        A = A.to(torch.promote_types(A.dtype, torch.float32))
-        Q = self._eigenvectors[number].data[rows]
-        result = eigenbasis(A, Q, EighEigendecompositionConfig())
+        result = eigenbasis(*self._load(number, rows), EighEigendecompositionConfig())
         self._store(number, rows, result)
         return result.status
 
@@ -170,8 +146,5 @@ class StackedEigenvectorsPreconditionerList(StackedPreconditionerList):
         del number, rows
         return None
 
-    def _measure(self, number: int, rows: slice) -> FactorMeasures:
-        A = self._bias_corrected(number, rows)
-        A = A.to(torch.promote_types(A.dtype, torch.float32))
-        Q = self._eigenvectors[number].data[rows].to(A.dtype)
-        return measure_basis(A, Q, self._epsilon, self._scales(number, rows))
+    def _measure(self, number: int, rows: slice) -> Tensor:
+        return measure_basis(*self._load(number, rows), self._epsilon, self._scales(number, rows))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import GRAFTING_PRECONDITIONER_LIST, SHAMPOO_PRECONDITIONER_LIST
+from dash_shampoo.preconditioners.limits import limit_
 from dash_shampoo.preconditioners.modes import parts
+from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import slot_norms
 
-# Where the base's elementwise lists have the second moments of the active blocks.
+# Where the base's elementwise lists have the second moments of the active blocks; given anew in every step.
 _MOMENTS = "_masked_preconditioner_list"
 # What the base adds to a norm before it divides by it.
 _SMALLEST_NORM = 1e-16
@@ -25,7 +27,7 @@ def precondition_and_graft(
     filtered_grads: Sequence[Tensor],
     is_warm_up: bool,
     use_grafting: bool,
-    limit_: Callable[[Sequence[Tensor]], None],
+    has_started: bool,
 ) -> tuple[Tensor, ...]:
     """P = P_shampoo · ‖P_grafting‖ / ‖P_shampoo‖ by slot; P_grafting before the first roots.
 
@@ -34,7 +36,7 @@ def precondition_and_graft(
         filtered_grads: (K, *shape) of each piece; not modified.
         is_warm_up: Whether the grafting's direction is taken as it is.
         use_grafting: Whether there is a grafting.
-        limit_: Shortens directions without one, where no gradient can have them.
+        has_started: Whether there may be roots, so that directions without a grafting have a limit.
 
     Returns:
         Directions of the pieces, in new memory.
@@ -42,7 +44,8 @@ def precondition_and_graft(
     if is_warm_up:
         grafted = _precondition(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
         return _in_dtypes_of(filtered_grads, grafted)
-    directions = _precondition(lists[SHAMPOO_PRECONDITIONER_LIST], filtered_grads)
+    shampoo = lists[SHAMPOO_PRECONDITIONER_LIST]
+    directions = _precondition(shampoo, filtered_grads)
     if use_grafting:
         scales = _norms_of_directions(lists[GRAFTING_PRECONDITIONER_LIST], filtered_grads)
         norms = [*map(slot_norms, directions)]
@@ -50,8 +53,8 @@ def precondition_and_graft(
         torch._foreach_div_(scales, norms)
         for direction, scale in zip(directions, scales, strict=True):
             direction.mul_(scale.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
-    else:
-        limit_(directions)
+    elif has_started and isinstance(shampoo, StackedPreconditionerList):
+        limit_(shampoo, directions)
     return _in_dtypes_of(filtered_grads, directions)
 
 
@@ -62,17 +65,13 @@ def _norms_of_directions(lists: Any, grads: Sequence[Tensor]) -> list[Tensor]:
         return [*map(slot_norms, _precondition(lists, grads))]
     moments: Sequence[Tensor] | None = getattr(lists, _MOMENTS, None)
     norms = []
-    try:
-        for number, (grad, cut) in enumerate(zip(grads, cuts, strict=True)):
-            norms_of_parts = []
-            for part in cut:
-                if moments is not None:
-                    setattr(lists, _MOMENTS, (moments[number][part],))
-                norms_of_parts.append(slot_norms(_precondition(lists, (grad[part],))[0]))
-            norms.append(torch.cat(norms_of_parts))
-    finally:
-        if moments is not None:
-            setattr(lists, _MOMENTS, moments)
+    for number, (grad, cut) in enumerate(zip(grads, cuts, strict=True)):
+        norms_of_parts = []
+        for part in cut:
+            if moments is not None:
+                setattr(lists, _MOMENTS, (moments[number][part],))
+            norms_of_parts.append(slot_norms(_precondition(lists, (grad[part],))[0]))
+        norms.append(torch.cat(norms_of_parts))
     return norms
 
 
@@ -92,19 +91,11 @@ def _precondition(lists: Any, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     There, second moments below 6e-8 are 0 and those above 65504 infinite, and so would be the quotients;
     and a direction has its final size after grafting only.
     """
-    is_half = [grad.dtype == torch.float16 for grad in grads]
-    if not any(is_half):
-        directions = lists.precondition(masked_grad_list=grads)
-    else:
-        moments: Sequence[Tensor] | None = getattr(lists, _MOMENTS, None)
-        if moments is not None:
-            setattr(lists, _MOMENTS, tuple(map(_in_range, moments)))
-        grads = tuple(g.float() if h else g for g, h in zip(grads, is_half, strict=True))
-        try:
-            directions = lists.precondition(masked_grad_list=grads)
-        finally:
-            if moments is not None:
-                setattr(lists, _MOMENTS, moments)
+    if any(grad.dtype == torch.float16 for grad in grads):
+        if hasattr(lists, _MOMENTS):
+            setattr(lists, _MOMENTS, tuple(map(_in_range, getattr(lists, _MOMENTS))))
+        grads = tuple(g.float() if g.dtype == torch.float16 else g for g in grads)
+    directions = lists.precondition(masked_grad_list=grads)
     # The identity (SGD) gives the very gradients back, which may be the state.
     return tuple(
         direction.clone() if direction is grad else direction

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.buckets import Piece, Rows
+from dash_shampoo.buckets.layout import Piece
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous, slot_norms
 
@@ -17,12 +17,7 @@ _NEUTRAL_EXPONENT = 0.5
 
 
 @torch.no_grad()
-def limit_(
-    lists: StackedPreconditionerList,
-    directions: Sequence[Tensor],
-    damping_of: Callable[[int, Rows], Tensor | float],
-    is_kl: bool = False,
-) -> None:
+def limit_(lists: StackedPreconditionerList, directions: Sequence[Tensor]) -> None:
     """Shortens directions that no gradient in the factor matrices could have, of undamped blocks.
 
     With exponents that sum to 1/2, whatever has entered F ← β₂F + w·GGᵀ with weight w gets a direction of
@@ -34,19 +29,17 @@ def limit_(
     Args:
         lists: The list that made them.
         directions: (K, *shape) of each piece; modified.
-        damping_of: What was added to the diagonals of rows of a stack.
-        is_kl: Whether outer products are taken of gradients preconditioned in all other dimensions.
-            (Default: False)
     """
     options = lists._options
-    # Scaled factor matrices make directions of any size; without an epsilon a pseudo-inverse truncates.
-    is_scaled = options.use_trace_scaling or options.use_dimension_normalization
-    if is_scaled or lists._epsilon == 0.0:
+    if not lists.has_roots or lists._epsilon == 0.0:  # where a pseudo-inverse truncates
+        return
+    # Scaled factor matrices make directions of any size.
+    if options.use_trace_scaling or options.use_dimension_normalization:
         return
     for direction, piece in zip(directions, lists._active.pieces, strict=True):
         factors = piece.bucket.factors
         exponent = sum(1 / lists.layout.stacks[factor.stack].root for factor in factors)
-        if is_kl and len(factors) > 1:
+        if lists._is_kl and len(factors) > 1:
             continue
         if not factors or not math.isclose(exponent, _NEUTRAL_EXPONENT, abs_tol=1e-6):
             continue
@@ -57,15 +50,11 @@ def limit_(
         if not is_asynchronous(direction.device) and bool((norms <= longest).all()):
             continue
         scales = norms.reciprocal_().mul_(longest).clamp_(max=1.0)
-        scales = torch.where(_are_undamped(lists, piece, damping_of), scales, 1.0)
+        scales = torch.where(_are_undamped(lists, piece), scales, 1.0)
         direction.mul_(scales.to(direction.dtype).view(-1, *[1] * (direction.dim() - 1)))
 
 
-def _are_undamped(
-    lists: StackedPreconditionerList,
-    piece: Piece,
-    damping_of: Callable[[int, Rows], Tensor | float],
-) -> Tensor:
+def _are_undamped(lists: StackedPreconditionerList, piece: Piece) -> Tensor:
     """(K,) bool: for which blocks a damping is below the round-off of its factor matrix."""
     are_undamped: list[Tensor] = []
     for factor in piece.bucket.factors:
@@ -74,5 +63,5 @@ def _are_undamped(
         # A lower dtype's is above what damping its users give, and is meant by them.
         dtype = torch.promote_types(stack.data.dtype, torch.float32)
         round_off = traces * torch.finfo(dtype).eps
-        are_undamped.append(damping_of(factor.stack, rows) < round_off)
+        are_undamped.append(lists.damping_of(factor.stack, rows) < round_off)
     return torch.stack(are_undamped).any(0)

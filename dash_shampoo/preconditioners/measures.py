@@ -1,12 +1,18 @@
 """What can be told of factor matrices and of what was computed of them, without decomposing any.
 
+Measures are (B, 4) in float64, NaN where there is none:
+
+    condition      condition number of the damped factor matrix, estimated from below
+    residual       how far what is in use is from the factor matrix as it is now: of an inverse root its
+                   sketched residual, of eigenvectors ‖offdiag(QᵀFQ)‖ / ‖F‖
+    factor_norm    Frobenius norm of the factor matrix, bias-corrected
+    root_norm      Frobenius norm of the inverse root
+
 Shapes: B rows of a stack, N×N factor matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from fractions import Fraction
 
 import torch
@@ -17,29 +23,11 @@ from dash_shampoo.inverse_root import PowerIterationScaling, sketched_residual
 from dash_shampoo.inverse_root.scaling import multi_power_iteration
 
 _ESTIMATE = PowerIterationScaling(num_iterations=20, num_vectors=4, matmul_precision="fp32")
-# Tensors of a stack's size that are there at a time.
-_NUM_TEMPORARIES = 6
+NUM_TEMPORARIES = 6
+"""Tensors of a stack's size that are there at a time."""
 
 
-@dataclass(frozen=True, eq=False)
-class FactorMeasures:
-    """Numbers of the factor matrices of a stack; float64, NaN where there is none.
-
-    Attributes:
-        condition (Tensor): (B,) condition number of the damped factor matrix, estimated from below.
-        residual (Tensor): (B,) how far what is in use is from the factor matrix as it is now: of an
-            inverse root its sketched residual, of eigenvectors ‖offdiag(QᵀFQ)‖ / ‖F‖.
-        factor_norm (Tensor): (B,) Frobenius norms of the factor matrices, bias-corrected.
-        root_norm (Tensor): (B,) Frobenius norms of the inverse roots.
-    """
-
-    condition: Tensor
-    residual: Tensor
-    factor_norm: Tensor
-    root_norm: Tensor
-
-
-def measure_roots(A: Tensor, X: Tensor, root: float, damping: Tensor) -> FactorMeasures:
+def measure_roots(A: Tensor, X: Tensor, root: float, damping: Tensor) -> Tensor:
     """Measures inverse roots X of (A + damping·I).
 
         condition = (λ_max(A) + damping)·λ_max(X)^p
@@ -61,15 +49,12 @@ def measure_roots(A: Tensor, X: Tensor, root: float, damping: Tensor) -> FactorM
     inverse = multi_power_iteration(X, _ESTIMATE).double()
     residual = sketched_residual(A, X, Fraction(root).limit_denominator(32), damping).double()
     is_new = _is_new(X)
-    return FactorMeasures(
-        condition=(largest * inverse.pow(root)).masked_fill_(is_new, torch.nan),
-        residual=residual.masked_fill_(is_new, torch.nan),
-        factor_norm=_norm(A),
-        root_norm=_norm(X),
-    )
+    condition = (largest * inverse.pow(root)).masked_fill_(is_new, torch.nan)
+    residual.masked_fill_(is_new, torch.nan)
+    return torch.stack((condition, residual, _norm(A), _norm(X)), dim=1)
 
 
-def measure_basis(A: Tensor, Q: Tensor, epsilon: float, scales: Tensor | None) -> FactorMeasures:
+def measure_basis(A: Tensor, Q: Tensor, epsilon: float, scales: Tensor | None) -> Tensor:
     """Measures eigenvectors Q of A, by the diagonal of QᵀAQ.
 
     Args:
@@ -89,40 +74,10 @@ def measure_basis(A: Tensor, Q: Tensor, epsilon: float, scales: Tensor | None) -
     eigenvalues = rotated.diagonal(dim1=-2, dim2=-1).double().clamp_min(0.0) + epsilon
     off_diagonal = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
     is_new = _is_new(Q)
-    condition = eigenvalues.amax(-1) / eigenvalues.amin(-1)
-    return FactorMeasures(
-        condition=condition.masked_fill_(is_new, torch.nan),
-        residual=(_norm(off_diagonal) / norm).masked_fill_(is_new, torch.nan),
-        factor_norm=norm,
-        root_norm=torch.full_like(norm, torch.nan)
-        if scales is None
-        else torch.linalg.vector_norm(scales, dim=-1, dtype=torch.float64),
-    )
-
-
-def measure_in_chunks(
-    measure: Callable[[slice], FactorMeasures],
-    count: int,
-    size: int,
-    itemsize: int,
-    max_workspace_bytes: int,
-) -> FactorMeasures:
-    """Measures the rows of a stack, as many at a time as the cap on memory allows.
-
-    Args:
-        measure: Gives the measures of some rows.
-        count: Number of rows.
-        size: N.
-        itemsize: Bytes of an entry.
-        max_workspace_bytes: The cap.
-
-    Returns:
-        The measures of all rows.
-    """
-    step = max(max_workspace_bytes // (_NUM_TEMPORARIES * max(size, 1) ** 2 * itemsize), 1)
-    parts = [measure(slice(i, min(i + step, count))) for i in range(0, count, step)]
-    names = [field.name for field in fields(FactorMeasures)]
-    return FactorMeasures(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    condition = (eigenvalues.amax(-1) / eigenvalues.amin(-1)).masked_fill_(is_new, torch.nan)
+    residual = (_norm(off_diagonal) / norm).masked_fill_(is_new, torch.nan)
+    root_norm = torch.full_like(norm, torch.nan) if scales is None else _norm(scales)
+    return torch.stack((condition, residual, norm, root_norm), dim=1)
 
 
 def _norm(matrices: Tensor) -> Tensor:

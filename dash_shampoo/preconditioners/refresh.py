@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dash_shampoo.buckets import ActiveLayout, ActiveStack, Layout, rows_of
+from dash_shampoo.buckets.layout import ActiveLayout, ActiveStack, Layout
 from dash_shampoo.preconditioners.options import StackedOptions
 from dash_shampoo.safety import FailureLedger, Slot, send_to_host
 
@@ -23,13 +23,14 @@ Outcomes = list[tuple[tuple[Slot, ...], Tensor]]
 class RefreshedList:
     """The amortized computation of a stacked list: its schedule, its outcomes, its repairs."""
 
-    _layout: Layout
+    layout: Layout
+    ledger: FailureLedger
     _active: ActiveLayout
     _options: StackedOptions
     _group: Mapping[str, Any]
-    _ledger: FailureLedger
     _is_asynchronous: bool
-    # The bias correction on the device and the outcomes of a step that is being captured.
+    # Of a step that is being captured: its count, the bias correction on the device, the outcomes.
+    _step_here: Tensor | None = None
     _divisor_there: Tensor | None = None
     _captured: Outcomes | None = None
     _known_bad: Sequence[Slot] = ()
@@ -80,11 +81,8 @@ class RefreshedList:
             PreconditionerValueError: As of `settle`, and so is the other.
             ValueError: See there.
         """
-        safety = self._options.safety
-        if self._settles_late and safety is not None:
-            bad = self._ledger.settle()
-            if safety.policy == "repair":
-                self._known_bad = [*self._known_bad, *bad]
+        if self._settles_late:
+            self._known_bad = [*self._known_bad, *self.ledger.settle()]
         return self._known_bad
 
     def note(self, outcomes: Outcomes) -> None:
@@ -94,27 +92,28 @@ class RefreshedList:
             outcomes: Of the rows that were computed.
         """
         for slots, status in outcomes:
-            self._ledger.record(slots, status)
+            self.ledger.record(slots, status)
         if self._settles_late:
-            send_to_host(self._ledger)
+            send_to_host(self.ledger)
         elif not self.waits_for_settlement:
             self.settle()
 
     @contextmanager
-    def captured(self, divisor: Tensor | None) -> Iterator[Outcomes]:
+    def captured(self, step: Tensor, divisor: Tensor | None) -> Iterator[Outcomes]:
         """A step that leaves to the host what is the host's.
 
         Args:
+            step: The host's step count.
             divisor: The bias correction of the factor matrices, a scalar on the device; None for 1.
 
         Yields:
             The outcomes of its refreshes, to be noted after every replay.
         """
-        self._divisor_there, self._captured = divisor, []
+        self._step_here, self._divisor_there, self._captured = step, divisor, []
         try:
             yield self._captured
         finally:
-            self._divisor_there = self._captured = None
+            self._step_here = self._divisor_there = self._captured = None
 
     def waits(self, due: Sequence[ActiveStack]) -> bool:
         """Whether the host waits for the device in a step by the nature of what is computed.
@@ -132,34 +131,22 @@ class RefreshedList:
                 anything is bad under the safety policy "raise".
             ValueError: If the computation of a block failed more often in a row than is tolerated.
         """
-        self._repair(self._ledger.settle())
+        self._repair(self.ledger.settle())
 
     def _repair(self, bad: Sequence[Slot]) -> None:
-        """Computes anew what went wrong, those rows alone, where the safety config wants it."""
-        safety, members = self._options.safety, set(bad)
-        if not members or safety is None or safety.policy != "repair":
-            return
-        for number, spec in enumerate(self._layout.stacks):
+        """Computes anew what went wrong, those rows alone."""
+        members = set(bad)
+        for number, spec in enumerate(self.layout.stacks if members else ()):
             wanted = [row for row, slot in enumerate(spec.slots) if slot in members]
             if wanted:
-                slots = tuple(spec.slots[row] for row in wanted)
-                self._compute_again(ActiveStack(number, rows_of(wanted, spec.device), slots))
+                self._compute_again(self.layout.rows(number, wanted))
 
     # ------------------------------------------------------------------------- the outcomes
-
-    def failure_counts(self) -> dict[str, int]:
-        """How often the amortized computation of a block was not accepted, by parameter."""
-        return self._ledger.counts()
-
-    @property
-    def ledger(self) -> FailureLedger:
-        """What became of the amortized computations."""
-        return self._ledger
 
     @property
     def waits_for_settlement(self) -> bool:
         """Whether outcomes wait on an accelerator for being settled at the end of the step."""
-        return self._is_asynchronous and not self._settles_late and bool(self._ledger.pending)
+        return self._is_asynchronous and not self._settles_late and bool(self.ledger.pending)
 
     @property
     def _settles_late(self) -> bool:

@@ -10,20 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dash_shampoo.base import RootInvConfig, RootInvShampooPreconditionerList
-from dash_shampoo.buckets import ActiveStack, MatrixStack, Piece, Rows, num_rows, subset
+from dash_shampoo.base import RootInvShampooPreconditionerList
+from dash_shampoo.buckets.layout import ActiveStack, Piece, Rows, num_rows, subset
+from dash_shampoo.buckets.storage import MatrixStack
 from dash_shampoo.inverse_root import (
-    StackOutcome,
     check_supported,
     config_for_root,
     repair,
     solve_stack,
     waits_for_device,
 )
-from dash_shampoo.preconditioners.limits import limit_
-from dash_shampoo.preconditioners.measures import FactorMeasures, measure_roots
+from dash_shampoo.preconditioners.measures import measure_roots
 from dash_shampoo.preconditioners.modes import by_parts, contract
-from dash_shampoo.preconditioners.seams import BLOCK_SEAMS
 from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 from dash_shampoo.safety import is_asynchronous
 
@@ -41,52 +39,29 @@ class StackedRootInvShampooPreconditionerList(
         U ← G ×₁ R₁ ×₂ R₂ …               per bucket
     """
 
-    block_seams = (*BLOCK_SEAMS, "inv_factor_matrices")
+    block_seams = (*StackedPreconditionerList.block_seams, "inv_factor_matrices")
+    check_method = staticmethod(check_supported)
+    has_roots = True
     _inverse_factors: tuple[MatrixStack, ...]
-    _num_refreshes: int
 
-    @staticmethod
-    def check_method(method: RootInvConfig) -> None:
-        """Refuses a solver that is not known.
-
-        Args:
-            method: The solver's config.
-
-        Raises:
-            ValueError: If there is none for it.
-        """
-        check_supported(method)
-
-    def _check_roots(self, roots: set[float]) -> None:
-        # Root by root, so that nothing is changed where one of them has no solver.
-        for root in sorted(roots):
-            config_for_root(self._options.amortized_computation_config, root)
-
-    def _adopt_state(self) -> None:
-        self._inverse_factors = self._stack_matrices("inv_factor_matrices")
+    def _check(self, block_list: Sequence[Tensor], block_names: Sequence[str]) -> None:
         # Newton-DB has no sixth root, say: then another solver takes that stack, which is logged.
         self._solvers = [
             config_for_root(self._options.amortized_computation_config, stack.root)
-            for stack in self._layout.stacks
+            for stack in self.layout.stacks
         ]
+
+    def _adopt_state(self) -> None:
+        self._inverse_factors = self._stack_matrices("inv_factor_matrices")
         # What the solvers have added to the diagonals, for repairs.
         self._dampings = [
             torch.zeros(len(stack.slots), dtype=self._solving_dtype, device=stack.device)
-            for stack in self._layout.stacks
+            for stack in self.layout.stacks
         ]
 
-    @property
-    def _solving_dtype(self) -> torch.dtype:
-        return torch.promote_types(self._options.factor_matrix_dtype, torch.float32)
-
-    def limit_(self, directions: Sequence[Tensor]) -> None:
-        """Shortens what a root of round-off made of gradients; see `limits`."""
-        limit_(
-            self,
-            directions,
-            lambda number, rows: self._dampings[number][rows].clamp(min=self._epsilon),
-            self._is_kl,
-        )
+    def damping_of(self, number: int, rows: Rows) -> Tensor:
+        """What the solvers have added to the diagonals of rows of a stack."""
+        return self._dampings[number][rows].clamp(min=self._epsilon)
 
     def _precondition_piece(
         self, grads: Tensor, piece: Piece, skipped: int | None = None
@@ -120,54 +95,45 @@ class StackedRootInvShampooPreconditionerList(
         Returns:
             The status of each row.
         """
-        outcome = self._solve(active.stack, active.rows)
-        dampings = self._dampings[active.stack]
-        if isinstance(active.rows, slice):
-            dampings[active.rows] = outcome.damping
-        elif isinstance(outcome.damping, Tensor):
-            dampings.index_copy_(0, active.rows, outcome.damping)
-        else:
-            dampings.index_fill_(0, active.rows, outcome.damping)
-        return outcome.status
-
-    def _solve(self, number: int, rows: Rows) -> StackOutcome:
-        """Refreshes the roots of some rows of a stack; only usable roots are written."""
-        spec, safety = self._layout.stacks[number], self._options.safety
+        number, rows = active.stack, active.rows
+        factors, safety = self._factors[number], self._options.safety
         # The bias is corrected by the solver, which needs no pass for it; not where the quotient is rounded.
-        divisor = self.divisor
-        is_plain = (
-            self._factors[number].data.dtype == self._solving_dtype
-            and not self._options.use_trace_scaling
-        )
-        if not is_plain:
-            divisor = 1.0
+        is_plain = factors.data.dtype == self._solving_dtype and not self._options.use_trace_scaling
         # A factor matrix of zeros has no root but that of its damping, 1e6 and more, which would
         # multiply the first gradient that comes before the next refresh.
-        has_root = self._factors[number].are_nonzero(rows)
+        has_root = factors.are_nonzero(rows)
 
         def load(part: slice) -> Tensor:
             if is_plain:
-                return self._factors[number].read(subset(rows, part))
-            return self._bias_corrected(number, subset(rows, part)).to(self._solving_dtype)
+                return factors.read(subset(rows, part))
+            return self._bias_corrected(number, subset(rows, part))
 
         def store(part: slice, value: Tensor, usable: Tensor) -> None:
             self._write(number, subset(rows, part), value, usable & has_root[part])
 
-        return solve_stack(
+        outcome = solve_stack(
             load,
             store,
             num_matrices=num_rows(rows),
-            size=spec.size,
-            root=spec.root,
+            size=factors.size,
+            root=self.layout.stacks[number].root,
             config=self._solvers[number],
             epsilon=self._epsilon,
             dtype=self._solving_dtype,
-            device=spec.device,
+            device=factors.data.device,
             max_workspace_bytes=self._options.max_workspace_bytes,
             residual_threshold=None if safety is None else safety.residual_threshold,
             value_dtype=self._options.inv_factor_matrix_dtype,
-            divisor=divisor,
+            divisor=self.divisor if is_plain else 1.0,
         )
+        dampings = self._dampings[number]
+        if isinstance(rows, slice):
+            dampings[rows] = outcome.damping
+        elif isinstance(outcome.damping, Tensor):
+            dampings.index_copy_(0, rows, outcome.damping)
+        else:
+            dampings.index_fill_(0, rows, outcome.damping)
+        return outcome.status
 
     def _write(self, number: int, rows: Rows, value: Tensor, usable: Tensor) -> None:
         """Writes the usable roots; the other rows keep theirs."""
@@ -180,8 +146,8 @@ class StackedRootInvShampooPreconditionerList(
     def _compute_again(self, bad: ActiveStack) -> None:
         number, rows = bad.stack, bad.rows
         result = repair(
-            self._bias_corrected(number, rows).to(self._solving_dtype),
-            self._layout.stacks[number].root,
+            self._bias_corrected(number, rows),
+            self.layout.stacks[number].root,
             self._solvers[number],
             self._epsilon,
             self._dampings[number][rows],
@@ -190,16 +156,10 @@ class StackedRootInvShampooPreconditionerList(
         usable = result.is_usable & value.isfinite().flatten(1).all(1)
         self._write(number, rows, value, usable)
 
-    def _measure(self, number: int, rows: slice) -> FactorMeasures:
+    def _measure(self, number: int, rows: slice) -> Tensor:
         return measure_roots(
-            self._bias_corrected(number, rows).to(self._solving_dtype),
+            self._bias_corrected(number, rows),
             self._inverse_factors[number].read(rows).to(self._solving_dtype),
-            self._layout.stacks[number].root,
+            self.layout.stacks[number].root,
             self._dampings[number][rows],
         )
-
-
-class StackedRootInvKLShampooPreconditionerList(StackedRootInvShampooPreconditionerList):
-    """KL-Shampoo: the outer products are taken of gradients preconditioned in all other dimensions."""
-
-    _is_kl = True

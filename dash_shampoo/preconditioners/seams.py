@@ -1,35 +1,16 @@
-"""What the stacked lists need of the base's lists, looked for before one is adopted."""
+"""What we read of the base's lists: what a stacked one needs, and their blocks as a layout sees them."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dash_shampoo.base import (
-    CoupledHigherOrderConfig,
-    CoupledNewtonConfig,
-    EigenConfig,
-    EighEigendecompositionConfig,
-    MatrixFunctionConfig,
-    NewtonSchulzOrthogonalizationConfig,
-    QREigendecompositionConfig,
-    SVDOrthogonalizationConfig,
-)
-from dash_shampoo.base import name as base_name
+from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from dash_shampoo.base import name as base_name
+from dash_shampoo.buckets.layout import BlockSpec
 
 _TESTED_COMMIT = "f606606"
-_METHODS_OF_BASE = (
-    CoupledHigherOrderConfig,
-    CoupledNewtonConfig,
-    EigenConfig,
-    EighEigendecompositionConfig,
-    NewtonSchulzOrthogonalizationConfig,
-    QREigendecompositionConfig,
-    SVDOrthogonalizationConfig,
-)
 
 LIST_SEAMS = (
     "_local_kronecker_factors_unwrapped",
@@ -68,14 +49,15 @@ def missing_seam(
     Returns:
         Its name.
     """
-    for name in list_seams:
-        if not hasattr(base_list, name):
-            return f"{type(base_list).__name__}.{name}"
-    for block in getattr(base_list, "_local_kronecker_factors_unwrapped", ()):
-        for name in block_seams:
-            if not hasattr(block, name):
-                return f"{type(block).__name__}.{name}"
-    return None
+    records = getattr(base_list, "_local_kronecker_factors_unwrapped", ())
+    wanted = [(base_list, list_seams), *((record, block_seams) for record in records)]
+    missing = (
+        f"{type(owner).__name__}.{name}"
+        for owner, names in wanted
+        for name in names
+        if not hasattr(owner, name)
+    )
+    return next(missing, None)
 
 
 def explanation_of(seam: str) -> str:
@@ -90,25 +72,24 @@ def explanation_of(seam: str) -> str:
     )
 
 
-def fall_back(base_list: Any, seam: str, method: MatrixFunctionConfig | None) -> Any:
-    """The base's own list in the place of a stacked one, which is logged.
+def block_specs(base_list: Any, blocks: Sequence[Tensor]) -> Iterator[BlockSpec]:
+    """The blocks of a list of the base's; where it has no factor matrices, no dimension is selected.
 
     Args:
         base_list: The list.
-        seam: What it lacks.
-        method: How matrix functions are computed, if at all.
+        blocks: Its blocks, all of them.
 
-    Returns:
-        The list.
-
-    Raises:
-        RuntimeError: If the method is one that the base doesn't have.
+    Yields:
+        One for each block, in order.
     """
-    explanation = explanation_of(seam)
-    if method is not None and type(method) not in _METHODS_OF_BASE:
-        raise RuntimeError(
-            f"{explanation} The base itself cannot compute {type(method).__name__}; use that commit, or "
-            "set DASH_SHAMPOO_BASE=embedded."
-        )
-    logger.warning("%s It runs on the base's own list, block by block.", explanation)
-    return base_list
+    records = getattr(base_list, "_local_kronecker_factors_unwrapped", ())
+    for index, block in enumerate(blocks):
+        selector: tuple[bool, ...] = (False,) * block.dim()
+        roots: tuple[float, ...] = ()
+        if records:
+            selector = tuple(base_list._local_preconditioned_dims_selector_list[index])
+            roots = tuple(records[index].roots)
+            # The one root is that of the second moment; the factor matrices are decomposed alone.
+            if hasattr(records[index], "corrected_eigenvalues"):
+                roots = (1.0,) * sum(selector)
+        yield BlockSpec(tuple(block.shape), selector, roots, block.dtype, block.device)

@@ -16,7 +16,7 @@ from benchmarks.peers import PEERS
 from benchmarks.step_time import main, make_variants, measure_memory
 from dash_shampoo.config import base_class_of
 from dash_shampoo.inverse_root.registry import SOLVERS
-from dash_shampoo.preconditioners.of_config import _STACKED_LISTS
+from dash_shampoo.preconditioners.choice import STACKED_LISTS
 from tests.state_bytes import real_bytes
 
 
@@ -70,7 +70,7 @@ def test_every_solver_of_ours_has_a_row():
 
 def test_every_list_has_a_row():
     lists = {base_class_of(config.make()) for config in CONFIGS.values()}
-    assert lists == set(_STACKED_LISTS)
+    assert lists == set(STACKED_LISTS)
 
 
 def test_a_refresh_interval_is_timed_as_a_whole(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dash_shampoo.base import pack, unpack
-from dash_shampoo.buckets import MatrixStack
+from dash_shampoo.buckets.storage import MatrixStack
 
 
 def symmetric(count, size, dtype=torch.float32):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dash_shampoo as ds
-from dash_shampoo.preconditioners import StackedPreconditionerList
+from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 
 meta = pytest.importorskip("distributed_shampoo", reason="Meta's package is not importable")
 if ds.base.name != "meta":

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 import dash_shampoo as ds
-from dash_shampoo.buckets import ActiveStack
+from dash_shampoo.buckets.layout import ActiveStack
 from dash_shampoo.eigenbasis import orthogonal_iteration
-from dash_shampoo.preconditioners import StackedEigenvalueCorrectedShampooPreconditionerList
+from dash_shampoo.preconditioners.eigenvalue_corrected import (
+    StackedEigenvalueCorrectedShampooPreconditionerList,
+)
 
 SHAPE = (6, 5)
 
