@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class GradientGuard:
         block_names: For each block the name of its parameter.
         block_labels: For each block "<parameter>.<block>", for messages.
         policy: What follows: the block alone is skipped, or the whole step, or an error is raised.
+
+    Attributes:
+        bad_counts: How many gradients of each block were bad, on the device.
+        must_be_read: Whether `settle` looks at the counts.
+        waits: Whether an error may be known to an accelerator alone.
+        has_refused: Whether the last step was refused.
     """
 
     def __init__(
@@ -41,12 +48,13 @@ class GradientGuard:
         self._policy = policy
         # The blocks bucket by bucket: a piece is a slice of this order.
         self._blocks = [block for bucket in layout.buckets for block in bucket.blocks]
-        self._first: list[int] = []
-        for bucket in layout.buckets:
-            self._first.append(sum(len(b.blocks) for b in layout.buckets[: bucket.number]))
+        sizes = [len(bucket.blocks) for bucket in layout.buckets]
+        self._first = [0, *accumulate(sizes)]
         devices = {bucket.spec.device for bucket in layout.buckets}
         self._device = devices.pop() if devices else torch.device("cpu")
-        self._counts = torch.zeros(len(self._blocks), dtype=torch.int64, device=self._device)
+        self.must_be_read = policy == "raise"
+        self.waits = self.must_be_read and is_asynchronous(self._device)
+        self.bad_counts = torch.zeros(len(self._blocks), dtype=torch.int64, device=self._device)
         # What `settle` has seen of the counts.
         self._known = torch.zeros(len(self._blocks), dtype=torch.int64)
         self._is_checked = False
@@ -71,7 +79,7 @@ class GradientGuard:
                 seen = param
                 continue
             slot = self._blocks.index(block)
-            self._counts[slot] += 1
+            self.bad_counts[slot] += 1
             self._known[slot] += 1
             raise PreconditionerValueError(
                 f"The gradient of {self._block_names[block]} {_BAD} No state was changed by it. "
@@ -108,27 +116,12 @@ class GradientGuard:
                 continue
             found_bad = True
             first = self._first[piece.bucket.number]
-            self._counts[first + piece.start : first + piece.stop].add_(is_bad)
+            self.bad_counts[first + piece.start : first + piece.stop].add_(is_bad)
             tensor.masked_fill_(is_bad.view(-1, *[1] * (tensor.dim() - 1)), 0.0)
         if looks and found_bad and self._policy == "raise":
             self.has_refused = True
             self.settle()
         return not (looks and found_bad and self._policy == "skip_step")
-
-    @property
-    def must_be_read(self) -> bool:
-        """Whether `settle` looks at the counts."""
-        return self._policy == "raise"
-
-    @property
-    def waits(self) -> bool:
-        """Whether an error may be known to an accelerator alone."""
-        return self.must_be_read and is_asynchronous(self._device)
-
-    @property
-    def bad_counts(self) -> Tensor:
-        """How many gradients of each block were bad, on the device."""
-        return self._counts
 
     def settle(self, counts: Tensor | None = None) -> None:
         """Raises what is due.
@@ -142,7 +135,7 @@ class GradientGuard:
         """
         if not self.must_be_read:
             return
-        counts = self._counts.cpu() if counts is None else counts
+        counts = self.bad_counts.cpu() if counts is None else counts
         is_new = counts > self._known
         self._known = counts.clone()
         if bool(is_new.any()):
@@ -155,7 +148,7 @@ class GradientGuard:
     def counts(self) -> dict[str, int]:
         """How many gradients of blocks were not finite so far, by the name of the parameter."""
         named: Counter[str] = Counter()
-        for block, count in zip(self._blocks, self._counts.tolist(), strict=True):
+        for block, count in zip(self._blocks, self.bad_counts.tolist(), strict=True):
             named[self._block_names[block]] += count
         return dict(+named)
 
