@@ -82,7 +82,7 @@ class RefreshedList:
             ValueError: See there.
         """
         if self._settles_late:
-            self._known_bad = [*self._known_bad, *self.ledger.settle()]
+            self._known_bad = [*self._known_bad, *self._settled()]
         return self._known_bad
 
     def note(self, outcomes: Outcomes) -> None:
@@ -131,7 +131,12 @@ class RefreshedList:
                 anything is bad under the safety policy "raise".
             ValueError: If the computation of a block failed more often in a row than is tolerated.
         """
-        self._repair(self.ledger.settle())
+        self._repair(self._settled())
+
+    def _settled(self) -> Sequence[Slot]:
+        """Settles the ledger; gives what the safety config wants computed again."""
+        bad, safety = self.ledger.settle(), self._options.safety
+        return bad if safety is not None and safety.policy == "repair" else ()
 
     def _repair(self, bad: Sequence[Slot]) -> None:
         """Computes anew what went wrong, those rows alone."""
