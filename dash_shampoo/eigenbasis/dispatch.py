@@ -7,8 +7,6 @@ B, N >= 1, contiguous, float32 or float64, finite. It may not write to `A` or `Q
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,35 +24,18 @@ from dash_shampoo.eigenbasis.orthogonal_iteration import (
     orthogonal_iteration,
 )
 from dash_shampoo.eigenbasis.qr import qr
-from dash_shampoo.eigenbasis.result import EigenbasisResult, can_look
+from dash_shampoo.eigenbasis.result import EigenbasisResult
 from dash_shampoo.inverse_root import InverseRootStatus
-from dash_shampoo.inverse_root.blocks import damped
-from dash_shampoo.inverse_root.chunks import map_chunks, plan_chunks
-from dash_shampoo.products import exact_products
+from dash_shampoo.inverse_root.blocks import can_look, cleaned, damped, is_known_to_be, per_block
+from dash_shampoo.inverse_root.chunks import NO_CAP, joined, over_chunks
+from dash_shampoo.inverse_root.registry import of_class
+from dash_shampoo.inverse_root.result import is_usable
 
-
-@dataclass(frozen=True)
-class Method:
-    """A method and how it wants its stack.
-
-    Attributes:
-        function (Callable): The method itself.
-        follows (bool): Whether it only follows a basis, so that a block without one (Q = I) has to
-            be decomposed first.
-        max_chunked_size (float): The largest N for which a stack on the CPU is cut into chunks on
-            several threads. A product of more than about 192 keeps all threads busy by itself, a
-            factorisation never does.
-    """
-
-    function: Callable[[Tensor, Tensor, Any], EigenbasisResult]
-    follows: bool = False
-    max_chunked_size: float = float("inf")
-
-
-_METHODS: dict[type[EigendecompositionConfig], Method] = {
-    EighEigendecompositionConfig: Method(eigh),
-    QREigendecompositionConfig: Method(qr),
-    OrthogonalIterationConfig: Method(orthogonal_iteration, follows=True, max_chunked_size=192),
+_Method = Callable[[Tensor, Tensor, Any], EigenbasisResult]
+_METHODS: dict[type[EigendecompositionConfig], _Method] = {
+    EighEigendecompositionConfig: eigh,
+    QREigendecompositionConfig: qr,
+    OrthogonalIterationConfig: orthogonal_iteration,
 }
 _REPAIR = EighEigendecompositionConfig()
 # N×N matrices that a method holds at its peak for each of a chunk, input and output included.
@@ -64,17 +45,13 @@ Load = Callable[[slice], tuple[Tensor, Tensor]]
 Store = Callable[[slice, EigenbasisResult], None]
 
 
-def find_method(config: object) -> Method:
+def find_method(config: object) -> _Method:
     """Find the method of a config by its class, or else its nearest base class.
 
     Raises:
         ValueError: If no method takes it.
     """
-    for cls in type(config).__mro__:
-        if cls in _METHODS:
-            return _METHODS[cls]
-    known = ", ".join(cls.__name__ for cls in _METHODS)
-    raise ValueError(f"No eigenbasis takes {type(config).__name__}; there are methods for {known}.")
+    return of_class(_METHODS, config, "eigenbasis")
 
 
 def follows_a_basis(config: EigendecompositionConfig) -> bool:
@@ -86,7 +63,7 @@ def follows_a_basis(config: EigendecompositionConfig) -> bool:
     Returns:
         Whether a block whose Q is still the identity needs an eigendecomposition first.
     """
-    return find_method(config).follows
+    return find_method(config) is orthogonal_iteration
 
 
 def method_at(config: EigendecompositionConfig, refreshes: int) -> EigendecompositionConfig:
@@ -162,21 +139,20 @@ def eigenbasis(
         ([1.0, 3.0], [0, 0, 0, 0])
     """
     _check_shapes(A, Q)
-    num_blocks, size, _ = A.shape
     results: dict[int, EigenbasisResult] = {}
     status = eigenbasis_stack(
         lambda rows: (A[rows], Q[rows].to(A.dtype)),
         lambda rows, result: results.update({rows.start: result}),
-        num_matrices=num_blocks,
-        size=size,
+        num_matrices=A.shape[0],
+        size=A.shape[-1],
         config=config,
         epsilon=epsilon,
         dtype=A.dtype,
         device=A.device,
     )
     if not results:
-        return EigenbasisResult(Q.to(A.dtype).clone(), A.new_zeros(num_blocks, size), status)
-    return _concatenate([results[start] for start in sorted(results)])
+        return EigenbasisResult(Q.to(A.dtype).clone(), A.new_zeros(A.shape[:2]), status)
+    return joined([results[start] for start in sorted(results)])
 
 
 def eigenbasis_stack(
@@ -189,7 +165,7 @@ def eigenbasis_stack(
     epsilon: float,
     dtype: torch.dtype,
     device: torch.device,
-    max_workspace_bytes: int | None = None,
+    max_workspace_bytes: int = NO_CAP,
 ) -> Tensor:
     """Eigenvectors of B matrices that the caller loads and stores piece by piece; see `eigenbasis`.
 
@@ -214,29 +190,27 @@ def eigenbasis_stack(
         ValueError: As of `eigenbasis`.
     """
     check_basis_supported(config, epsilon)
-    method = find_method(config)
     is_damped = getattr(config.rank_deficient_stability_config, "perturb_before_computation", False)
     damping = epsilon if is_damped else 0.0
     if num_matrices == 0 or size == 0:
         return torch.zeros(num_matrices, dtype=torch.uint8, device=device)
 
     def solve(rows: slice) -> Tensor:
-        A, Q = load(rows)
-        result = _solve(method, A, Q, config, damping)
+        result = _solve(*load(rows), config, damping)
         store(rows, result)
         return result.status
 
-    chunks = plan_chunks(
+    statuses = over_chunks(
+        solve,
         num_matrices,
         size,
-        itemsize=dtype.itemsize,
+        dtype=dtype,
+        device=device,
         num_stacks=_NUM_STACKS,
-        device_type=device.type,
-        is_serial=size <= method.max_chunked_size,
-        max_workspace_bytes=2**62 if max_workspace_bytes is None else max_workspace_bytes,
-        num_threads=torch.get_num_threads(),
+        is_serial=not follows_a_basis(config),  # else it is by products
+        max_workspace_bytes=max_workspace_bytes,
     )
-    return torch.cat(map_chunks(solve, chunks))
+    return torch.cat(statuses)
 
 
 def is_identity(Q: Tensor) -> Tensor:
@@ -262,33 +236,22 @@ def _check_shapes(A: Tensor, Q: Tensor) -> None:
 
 
 def _solve(
-    method: Method, A: Tensor, Q: Tensor, config: EigendecompositionConfig, damping: float
+    A: Tensor, Q: Tensor, config: EigendecompositionConfig, damping: float
 ) -> EigenbasisResult:
     """One chunk: bad blocks replaced by the identity, the method, its failures repaired."""
-    A, device_type = A.detach(), A.device.type
-    looks = can_look(A)
-    # Sums of finite entries are finite but for overflow, and take one pass without a copy.
-    if looks and bool(torch.isfinite(A.sum(dim=(-2, -1))).all()):
-        is_finite, clean = torch.ones(A.shape[0], dtype=torch.bool), A
-    else:
-        is_finite = torch.isfinite(A.abs().amax(dim=(-2, -1)))
-        identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        clean = torch.where(is_finite[:, None, None], A, identity)
+    clean, is_finite = cleaned(A)
     clean = damped(clean.contiguous(), damping)
-    can_autocast = torch.amp.is_autocast_available(device_type)
-    with (
-        torch.autocast(device_type, enabled=False) if can_autocast else nullcontext(),
-        exact_products(A.device, A.shape[-1] ** 3),
-    ):
-        result = method.function(clean, Q, config)
-        if looks and method.follows:
-            result = _decompose_the_lost(result, clean, Q)
-    status = result.status.masked_fill(~is_finite, int(InverseRootStatus.NON_FINITE_INPUT))
-    is_new = status <= int(InverseRootStatus.MAX_ITERATIONS)
-    if looks and bool(is_new.all()):
+    result = find_method(config)(clean, Q, config)
+    if follows_a_basis(config) and can_look(A):
+        result = _decompose_the_lost(result, clean, Q)
+    status = result.status
+    if is_finite is not None:
+        status = status.masked_fill(~is_finite, int(InverseRootStatus.NON_FINITE_INPUT))
+    is_new = is_usable(status)
+    if is_known_to_be(True, is_new):
         return result
     return EigenbasisResult(
-        torch.where(is_new[:, None, None], result.eigenvectors, Q),
+        torch.where(per_block(is_new), result.eigenvectors, Q),
         result.eigenvalues.masked_fill(~is_new[:, None], torch.nan),
         status,
         result.order,
@@ -310,16 +273,3 @@ def _decompose_the_lost(result: EigenbasisResult, A: Tensor, Q: Tensor) -> Eigen
     if result.order is not None:
         result.order[rows] = torch.arange(A.shape[-1])
     return result
-
-
-def _concatenate(results: list[EigenbasisResult]) -> EigenbasisResult:
-    """Join the results of consecutive chunks."""
-    if len(results) == 1:
-        return results[0]
-    orders = [result.order for result in results if result.order is not None]
-    return EigenbasisResult(
-        torch.cat([result.eigenvectors for result in results]),
-        torch.cat([result.eigenvalues for result in results]),
-        torch.cat([result.status for result in results]),
-        torch.cat(orders) if orders else None,
-    )

@@ -6,19 +6,14 @@ K_BNN antisymmetric; L_BN eigenvalues.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import EigendecompositionConfig
-from dash_shampoo.eigenbasis.orthogonality import (
-    cholesky_qr,
-    norm_from_below,
-    restore_orthogonality,
-)
+from dash_shampoo.eigenbasis.orthogonality import cholesky_qr, restore_orthogonality
 from dash_shampoo.eigenbasis.result import (
     EigenbasisResult,
     gather_columns,
@@ -26,6 +21,13 @@ from dash_shampoo.eigenbasis.result import (
     rotated,
     sort_columns,
 )
+from dash_shampoo.inverse_root.fields import (
+    check_choice,
+    check_field,
+    check_positive_int,
+    is_number,
+)
+from dash_shampoo.inverse_root.residual import norm_from_below
 
 Orthogonalization = Literal["rotation", "cholesky_qr", "householder"]
 
@@ -77,23 +79,13 @@ class OrthogonalIterationConfig(EigendecompositionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_iterations", "num_early_iterations"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(
-                    f"Invalid {name}={value!r} in OrthogonalIterationConfig: "
-                    "must be an integer of at least 1."
-                )
-        if self.orthogonalization not in get_args(Orthogonalization):
-            raise ValueError(
-                f"Invalid orthogonalization={self.orthogonalization!r} in "
-                f"OrthogonalIterationConfig: must be one of {', '.join(get_args(Orthogonalization))}."
-            )
-        if not 0.0 < self.orthogonality_tolerance < math.inf:
-            raise ValueError(
-                f"Invalid orthogonality_tolerance={self.orthogonality_tolerance!r} in "
-                "OrthogonalIterationConfig: must be positive and finite."
-            )
+        check_positive_int(self, "num_iterations")
+        check_positive_int(self, "num_early_iterations")
+        check_choice(self, "orthogonalization", Orthogonalization)
+        is_tolerance = (
+            is_number(self.orthogonality_tolerance) and self.orthogonality_tolerance > 0.0
+        )
+        check_field(self, "orthogonality_tolerance", is_tolerance, "positive and finite")
 
     def at(self, refreshes: int) -> OrthogonalIterationConfig:
         """What is to be done in one refresh of many.

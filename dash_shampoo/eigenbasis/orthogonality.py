@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dash_shampoo.eigenbasis.result import can_look
+from dash_shampoo.eigenbasis.result import renewed
 from dash_shampoo.inverse_root import InverseRootStatus
 from dash_shampoo.inverse_root.residual import fixed_rows
 
@@ -42,29 +42,6 @@ def orthogonality_error(Q: Tensor) -> Tensor:
     return error.nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 
-def norm_from_below(S: Tensor) -> Tensor:
-    """‖S‖₂ of each symmetric block, estimated from below by two power steps from four fixed rows.
-
-    Args:
-        S: (B, N, N) stack.
-
-    Returns:
-        (B,) estimates.
-
-    Note:
-        8/N of a product; no host sync.
-
-    Examples:
-        >>> norm_from_below(torch.diag(torch.tensor([4.0, 1.0]))[None]).round(decimals=1)
-        tensor([3.9000])
-    """
-    V_BKN = torch.bmm(fixed_rows(S.shape[-1], S.dtype, S.device).expand(S.shape[0], -1, -1), S)
-    tiny = torch.finfo(S.dtype).tiny
-    V_BKN = V_BKN / torch.linalg.vector_norm(V_BKN, dim=-1, keepdim=True).clamp_min(tiny)
-    lengths_BK: Tensor = torch.linalg.vector_norm(torch.bmm(V_BKN, S), dim=-1)
-    return lengths_BK.amax(-1)
-
-
 def restore_orthogonality(Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Q ← Q·(3I - QᵀQ)/2 where Q is off by more than the tolerance.
 
@@ -83,13 +60,7 @@ def restore_orthogonality(Q: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     failed = ~(error <= _LARGEST_REPAIRABLE)
     status = failed.to(torch.uint8) * int(InverseRootStatus.FAILED)
     is_off = error > tolerance
-    if not can_look(Q):
-        return torch.where(is_off[:, None, None], _newton_schulz(Q), Q), status
-    rows = (is_off & ~failed).nonzero().flatten()
-    if len(rows) == len(Q):
-        Q = _newton_schulz(Q)
-    elif len(rows):
-        Q[rows] = _newton_schulz(Q[rows])
+    (Q,) = renewed(is_off, lambda rows: (_newton_schulz(Q[rows]),), Q)
     return Q, status
 
 

@@ -8,11 +8,12 @@ from torch import Tensor
 from dash_shampoo.base import QREigendecompositionConfig
 from dash_shampoo.eigenbasis.result import (
     EigenbasisResult,
-    can_look,
     is_nearly_diagonal,
     rotated,
     sort_columns,
 )
+from dash_shampoo.inverse_root.blocks import can_look
+from dash_shampoo.inverse_root.result import failures
 
 # On a device, how many iterations run between two looks at whether any block still iterates.
 _ITERATIONS_PER_SYNC = 8
@@ -64,7 +65,7 @@ def qr(A: Tensor, Q: Tensor, config: QREigendecompositionConfig) -> EigenbasisRe
             L = _with_rows(L, rows, (R * P.mT).sum(-1), mask)  # all that is needed of R·P
         if is_last and mask is None and isinstance(rows, slice):  # P's columns are cheaper to sort
             L, P, order = sort_columns(L, P)
-            return EigenbasisResult(torch.bmm(Q, P), L, _no_failures(A), order)
+            return EigenbasisResult(torch.bmm(Q, P), L, failures([], A), order)
         Q = _with_rows(Q, rows, torch.bmm(Q[rows], P), mask)
         if is_last:
             break
@@ -72,11 +73,7 @@ def qr(A: Tensor, Q: Tensor, config: QREigendecompositionConfig) -> EigenbasisRe
         L = _with_rows(L, rows, E[rows].diagonal(dim1=-2, dim2=-1), mask)
         active[rows] &= ~is_nearly_diagonal(E[rows], config.tolerance)
     L, Q, order = sort_columns(L, Q)
-    return EigenbasisResult(Q, L, _no_failures(A), order)
-
-
-def _no_failures(A: Tensor) -> Tensor:
-    return torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
+    return EigenbasisResult(Q, L, failures([], A), order)
 
 
 def _rows_to_iterate(active: Tensor, iteration: int) -> Tensor | slice | None:

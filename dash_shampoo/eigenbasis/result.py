@@ -6,13 +6,14 @@ eigenvectors in columns; E_BNN = QᵀAQ; L_BN eigenvalues; keep_B one flag per b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Where reading a flag is no host synchronisation.
-_READABLE_DEVICES = {"cpu"}
+from dash_shampoo.inverse_root.blocks import can_look
+from dash_shampoo.inverse_root.result import is_usable
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +39,33 @@ class EigenbasisResult:
     @property
     def is_usable(self) -> Tensor:
         """(B,) bool: the blocks whose eigenvectors are new and meant to be used."""
-        return self.status <= 1
+        return is_usable(self.status)
 
 
-def can_look(tensor: Tensor) -> bool:
-    """Whether flags beside this tensor can be read without waiting for a device."""
-    return tensor.device.type in _READABLE_DEVICES
+def renewed(
+    is_due: Tensor, function: Callable[[Tensor | slice], tuple[Tensor, ...]], *stacks: Tensor
+) -> tuple[Tensor, ...]:
+    """Stacks with some of their rows made anew.
+
+    Args:
+        is_due: (B,) bool, the rows that are.
+        function: function(rows) gives new values of some rows of each stack. On the CPU it is asked for those
+            that are due, on a device, where looking would wait, for all of them, which are then masked.
+        *stacks: (B, ...) stacks; may be overwritten.
+
+    Returns:
+        As many stacks.
+    """
+    if not can_look(is_due):
+        masks = (is_due.view(-1, *[1] * (stack.ndim - 1)) for stack in stacks)
+        return tuple(map(torch.where, masks, function(slice(None)), stacks))
+    rows = is_due.nonzero().flatten()
+    if len(rows) == len(is_due):
+        return function(slice(None))
+    if len(rows) > 0:
+        for stack, values in zip(stacks, function(rows), strict=True):
+            stack[rows] = values
+    return stacks
 
 
 def rotated(A_BNN: Tensor, Q_BNN: Tensor) -> Tensor:
@@ -64,15 +86,13 @@ def is_nearly_diagonal(E_BNN: Tensor, tolerance: float) -> Tensor:
     return is_diagonal
 
 
-def sort_columns(
-    L_BN: Tensor, Q_BNN: Tensor, *, descending: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Order eigenvalues and their columns; equal ones keep their order.
+def sort_columns(L_BN: Tensor, Q_BNN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Order eigenvalues and their columns, ascending; equal ones keep their order.
 
     Returns:
         Eigenvalues (B, N), eigenvectors (B, N, N), and the previous place (B, N) of each.
     """
-    L_BN, order = L_BN.sort(dim=-1, stable=True, descending=descending)
+    L_BN, order = L_BN.sort(dim=-1, stable=True)
     return L_BN, gather_columns(Q_BNN, order), order
 
 

@@ -12,10 +12,51 @@ from torch import Tensor
 
 from dash_shampoo.products import has_identity, multiple_of_identity
 
+# Where reading a value is no host synchronisation.
+_READABLE_DEVICES = {"cpu"}
 # Entries of at least 4 bytes.
 _ALIGNMENT = 16
 # Of a norm whose squares neither overflow nor lose digits in float32.
 _SMALLEST_SAFE_NORM = 1e-15
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether the values of a tensor, and of what is made of it, can be read without waiting for a device."""
+    return tensor.device.type in _READABLE_DEVICES
+
+
+def is_known_to_be(value: bool, flags: Tensor) -> bool:
+    """Whether all flags are `value`, or False where only a host sync could tell."""
+    return can_look(flags) and bool((flags if value else ~flags).all())
+
+
+def finite_blocks(A: Tensor) -> Tensor:
+    """(B,) bool: whether all entries of a block are finite."""
+    if can_look(A):
+        # Sums of finite entries are finite but for overflow, and take one pass without a copy.
+        is_finite = torch.isfinite(A.sum(dim=(-2, -1)))
+        if bool(is_finite.all()):
+            return is_finite
+        return torch.isfinite(A).flatten(1).all(dim=1)
+    largest: Tensor = torch.linalg.vector_norm(A.flatten(1), ord=torch.inf, dim=1)
+    return largest < torch.inf
+
+
+def cleaned(A_BNN: Tensor, *, looks: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The identity in place of the blocks that are not finite.
+
+    Args:
+        A_BNN: (B, N, N) stack.
+        looks: Whether the host may wait for the device, to see whether there is such a block.
+
+    Returns:
+        The stack, and which of its blocks were finite (B,); None where all are known to be.
+    """
+    is_finite = finite_blocks(A_BNN)
+    if (looks or can_look(A_BNN)) and bool(is_finite.all()):
+        return A_BNN, None
+    identity = torch.eye(A_BNN.shape[-1], dtype=A_BNN.dtype, device=A_BNN.device)
+    return torch.where(per_block(is_finite), A_BNN, identity), is_finite
 
 
 def per_block(s_B: Tensor) -> Tensor:
@@ -35,11 +76,6 @@ def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def is_one(number: float | Tensor) -> bool:
-    """Whether a number is known to be 1; of one on a device nothing is known."""
-    return not isinstance(number, Tensor) and number == 1.0
-
-
 def divided(A: Tensor, divisor: float | Tensor) -> Tensor:
     """A/divisor as a new tensor, or `A` itself where the divisor is known to be 1."""
     if isinstance(divisor, Tensor):
@@ -48,53 +84,40 @@ def divided(A: Tensor, divisor: float | Tensor) -> Tensor:
     return A if divisor == 1.0 else A / divisor
 
 
-def add_multiple_(entries: Tensor, addend: Tensor, factor: float | Tensor) -> Tensor:
-    """In place, entries ← entries + factor·addend, with a factor of the host's or a scalar on the device."""
-    if isinstance(factor, Tensor):
-        return entries.add_(addend * factor)
-    return entries.add_(addend, alpha=factor)
-
-
-def minus_multiple(A_BNN: Tensor, factor: float, shift: float, out: Tensor | None = None) -> Tensor:
-    """shift·I - factor·A of each block, in one pass; `out` may be A. Default: a new stack."""
+def affine(A_BNN: Tensor, factor: float, shift: float, out: Tensor | None = None) -> Tensor:
+    """factor·A + shift·I of each block, in one pass; `out` may be A. Default: a new stack."""
     if not has_identity(A_BNN):
-        result = torch.mul(A_BNN, -factor, out=out)
+        result = torch.mul(A_BNN, factor, out=out)
         diagonal(result).add_(shift)
         return result
     identity = multiple_of_identity(A_BNN.shape[-1], shift, A_BNN.dtype, A_BNN.device)
-    return torch.sub(identity, A_BNN, alpha=factor, out=out)
+    return torch.add(identity, A_BNN, alpha=factor, out=out)
 
 
-def scaled(A_BNN: Tensor, scale_B: Tensor, shift_B: Tensor) -> Tensor:
-    """scale·A + shift·I of each block as a new stack, in one pass.
+def scaled(
+    A_BNN: Tensor,
+    scale_B: Tensor,
+    shift_B: Tensor,
+    shift_factor: float | Tensor = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """scale·A + shift_factor·shift·I of each block, in one pass.
 
     Args:
         A_BNN: (B, N, N) stack.
         scale_B: (B,) factors.
         shift_B: (B,) what is added to the diagonals.
+        shift_factor: Of that; a number, or a scalar on the device. Default: 1.
+        out: (B, N, N) stack to write to. Default: a new one.
 
     Returns:
         (B, N, N) stack.
     """
-    result = A_BNN * per_block(scale_B)
-    diagonal(result).add_(shift_B[:, None])
-    return result
-
-
-def damped_scaled(A_BNN: Tensor, scale_B: Tensor, epsilon: float) -> Tensor:
-    """scale·(A + epsilon·I) of each block as a new stack, in one pass.
-
-    Args:
-        A_BNN: (B, N, N) stack.
-        scale_B: (B,) factors.
-        epsilon: What is added to the diagonals.
-
-    Returns:
-        (B, N, N) stack.
-    """
-    result = A_BNN * per_block(scale_B)
-    if epsilon != 0.0:
-        diagonal(result).add_(scale_B[:, None], alpha=epsilon)
+    result = torch.mul(A_BNN, per_block(scale_B), out=out)
+    if isinstance(shift_factor, Tensor):
+        diagonal(result).add_(shift_B[:, None] * shift_factor)
+    elif shift_factor != 0.0:
+        diagonal(result).add_(shift_B[:, None], alpha=shift_factor)
     return result
 
 
@@ -108,11 +131,7 @@ def damped(A_BNN: Tensor, epsilon: float) -> Tensor:
     Returns:
         (B, N, N) stack.
     """
-    if epsilon == 0.0:
-        return A_BNN
-    result = A_BNN.clone()
-    diagonal(result).add_(epsilon)
-    return result
+    return A_BNN if epsilon == 0.0 else affine(A_BNN, 1.0, epsilon)
 
 
 def stacks_like(A_BNN: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
@@ -133,13 +152,6 @@ def stacks_like(A_BNN: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
     return flat, [row.view(A_BNN.shape) for row in flat]
 
 
-def affine_identity_(A_BNN: Tensor, scale: float, shift: float) -> Tensor:
-    """In place, A ← scale·A + shift·I."""
-    A_BNN.mul_(scale)
-    diagonal(A_BNN).add_(shift)
-    return A_BNN
-
-
 def max_abs(A_BNN: Tensor) -> Tensor:
     """(B,) largest absolute entry of each block; NaN where a block holds NaN."""
     return A_BNN.abs().amax(dim=(-2, -1))
@@ -151,8 +163,8 @@ def distance_to_identity(M_BNN: Tensor) -> Tensor:
     The identity is subtracted from the diagonals in place and the diagonals are put back, which
     saves a copy of the stack on the CPU.
     """
-    if M_BNN.device.type != "cpu":  # two kernels instead of five
-        difference = minus_multiple(M_BNN, 1.0, 1.0).flatten(1)
+    if not can_look(M_BNN):  # two kernels instead of five
+        difference = affine(M_BNN, -1.0, 1.0).flatten(1)
         norm: Tensor = torch.linalg.vector_norm(difference, ord=torch.inf, dim=1)
         return norm
     entries = diagonal(M_BNN)
@@ -165,18 +177,15 @@ def distance_to_identity(M_BNN: Tensor) -> Tensor:
 
 def frobenius_norm(A_BNN: Tensor) -> Tensor:
     """(B,) float64 ‖A‖_F; entries of 1e±30 neither overflow nor vanish in float32."""
-    flat = A_BNN.flatten(1)
-    if flat.device.type == "cpu" and flat.dtype == torch.float32:
+    is_safe = None
+    if can_look(A_BNN) and A_BNN.dtype == torch.float32:
         # Four times faster than sums in float64, which serve the blocks that need them.
-        norm: Tensor = torch.linalg.vector_norm(flat, dim=1).double()
+        norm: Tensor = torch.linalg.vector_norm(A_BNN, dim=(-2, -1)).double()
         is_safe = (norm > _SMALLEST_SAFE_NORM) & (norm < 1.0 / _SMALLEST_SAFE_NORM)
         if bool(is_safe.all()):
             return norm
-        return torch.where(
-            is_safe, norm, torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
-        )
-    exact: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
-    return exact
+    exact: Tensor = torch.linalg.vector_norm(A_BNN, dim=(-2, -1), dtype=torch.float64)
+    return exact if is_safe is None else torch.where(is_safe, norm, exact)
 
 
 def power(values: Tensor, exponent: float, dtype: torch.dtype | None = None) -> Tensor:

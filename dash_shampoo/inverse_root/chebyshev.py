@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
@@ -17,30 +17,22 @@ from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
 from dash_shampoo.inverse_root.blocks import (
-    affine_identity_,
     constants,
-    damped_scaled,
     diagonal,
     power,
+    scaled,
     stacks_like,
 )
 from dash_shampoo.inverse_root.fields import (
     check_choice,
     check_field,
-    check_matmul_precision,
     check_positive_int,
     is_int,
     is_number,
 )
-from dash_shampoo.inverse_root.result import Solution
-from dash_shampoo.inverse_root.scaling import (
-    FrobeniusScaling,
-    ScalingConfig,
-    check_scaling,
-    compute_scale,
-)
-from dash_shampoo.inverse_root.solver import Solver
-from dash_shampoo.products import MatmulPrecision, Products, weighted_sum
+from dash_shampoo.inverse_root.scaling import ScaledConfig, compute_scale
+from dash_shampoo.inverse_root.solver import Solution, Solver
+from dash_shampoo.products import Products, weighted_sum
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +44,7 @@ ChebyshevEvaluation = Literal["baby_step_giant_step", "clenshaw"]
 
 
 @dataclass(kw_only=True)
-class ChebyshevConfig(RootInvConfig):
+class ChebyshevConfig(ScaledConfig, RootInvConfig):
     """A Chebyshev polynomial fitted to x^(-1/root) on [relative_epsilon, 1 + relative_epsilon].
 
     It takes any positive root and needs no sync. Choose this to reproduce DASH, or for a root
@@ -68,7 +60,7 @@ class ChebyshevConfig(RootInvConfig):
         num_nodes (int): Chebyshev nodes of the fit, more than `degree`. (Default: 10000)
         evaluation (str): "baby_step_giant_step" needs about 2√degree matmuls and the workspace of
             as many stacks as there are baby steps (6 for degree 60); "clenshaw" needs degree - 1
-            matmuls and three stacks. (Default: "baby_step_giant_step")
+            matmuls and four stacks. (Default: "baby_step_giant_step")
         scaling (ScalingConfig): How s is found. (Default: FrobeniusScaling())
         matmul_precision (MatmulPrecision): Precision of the products. (Default: "fp32")
     """
@@ -77,8 +69,6 @@ class ChebyshevConfig(RootInvConfig):
     relative_epsilon: float = 1e-10
     num_nodes: int = 10_000
     evaluation: ChebyshevEvaluation = "baby_step_giant_step"
-    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
-    matmul_precision: MatmulPrecision = "fp32"
 
     def __post_init__(self) -> None:
         check_positive_int(self, "degree")
@@ -87,8 +77,7 @@ class ChebyshevConfig(RootInvConfig):
         is_count = is_int(self.num_nodes) and self.num_nodes > self.degree
         check_field(self, "num_nodes", is_count, "an integer above degree")
         check_choice(self, "evaluation", ChebyshevEvaluation)
-        check_scaling(self)
-        check_matmul_precision(self)
+        super().__post_init__()
 
 
 def check(config: ChebyshevConfig, root: Fraction) -> None:
@@ -98,7 +87,11 @@ def check(config: ChebyshevConfig, root: Fraction) -> None:
         config: Degree and interval.
         root: p of A^(-1/p).
     """
-    _warn_of_poor_fit(float(root), config.degree, config.relative_epsilon, config.num_nodes)
+    _warn_of_poor_fit(float(root), *_fit_of(config))
+
+
+def _fit_of(config: ChebyshevConfig) -> tuple[int, float, int]:
+    return config.degree, config.relative_epsilon, config.num_nodes
 
 
 @lru_cache(maxsize=64)
@@ -150,17 +143,15 @@ def chebyshev(A: Tensor, root: Fraction, config: ChebyshevConfig, epsilon: float
     """
     products = Products(config.matmul_precision)
     s_B = compute_scale(A, config.scaling, epsilon)
-    S = damped_scaled(A, power(s_B, -1.0, A.dtype).mul_(2.0), epsilon)
+    factor_B = power(s_B, -1.0, A.dtype).mul_(2.0)
+    S = scaled(A, factor_B, factor_B, epsilon)
     diagonal(S).sub_(1.0)
-    coefficients = fit_inverse_root(
-        float(root), config.degree, config.relative_epsilon, config.num_nodes
-    )
-    evaluate = clenshaw if config.evaluation == "clenshaw" else baby_step_giant_step
+    coefficients = fit_inverse_root(float(root), *_fit_of(config))
     damping_B = torch.empty_like(s_B, dtype=A.dtype)
     damping = constants((epsilon,), s_B.dtype, s_B.device)
     torch.add(damping, s_B, alpha=config.relative_epsilon, out=damping_B)
     return Solution(
-        evaluate(S, coefficients, products),
+        chebyshev_sum(S, coefficients, products, _num_baby_steps(config)),
         damping=damping_B,
         scale=power(s_B, -1.0 / float(root), A.dtype),
         size=s_B,
@@ -229,58 +220,29 @@ def fit_error(root: float, degree: int, relative_epsilon: float, num_nodes: int)
     return float((P * x.pow(1.0 / root) - 1.0).abs().max())
 
 
-def clenshaw(S: Tensor, coefficients: tuple[float, ...], products: Products) -> Tensor:
-    """Σ c_k T_k(S) by b_k = c_k I + 2S·b_(k+1) - b_(k+2), result c_0 I + S·b_1 - b_2.
-
-    Args:
-        S: (B, N, N) symmetric stack with eigenvalues in [-1, 1]. Not modified.
-        coefficients: c_0 … c_degree, degree at least 1.
-        products: Products.
-
-    Returns:
-        (B, N, N) stack.
-
-    Note:
-        degree - 1 matmuls: b_degree is a multiple of the identity.
-    """
-    rounded = products.round(S)
-    # b_d = c_d I enters the next one without a product, and the one after it through its diagonal alone.
-    top = coefficients[-1]
-    if len(coefficients) == 2:
-        return affine_identity_(S.clone(), top, coefficients[0])
-    b_next = affine_identity_(S.clone(), 2.0 * top, coefficients[-2])
-    b_after: Tensor | None = None
-    spare = torch.empty_like(S)
-    for k in range(len(coefficients) - 3, -1, -1):
-        b = products(rounded, b_next, out=spare, alpha=2.0 if k > 0 else 1.0)
-        diagonal(b).add_(coefficients[k] - (top if b_after is None else 0.0))
-        if b_after is not None:
-            b.sub_(b_after)
-        spare = torch.empty_like(S) if b_after is None else b_after
-        b_next, b_after = b, b_next
-    return b_next
-
-
-def baby_step_giant_step(S: Tensor, coefficients: tuple[float, ...], products: Products) -> Tensor:
+def chebyshev_sum(
+    S: Tensor, coefficients: tuple[float, ...], products: Products, num_baby_steps: int
+) -> Tensor:
     """Σ c_k T_k(S) = Σ_i B_i(S)·T_(i·m)(S), B_i of degree below m, by Clenshaw's rule in T_m.
 
     The baby steps T_2 … T_m come from T_(i+j) = 2·T_i·T_j - T_|i-j|; the giant steps are
-    b_i = B_i + 2·T_m·b_(i+1) - b_(i+2), and the result is B_0 + T_m·b_1 - b_2.
+    b_i = B_i + 2·T_m·b_(i+1) - b_(i+2), and the result is B_0 + T_m·b_1 - b_2. With m = 1 it is Clenshaw's
+    recurrence.
 
     Args:
         S: (B, N, N) symmetric stack with eigenvalues in [-1, 1]. Not modified.
         coefficients: c_0 … c_degree, degree at least 1.
         products: Products.
+        num_baby_steps: m, from 1 to the degree.
 
     Returns:
         (B, N, N) stack.
 
     Note:
-        m - 1 + ⌊degree/m⌋ matmuls, one less where m divides the degree, for the m that needs the
-        fewest; about 2·√degree. The baby steps are kept: m stacks of workspace, and three for the giant
-        steps. Two elementwise passes a giant step, whatever m is.
+        m - 1 + ⌊degree/m⌋ matmuls, one less where m divides the degree. The baby steps are kept: m stacks of
+        workspace, and three for the giant steps. Two elementwise passes a giant step, one with m = 1.
     """
-    size, table = split_coefficients(coefficients)
+    size, table = num_baby_steps, split_coefficients(coefficients, num_baby_steps)
     flat, T = stacks_like(S, size)
     T[0].copy_(S)
     for k in range(2, size + 1):
@@ -290,13 +252,11 @@ def baby_step_giant_step(S: Tensor, coefficients: tuple[float, ...], products: P
         else:
             products(T[low - 1], T[high - 1], out=T[k - 1], alpha=2.0).sub_(S)
     T_m = products.round(T[size - 1])
-    b_next, b_after = _combined(flat, T, table[-1]), None
+    b_next, b_after = _combined(flat, T, table[-1], None), None
     is_constant = all(c == 0.0 for c in table[-1][1:])  # the first giant step is then free
     for i in reversed(range(len(table) - 1)):
         factor = 1.0 if i == 0 else 2.0
-        b = _combined(flat, T, table[i])
-        if b_after is not None:
-            b.sub_(b_after)
+        b = _combined(flat, T, table[i], b_after)
         if is_constant:
             b.add_(T[size - 1], alpha=factor * table[-1][0])
             is_constant = False
@@ -306,66 +266,70 @@ def baby_step_giant_step(S: Tensor, coefficients: tuple[float, ...], products: P
     return b_next
 
 
-def _combined(flat: Tensor, T: list[Tensor], coefficients: tuple[float, ...]) -> Tensor:
-    """c_0 I + Σ_j c_j T_j of the stacks T, (m, B·N·N) as one, in one pass."""
+def _combined(
+    flat: Tensor, T: list[Tensor], coefficients: tuple[float, ...], less: Tensor | None
+) -> Tensor:
+    """c_0 I + Σ_j c_j T_j of the stacks T, (m, B·N·N) as one, in one pass; minus a stack in another."""
     size = len(coefficients)
     if size == 1:
-        result = torch.zeros_like(T[0])
+        result = torch.zeros_like(T[0]) if less is None else -less
     else:
         weights = constants(coefficients[1:], flat.dtype, flat.device)
         result = torch.empty_like(T[0])
         weighted_sum(flat[: size - 1], weights, result.view(-1))
+        result = result if less is None else result.sub_(less)
     diagonal(result).add_(coefficients[0])
     return result
 
 
+def fewest_baby_steps(degree: int) -> int:
+    """The number of baby steps for which a degree takes the fewest matmuls, about its square root."""
+    return min(range(1, degree + 1), key=lambda m: (m - 1 + degree // m - (degree % m == 0), m))
+
+
 @lru_cache(maxsize=64)
 def split_coefficients(
-    coefficients: tuple[float, ...],
-) -> tuple[int, tuple[tuple[float, ...], ...]]:
-    """Find the number of baby steps m, and B_0 … B_K with Σ c_k T_k = Σ_i B_i·T_(i·m).
+    coefficients: tuple[float, ...], num_baby_steps: int
+) -> tuple[tuple[float, ...], ...]:
+    """Find B_0 … B_K with Σ c_k T_k = Σ_i B_i·T_(i·m).
 
     From the top, c·T_(i·m + j) = 2c·T_(i·m)·T_j - c·T_(i·m - j) moves every coefficient into its
     group and a remainder into the group below.
 
     Args:
         coefficients: c_0 … c_degree, degree at least 1.
+        num_baby_steps: m.
 
     Returns:
-        m, and the K + 1 groups of m coefficients each, K = ⌊degree/m⌋.
+        The K + 1 groups of m coefficients each, K = ⌊degree/m⌋.
 
     Examples:
-        >>> split_coefficients((1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
-        (2, ((1.0, 1.0), (1.0, 0.0), (1.0, 2.0), (1.0, 0.0)))
+        >>> split_coefficients((1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0), 2)
+        ((1.0, 1.0), (1.0, 0.0), (1.0, 2.0), (1.0, 0.0))
     """
-    degree = len(coefficients) - 1
-    size = min(range(1, degree + 1), key=lambda m: (m - 1 + degree // m - (degree % m == 0), m))
-    rest = list(coefficients)
+    size, rest = num_baby_steps, list(coefficients)
     groups: list[tuple[float, ...]] = []
-    for i in range(degree // size, 0, -1):
-        group = [rest[i * size]] + [0.0] * (size - 1)
-        for j in range(1, size):
-            if i * size + j <= degree:
-                c = rest[i * size + j]
-                group[j] = 2.0 * c
-                rest[i * size - j] -= c
-        groups.append(tuple(group))
-    groups.append(tuple(rest[:size]))
-    return size, tuple(reversed(groups))
+    for start in range((len(rest) - 1) // size * size, 0, -size):
+        upper = rest[start:] + [0.0] * (size + start - len(rest))
+        groups.append((upper[0], *(2.0 * c for c in upper[1:])))
+        del rest[start:]
+        for j, c in enumerate(upper[1:], start=1):
+            rest[start - j] -= c
+    return (tuple(rest), *reversed(groups))
+
+
+def _num_baby_steps(config: ChebyshevConfig) -> int:
+    return 1 if config.evaluation == "clenshaw" else fewest_baby_steps(config.degree)
 
 
 def _workspace(config: ChebyshevConfig, root: Fraction) -> int:
     """The recurrence's stacks, beside the polynomial's value; operands that are rounded."""
-    if config.evaluation == "clenshaw":
-        num_stacks = 4
-    else:
-        size, _ = split_coefficients((1.0,) * (config.degree + 1))
-        num_stacks = size + 3
-    return num_stacks if config.matmul_precision == "fp32" else num_stacks + 4
+    return _num_baby_steps(config) + (3 if config.matmul_precision == "fp32" else 7)
 
 
-def _error(config: ChebyshevConfig, root: Fraction) -> float:
-    return fit_error(float(root), config.degree, config.relative_epsilon, config.num_nodes)
-
-
-SOLVER = Solver(solve=chebyshev, workspace=_workspace, check=check, error=_error)
+SOLVER = Solver(
+    solve=chebyshev,
+    workspace=_workspace,
+    check=check,
+    error=lambda config, root: fit_error(float(root), *_fit_of(config)),
+)

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from dash_shampoo.products import plain_products
+
+NO_CAP = 2**62
 _T = TypeVar("_T")
 
 # What a core's second-level cache and its share of the third keep at hand, in bytes.
@@ -114,6 +118,58 @@ def plan_chunks(
 def _slices(num_matrices: int, rows: int) -> tuple[slice, ...]:
     starts = range(0, num_matrices, rows)
     return tuple(slice(start, min(start + rows, num_matrices)) for start in starts)
+
+
+def over_chunks(
+    function: Callable[[slice], _T],
+    num_matrices: int,
+    size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_stacks: int,
+    is_serial: bool,
+    max_workspace_bytes: int = NO_CAP,
+) -> list[_T]:
+    """Call a function for the rows of each chunk of a stack, without gradients and with `plain_products`.
+
+    Args:
+        function: As of `map_chunks`.
+        num_matrices: B.
+        size: N.
+        dtype: Of the matrices.
+        device: Of the matrices.
+        num_stacks: As of `plan_chunks`.
+        is_serial: See there.
+        max_workspace_bytes: See there. Default: none.
+
+    Returns:
+        The results in the order of the chunks.
+    """
+    chunks = plan_chunks(
+        num_matrices,
+        size,
+        itemsize=dtype.itemsize,
+        num_stacks=num_stacks,
+        device_type=device.type,
+        is_serial=is_serial,
+        max_workspace_bytes=max_workspace_bytes,
+        num_threads=torch.get_num_threads(),
+    )
+    with torch.no_grad(), plain_products(device, size**3):
+        return map_chunks(function, chunks)
+
+
+def joined(parts: Sequence[_T]) -> _T:
+    """The results of consecutive rows, of one dataclass, as one; what is no tensor is the same in all."""
+    if len(parts) == 1:
+        return parts[0]
+    values: dict[str, Any] = {}
+    for field in fields(parts[0]):  # type: ignore[arg-type]
+        of_parts = [getattr(part, field.name) for part in parts]
+        is_tensor = isinstance(of_parts[0], Tensor)
+        values[field.name] = torch.cat(of_parts) if is_tensor else of_parts[0]
+    return type(parts[0])(**values)
 
 
 def map_chunks(function: Callable[[slice], _T], chunks: Chunks) -> list[_T]:

@@ -6,15 +6,13 @@ from contextlib import nullcontext
 from fractions import Fraction
 
 import torch
-from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.stack import solve_stack
+from dash_shampoo.inverse_root.stack import inverse_root
 from dash_shampoo.products import ProductCount, assumed_kernels, count_products
 
 # No solver has tall operands of this width, so that a product of N×N matrices is told from the others.
 _SIZE = 48
-_NO_CAP = 2**40
 
 
 def num_products(
@@ -60,24 +58,8 @@ def num_products(
     A = (A + A.mT) / 2
     value = torch.empty_like(A)
 
-    def store(rows: slice, roots: Tensor, usable: Tensor) -> None:
-        value[rows].copy_(roots)
-
     def solve() -> None:
-        """One root of A, written to `value`."""
-        solve_stack(
-            lambda rows: A[rows],
-            store,
-            num_matrices=1,
-            size=_SIZE,
-            root=root,
-            config=config,
-            epsilon=epsilon,
-            dtype=dtype,
-            device=A.device,
-            max_workspace_bytes=_NO_CAP,
-            residual_threshold=residual_threshold,
-        )
+        value.copy_(inverse_root(A, root, config, epsilon, residual_threshold).value)
 
     with assumed_kernels() if has_kernels else nullcontext():
         solve()  # which also makes the constants that stay

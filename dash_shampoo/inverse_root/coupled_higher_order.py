@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dash_shampoo.base import CoupledHigherOrderConfig
 from dash_shampoo.inverse_root.blocks import (
-    affine_identity_,
+    affine,
     diagonal,
     distance_to_identity,
     max_abs,
@@ -20,10 +20,10 @@ from dash_shampoo.inverse_root.blocks import (
     power,
     scaled,
 )
-from dash_shampoo.inverse_root.result import InverseRootStatus, Solution
-from dash_shampoo.inverse_root.solver import Solver
+from dash_shampoo.inverse_root.result import InverseRootStatus
+from dash_shampoo.inverse_root.solver import Solution, Solver
 from dash_shampoo.inverse_root.working_set import WorkingSet
-from dash_shampoo.products import MatmulPrecision, Products, is_tf32_allowed
+from dash_shampoo.products import Products
 
 # The base's constants: growth of max|M - I| that counts as divergence, the error below which an
 # unchanged one counts as stagnation, and the final error above which the result is refused.
@@ -99,7 +99,7 @@ def coupled_higher_order(
         >>> [round(x, 6) for x in solution.X[0].diagonal().tolist()]
         [0.25, 0.111111]
     """
-    products = Products(_precision(config, A))
+    products = Products.with_tf32(A, is_wanted=not config.disable_tf32)
     p, q = root.numerator, root.denominator
 
     lambda_max_B = A.abs().sum(dim=-1).amax(dim=-1)
@@ -130,13 +130,6 @@ def coupled_higher_order(
     )
 
 
-def _precision(config: CoupledHigherOrderConfig, A: Tensor) -> MatmulPrecision:
-    """TF32 only where the config does not disable it and the program allows it."""
-    if config.disable_tf32 or not A.is_cuda or A.dtype != torch.float32:
-        return "fp32"
-    return "tf32" if is_tf32_allowed() else "fp32"
-
-
 def _series_coefficients(p: int, order: int) -> list[float]:
     """b_0 … b_(order-1) of the binomial series of x^(-1/p) in powers of 1 - x."""
     coefficients, numerator, denominator = [1.0], 1, 1
@@ -161,41 +154,34 @@ def _iterate(
     Returns:
         X (B, N, N), the iterations (B,), and whether the cap ended them above the tolerance (B,).
     """
-    device, num_blocks = M.device, M.shape[0]
     b = _series_coefficients(p, config.order)
-    value = torch.empty_like(M)
-    iterations = torch.zeros(num_blocks, dtype=torch.int32, device=device)
-    is_capped = torch.zeros(num_blocks, dtype=torch.bool, device=device)
-    working = WorkingSet(num_blocks)
+    working = WorkingSet(M.shape[0])
 
     # One step of plain Newton first; its X = I·C needs no product.
-    X = affine_identity_(M * (-1.0 / p), 1.0, 1.0 + 1.0 / p)
+    X = affine(M, -1.0 / p, 1.0 + 1.0 / p)
     M = products(products.power(X, p), M)
-    error_W = max_abs(_identity_minus(M))
+    error_W = distance_to_identity(M)
     is_stopped = torch.zeros_like(error_W, dtype=torch.bool)
     iteration = 1
     while True:
-        is_above = error_W > config.tolerance
-        has_steps_left = iteration < config.max_iterations
+        is_above = (error_W > config.tolerance) & ~is_stopped
         # The one host sync of a step: the stopping rule needs the errors.
-        wants_more = (is_above & ~is_stopped).cpu() & has_steps_left
-        rows, finished = (index.to(device) for index in working.retire(wants_more))
-        if rows.numel() > 0:
-            value[rows] = X[finished]
-            iterations[rows] = iteration
-            is_capped[rows] = (is_above & ~is_stopped)[finished]
+        wants_more = is_above.cpu() & (iteration < config.max_iterations)
+        iterations = torch.full_like(error_W, iteration, dtype=torch.int32)
+        working.retire(wants_more, X, iterations, is_above)
         if working.is_done:
+            value, iterations, is_capped = working.results
             return value, iterations, is_capped
         X, M, error_W = working.compact(X, M, error_W)
-        D = _identity_minus(M)
-        T = affine_identity_(D * b[-1], 1.0, b[-2])
+        D = affine(M, -1.0, 1.0)
+        T = affine(D, b[-1], b[-2])
         for coefficient in reversed(b[:-2]):
             T = products(T, D)
             diagonal(T).add_(coefficient)
         X = products(X, T)
         M = products(products.power(T, p), M)
         iteration += 1
-        new_error_W = max_abs(_identity_minus(M))
+        new_error_W = distance_to_identity(M)
         is_stopped = (new_error_W > error_W * _DIVERGENCE_FACTOR) | (
             (new_error_W == error_W) & (error_W < _STAGNATION_BELOW)
         )
@@ -203,22 +189,11 @@ def _iterate(
         error_W = torch.where(is_stopped, error_W, new_error_W)
 
 
-def _identity_minus(M: Tensor) -> Tensor:
-    """I - M as a new stack."""
-    D = -M
-    diagonal(D).add_(1.0)
-    return D
-
-
-def _workspace(config: CoupledHigherOrderConfig, root: Fraction) -> int:
-    """The ridge, X, M, I - M, T, powers and the next ones of them, beside the roots."""
-    return 8
-
-
-def _waits(config: CoupledHigherOrderConfig) -> bool:
-    """The host looks after every step."""
-    del config
-    return True
-
-
-SOLVER = Solver(solve=coupled_higher_order, workspace=_workspace, check=check, waits=_waits)
+SOLVER = Solver(
+    solve=coupled_higher_order,
+    # The ridge, X, M, I - M, T, powers and the next ones of them, beside the roots.
+    workspace=lambda config, root: 8,
+    check=check,
+    # The host looks after every step.
+    waits=lambda config: True,
+)

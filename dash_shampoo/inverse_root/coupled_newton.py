@@ -5,36 +5,19 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N; W of them are still iterat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import CoupledNewtonConfig
-from dash_shampoo.inverse_root.blocks import (
-    damped_scaled,
-    distance_to_identity,
-    minus_multiple,
-    power,
-)
-from dash_shampoo.inverse_root.fields import (
-    check_field,
-    check_matmul_precision,
-    check_positive_int,
-    is_number,
-)
-from dash_shampoo.inverse_root.result import Solution
-from dash_shampoo.inverse_root.scaling import (
-    FrobeniusScaling,
-    ScalingConfig,
-    check_scaling,
-    compute_scale,
-    damped_frobenius_norm,
-)
-from dash_shampoo.inverse_root.solver import Solver
+from dash_shampoo.inverse_root.blocks import affine, distance_to_identity, power, scaled
+from dash_shampoo.inverse_root.fields import check_field, check_positive_int, is_number
+from dash_shampoo.inverse_root.scaling import ScaledConfig, compute_scale, damped_frobenius_norm
+from dash_shampoo.inverse_root.solver import Solution, Solver
 from dash_shampoo.inverse_root.working_set import WorkingSet
-from dash_shampoo.products import MatmulPrecision, Products
+from dash_shampoo.products import Products
 
 # On an accelerator: a cap up to which all steps are done unseen, and the steps between looks beyond it.
 _MAX_UNSEEN_STEPS = 16
@@ -42,7 +25,7 @@ _STEPS_BETWEEN_LOOKS = 4
 
 
 @dataclass(kw_only=True)
-class ScaledCoupledNewtonConfig(CoupledNewtonConfig):
+class ScaledCoupledNewtonConfig(ScaledConfig, CoupledNewtonConfig):
     """Coupled inverse Newton iteration with a choice of scaling and matmul precision.
 
     With `FrobeniusScaling` and "fp32" it is the base's `CoupledNewtonConfig`. Choose this when ten
@@ -55,15 +38,11 @@ class ScaledCoupledNewtonConfig(CoupledNewtonConfig):
         matmul_precision (MatmulPrecision): Precision of the products. (Default: "fp32")
     """
 
-    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
-    matmul_precision: MatmulPrecision = "fp32"
-
     def __post_init__(self) -> None:
         check_positive_int(self, "max_iterations", at_least=0)
         is_tolerance = is_number(self.tolerance) and self.tolerance >= 0.0
         check_field(self, "tolerance", is_tolerance, "at least 0")
-        check_scaling(self)
-        check_matmul_precision(self)
+        super().__post_init__()
 
 
 def check(config: CoupledNewtonConfig, root: Fraction) -> None:
@@ -136,7 +115,8 @@ def coupled_newton(
         s_B = damped_frobenius_norm(A, epsilon).nan_to_num_(nan=torch.nan, posinf=torch.nan)
     p = root.numerator
     z_B = s_B.reciprocal().mul_((p + 1) / 2)
-    M = damped_scaled(A, z_B.to(A.dtype), epsilon)
+    z = z_B.to(A.dtype)
+    M = scaled(A, z, z, epsilon)
     X, error, iterations = _iterate(M, p, config.max_iterations, config.tolerance, products)
     # True is MAX_ITERATIONS; an error of NaN is not below the tolerance.
     status = (error <= config.tolerance).logical_not_().view(torch.uint8)
@@ -168,40 +148,27 @@ def _iterate(
     Returns:
         X (B, N, N), the final max|M - I| (B,) and the iterations (B,).
     """
-    device, num_blocks = M.device, M.shape[0]
-    value: Tensor | None = None
-    error = M.new_empty(num_blocks)
-    iterations = torch.zeros(num_blocks, dtype=torch.int32, device=device)
-    working = WorkingSet(num_blocks)
+    working = WorkingSet(M.shape[0])
     X: Tensor | None = None  # the identity
-    interval = _steps_between_looks(device, max_iterations)
+    interval = _steps_between_looks(M.device, max_iterations)
     for iteration in range(max_iterations + 1):
         is_last = iteration == max_iterations
         if is_last or (iteration % interval == 0 and (iteration > 0 or interval == 1)):
-            error_W = distance_to_identity(M)
+            error = distance_to_identity(M)
             if is_last:
-                wants_more = torch.zeros(len(error_W), dtype=torch.bool, device="cpu")
+                wants_more = torch.zeros(len(M), dtype=torch.bool, device="cpu")
             else:  # the one host sync of a look
-                wants_more = (error_W > tolerance).cpu()
-            rows, finished = working.retire(wants_more)
-            if rows.numel() == num_blocks:  # all of them at once
-                return _or_identity(X, M), error_W, iterations.fill_(iteration)
-            if rows.numel() > 0:
-                value = (
-                    torch.empty_like(M[:1].expand(num_blocks, -1, -1)) if value is None else value
-                )
-                rows, finished = rows.to(device), finished.to(device)
-                value[rows] = _or_identity(X, M)[finished]
-                error[rows] = error_W[finished]
-                iterations[rows] = iteration
-            if working.is_done:
-                break
-            if X is None:
-                (M,) = working.compact(M)
-            else:
+                wants_more = (error > tolerance).cpu()
+            if not bool(wants_more.all()):
+                if X is None:
+                    X = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).repeat(len(M), 1, 1)
+                iterations = torch.full_like(error, iteration, dtype=torch.int32)
+                working.retire(wants_more, X, error, iterations)
+                if working.is_done:
+                    break
                 X, M = working.compact(X, M)
         X, M = _step(X, M, p, products)
-    assert value is not None
+    value, error, iterations = working.results
     return value, error, iterations
 
 
@@ -217,16 +184,10 @@ def _steps_between_looks(device: torch.device, max_iterations: int) -> int:
 
 def _step(X: Tensor | None, M: Tensor, p: int, products: Products) -> tuple[Tensor, Tensor]:
     """X·C and Cᵖ·M; X = None is the identity."""
-    C = minus_multiple(M, 1.0 / p, 1.0 + 1.0 / p)
+    C = affine(M, -1.0 / p, 1.0 + 1.0 / p)
     rounded_C = products.round(C)
     X = rounded_C.to(M.dtype) if X is None else products(X, rounded_C)
     return X, products(products.power(rounded_C, p), M)
-
-
-def _or_identity(X: Tensor | None, M: Tensor) -> Tensor:
-    if X is not None:
-        return X
-    return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).repeat(M.shape[0], 1, 1)
 
 
 def _workspace(config: CoupledNewtonConfig, root: Fraction) -> int:
@@ -235,9 +196,10 @@ def _workspace(config: CoupledNewtonConfig, root: Fraction) -> int:
     return 12 if is_rounded else 6
 
 
-def _waits(config: CoupledNewtonConfig) -> bool:
-    """With a low cap the host never looks."""
-    return config.max_iterations > _MAX_UNSEEN_STEPS
-
-
-SOLVER = Solver(solve=coupled_newton, workspace=_workspace, check=check, waits=_waits)
+SOLVER = Solver(
+    solve=coupled_newton,
+    workspace=_workspace,
+    check=check,
+    # With a low cap the host never looks.
+    waits=lambda config: config.max_iterations > _MAX_UNSEEN_STEPS,
+)

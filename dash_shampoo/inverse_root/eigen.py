@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -16,16 +17,17 @@ from torch import Tensor
 
 from dash_shampoo.base import (
     EigenConfig,
+    EighEigendecompositionConfig,
     PerturbationConfig,
     PseudoInverseConfig,
     RankDeficientStabilityConfig,
 )
-from dash_shampoo.inverse_root.blocks import damped, per_block, power
-from dash_shampoo.inverse_root.chunks import map_chunks, plan_chunks
+from dash_shampoo.inverse_root.blocks import cleaned, damped, power
+from dash_shampoo.inverse_root.chunks import over_chunks
 from dash_shampoo.inverse_root.eigh_device import eigh_device
 from dash_shampoo.inverse_root.fields import check_choice
-from dash_shampoo.inverse_root.result import InverseRootStatus, Solution
-from dash_shampoo.inverse_root.solver import Solver
+from dash_shampoo.inverse_root.result import failures
+from dash_shampoo.inverse_root.solver import Solution, Solver
 from dash_shampoo.products import Products
 
 logger = logging.getLogger(__name__)
@@ -122,77 +124,63 @@ def eigen(A: Tensor, root: Fraction, config: EigenConfig, epsilon: float) -> Sol
         isinstance(repair, PerturbationConfig) and repair.perturb_before_computation
     )
     # In the matrix rather than in its eigenvalues, which rounds differently: as the base does.
-    L_BN, V_BNN, failed = decompose(damped(A, epsilon) if is_damped_before else A, config)
+    clean, is_finite = cleaned(A, looks=True)  # eigh waits for the device anyway
+    L_BN, V_BNN, failed = decompose(damped(clean, epsilon) if is_damped_before else clean, config)
     inv_power_BN = inverse_power(L_BN, float(root), epsilon, config)
-    # A repair may drop NaN like any eigenvalue that is not above a cutoff.
-    inv_power_BN = torch.where(L_BN.isfinite(), inv_power_BN, torch.nan)
+    if is_finite is not None:
+        inv_power_BN = inv_power_BN.masked_fill(~is_finite[:, None], torch.nan)
     X = Products("fp32")((V_BNN * inv_power_BN[:, :, None]).mT, V_BNN)
-    status = None
-    if failed:
-        status = torch.zeros(A.shape[0], dtype=torch.uint8, device=A.device)
-        status[failed] = int(InverseRootStatus.FAILED)
+    status = failures(failed, A) if failed else None
     return Solution(X, damping=epsilon, is_symmetric=True, status=status)
 
 
 def inverse_power(L_BN: Tensor, root: float, epsilon: float, config: EigenConfig) -> Tensor:
     """f(λ) = λ^(-1/root) of the repaired eigenvalues, (B, N); no block looks at another."""
-    exponent = -1.0 / root
+    is_dropped = None
     match config.rank_deficient_stability_config:
         case PseudoInverseConfig() as repair:
             rtol = repair.rank_rtol
             if rtol is None:
                 rtol = L_BN.shape[-1] * torch.finfo(L_BN.dtype).eps
             largest = L_BN.amax(dim=-1, keepdim=True)
-            cutoff = torch.clamp(rtol * largest.relu(), min=repair.rank_atol)
-            return torch.where(cutoff >= L_BN, torch.zeros_like(L_BN), power(L_BN, exponent))
-        case PerturbationConfig() as repair:
+            is_dropped = torch.clamp(rtol * largest.relu(), min=repair.rank_atol) >= L_BN
+        case PerturbationConfig(perturb_before_computation=True):
             smallest = L_BN.amin(dim=-1, keepdim=True)
-            if repair.perturb_before_computation:
-                # Compared in float64, as the base compares Python numbers.
-                is_too_small = smallest.double() < epsilon
-                L_BN = torch.where(is_too_small, (L_BN - smallest) + epsilon, L_BN)
-            else:
-                L_BN = (L_BN - smallest.clamp_max(0.0)) + epsilon
-            return power(L_BN, exponent)
-        case SpectrumRepairConfig() as repair:
-            return _repaired_inverse_power(L_BN, exponent, epsilon, repair)
+            # Compared in float64, as the base compares Python numbers.
+            is_too_small = smallest.double() < epsilon
+            L_BN = torch.where(is_too_small, (L_BN - smallest) + epsilon, L_BN)
+        case PerturbationConfig() | SpectrumRepairConfig(method="shampoo"):
+            L_BN = (L_BN - L_BN.amin(dim=-1, keepdim=True).clamp_max(0.0)) + epsilon
+        case SpectrumRepairConfig(method="abs"):
+            L_BN = (L_BN - epsilon).abs()
+        case SpectrumRepairConfig(method="abs_add"):
+            L_BN = (L_BN - epsilon).abs() + epsilon
+        case SpectrumRepairConfig(method="relu"):
+            L_BN = L_BN - epsilon
+            is_dropped = ~((epsilon <= L_BN) & (L_BN > 0.0))
         case unknown:
             raise ValueError(f"rank_deficient_stability_config={unknown!r} is not known to eigen.")
+    roots = power(L_BN, -1.0 / root)
+    return roots if is_dropped is None else roots.masked_fill(is_dropped, 0.0)
 
 
-def _repaired_inverse_power(
-    L_BN: Tensor, exponent: float, epsilon: float, repair: SpectrumRepairConfig
-) -> Tensor:
-    """DASH's repairs of the eigenvalues of A + εI, to the power `exponent`."""
-    match repair.method:
-        case "shampoo":
-            L_BN = (L_BN - L_BN.amin(dim=-1, keepdim=True).clamp_max(0.0)) + epsilon
-        case "abs":
-            L_BN = (L_BN - epsilon).abs()
-        case "abs_add":
-            L_BN = (L_BN - epsilon).abs() + epsilon
-        case "relu":
-            shifted = L_BN - epsilon
-            is_kept = (shifted >= epsilon) & (shifted > 0.0)
-            return torch.where(is_kept, power(shifted, exponent), torch.zeros_like(L_BN))
-    return power(L_BN, exponent)
-
-
-def decompose(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, list[int]]:
-    """Decompose A = Vᵀ·diag(L)·V.
+def decompose(
+    A_BNN: Tensor, config: EigenConfig | EighEigendecompositionConfig
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Decompose A = Vᵀ·diag(L)·V, where the config or a table wants it done.
 
     Args:
-        A_BNN: (B, N, N) stack.
+        A_BNN: (B, N, N) stack, finite.
         config: Retry and offload device.
 
     Returns:
         Eigenvalues (B, N), eigenvectors in rows (B, N, N), and the rows that failed.
     """
     there = A_BNN.to(eigh_device(A_BNN, config.eigendecomposition_offload_device))
-    if there.device.type == "cpu" and A_BNN.device.type != "cpu":
-        L_BN, Q_BNN, failed = _eigh_on_threads(there, config.retry_double_precision)
-    else:  # a stack that is on the CPU was cut into chunks before it came here
-        L_BN, Q_BNN, failed = _eigh_of_finite(there, config.retry_double_precision)
+    # A stack that is on the CPU was cut into chunks before it came here.
+    is_moved = there.device.type == "cpu" and A_BNN.device.type != "cpu"
+    eigh = _eigh_on_threads if is_moved else eigh_or_bisect
+    L_BN, Q_BNN, failed = eigh(there, config.retry_double_precision)
     # LAPACK and cuSOLVER leave the eigenvectors in columns of column-major memory: this is a view.
     V_BNN = Q_BNN.mT.contiguous()
     return L_BN.to(A_BNN.device), V_BNN.to(A_BNN.device), failed
@@ -201,37 +189,19 @@ def decompose(A_BNN: Tensor, config: EigenConfig) -> tuple[Tensor, Tensor, list[
 def _eigh_on_threads(
     A_BNN: Tensor, retry_double_precision: bool
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """`_eigh_of_finite` of chunks of a stack on the CPU, on several threads."""
+    """`eigh_or_bisect` of chunks of a stack on the CPU, on several threads."""
+
+    def eigh(rows: slice) -> tuple[Tensor, Tensor, list[int]]:
+        L, Q, failed = eigh_or_bisect(A_BNN[rows], retry_double_precision)
+        return L, Q, [rows.start + row for row in failed]
+
     num_blocks, size, _ = A_BNN.shape
-    chunks = plan_chunks(
-        num_blocks,
-        size,
-        itemsize=A_BNN.element_size(),
-        num_stacks=3,
-        device_type="cpu",
-        is_serial=True,
-        max_workspace_bytes=2**62,
-        num_threads=torch.get_num_threads(),
+    dtype, device = A_BNN.dtype, A_BNN.device
+    parts = over_chunks(
+        eigh, num_blocks, size, dtype=dtype, device=device, num_stacks=3, is_serial=True
     )
-    parts = map_chunks(lambda rows: _eigh_of_finite(A_BNN[rows], retry_double_precision), chunks)
-    failed = [
-        rows.start + row for rows, part in zip(chunks.rows, parts, strict=True) for row in part[2]
-    ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), failed
-
-
-def _eigh_of_finite(
-    A_BNN: Tensor, retry_double_precision: bool
-) -> tuple[Tensor, Tensor, list[int]]:
-    """`eigh_or_bisect`; blocks that are not finite get NaN and don't stop the others."""
-    is_finite = torch.isfinite(A_BNN.sum(dim=(-2, -1)))
-    if bool(is_finite.all()):
-        return eigh_or_bisect(A_BNN, retry_double_precision)
-    is_finite = torch.isfinite(A_BNN).flatten(1).all(dim=1)
-    identity = torch.eye(A_BNN.shape[-1], dtype=A_BNN.dtype, device=A_BNN.device)
-    clean = torch.where(per_block(is_finite), A_BNN, identity)
-    L_BN, Q_BNN, failed = eigh_or_bisect(clean, retry_double_precision)
-    return L_BN.masked_fill(~is_finite[:, None], torch.nan), Q_BNN, failed
+    eigenvalues, eigenvectors, failed = zip(*parts, strict=True)
+    return torch.cat(eigenvalues), torch.cat(eigenvectors), list(chain(*failed))
 
 
 def eigh_or_bisect(A_BNN: Tensor, retry_double_precision: bool) -> tuple[Tensor, Tensor, list[int]]:
@@ -266,22 +236,13 @@ def eigh_or_bisect(A_BNN: Tensor, retry_double_precision: bool) -> tuple[Tensor,
         return torch.ones_like(A_BNN[:, 0]), identity.expand_as(A_BNN), [0]
 
 
-def _workspace(config: EigenConfig, root: Fraction) -> int:
-    """The damped matrix, the eigenvectors, plain and scaled, and the copy that LAPACK works on."""
-    return 3
-
-
-def _waits(config: EigenConfig) -> bool:
-    """The eigendecomposition reports to the host whether it converged."""
-    del config
-    return True
-
-
 SOLVER = Solver(
     solve=eigen,
-    workspace=_workspace,
+    # The damped matrix, the eigenvectors, plain and scaled, and the copy that LAPACK works on.
+    workspace=lambda config, root: 3,
     check=check,
     is_serial=True,
     has_residual=False,
-    waits=_waits,
+    # The eigendecomposition reports to the host whether it converged.
+    waits=lambda config: True,
 )

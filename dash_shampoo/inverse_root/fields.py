@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import get_args
-
-from dash_shampoo.products import MatmulPrecision
 
 
 def check_field(owner: object, name: str, is_allowed: bool, allowed: str) -> None:
@@ -44,15 +43,14 @@ def check_positive_int(owner: object, name: str, at_least: int = 1) -> None:
     )
 
 
-def check_choice(owner: object, name: str, choices: object) -> None:
-    """Refuse a field that is none of the values of a Literal."""
-    allowed = get_args(choices)
-    check_field(owner, name, getattr(owner, name) in allowed, f"one of {', '.join(allowed)}")
+def check_one_of(owner: object, name: str, choices: Iterable[object]) -> None:
+    """Refuse a field that is none of some values."""
+    allowed = tuple(choices)
+    check_field(
+        owner, name, getattr(owner, name) in allowed, f"one of {', '.join(map(str, allowed))}"
+    )
 
 
-def check_matmul_precision(owner: object, *more: str) -> None:
-    """Refuse a `matmul_precision` that there is none of, `more` beside the usual."""
-    value = owner.matmul_precision  # type: ignore[attr-defined]
-    allowed = (*get_args(MatmulPrecision), *more)
-    is_known = isinstance(value, str) and value in allowed
-    check_field(owner, "matmul_precision", is_known, f"one of {', '.join(allowed)}")
+def check_choice(owner: object, name: str, literal: object, *more: str) -> None:
+    """Refuse a field that is none of the values of a Literal, `more` beside them."""
+    check_one_of(owner, name, (*get_args(literal), *more))

@@ -5,30 +5,26 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.blocks import damped_scaled, diagonal, minus_multiple, power
-from dash_shampoo.inverse_root.fields import check_matmul_precision, check_positive_int
-from dash_shampoo.inverse_root.result import Solution
-from dash_shampoo.inverse_root.scaling import (
-    FrobeniusScaling,
-    ScalingConfig,
-    check_scaling,
-    compute_scale,
-)
-from dash_shampoo.inverse_root.solver import Solver
-from dash_shampoo.products import MatmulPrecision, Products
+from dash_shampoo.inverse_root.blocks import power, scaled
+from dash_shampoo.inverse_root.fields import check_positive_int
+from dash_shampoo.inverse_root.scaling import ScaledConfig, compute_scale
+from dash_shampoo.inverse_root.solver import Solution, Solver
+from dash_shampoo.inverse_root.square_root import square_root
+from dash_shampoo.products import Products
 
 _PASSES = {2: 1, 4: 2, 8: 3}
+# E = (3I - Z·Y)/2.
+_STEP = (1.5, -0.5, 0.0)
 
 
 @dataclass(kw_only=True)
-class NewtonDBConfig(RootInvConfig):
+class NewtonDBConfig(ScaledConfig, RootInvConfig):
     """Newton-Denman-Beavers iteration for the roots 2, 4 and 8: a fixed number of steps, no sync.
 
     Root 2 is one pass, root 4 two passes (the square root, then its inverse square root), root 8
@@ -43,13 +39,10 @@ class NewtonDBConfig(RootInvConfig):
     """
 
     num_iterations: int = 10
-    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
-    matmul_precision: MatmulPrecision = "fp32"
 
     def __post_init__(self) -> None:
         check_positive_int(self, "num_iterations")
-        check_scaling(self)
-        check_matmul_precision(self)
+        super().__post_init__()
 
 
 def check(config: NewtonDBConfig, root: Fraction) -> None:
@@ -110,10 +103,12 @@ def newton_db(A: Tensor, root: Fraction, config: NewtonDBConfig, epsilon: float)
     products = Products(config.matmul_precision)
     s_B = compute_scale(A, config.scaling, epsilon)
     num_passes = _PASSES[root.numerator]
-    Y = damped_scaled(A, power(s_B, -1.0, A.dtype), epsilon)
+    inverse_B = power(s_B, -1.0, A.dtype)
+    Y = scaled(A, inverse_B, inverse_B, epsilon)
+    steps = (_STEP,) * config.num_iterations
     for _ in range(num_passes - 1):
-        Y = _run_pass(Y, config.num_iterations, products, is_root_wanted=True)
-    Z = _run_pass(Y, config.num_iterations, products, is_root_wanted=False)
+        Y = square_root(Y, steps, products, is_inverse=False)
+    Z = square_root(Y, steps, products, is_inverse=True)
     return Solution(
         Z,
         damping=epsilon,
@@ -123,43 +118,9 @@ def newton_db(A: Tensor, root: Fraction, config: NewtonDBConfig, epsilon: float)
     )
 
 
-def _run_pass(
-    Y: Tensor, num_iterations: int, products: Products, *, is_root_wanted: bool
-) -> Tensor:
-    """Y^(1/2) or Y^(-1/2) by `num_iterations` coupled steps.
-
-    Args:
-        Y: (B, N, N) stack with eigenvalues in (0, 3); its memory is used.
-        num_iterations: Steps.
-        products: Products.
-        is_root_wanted: Whether Y^(1/2) is wanted, else Y^(-1/2).
-
-    Returns:
-        (B, N, N) stack.
-    """
-    E = minus_multiple(Y, 0.5, 1.5)  # Z_0 = I
-    if num_iterations == 1:
-        return products(Y, E) if is_root_wanted else E
-    Y, Z, spare, E = products(Y, E), E, Y, torch.empty_like(Y)
-    for _ in range(num_iterations - 2):
-        _correction(Z, Y, E, products)
-        rounded_E = products.round(E)
-        products(Y, rounded_E, out=spare)
-        products(rounded_E, Z, out=Y)
-        Y, Z, spare = spare, Y, Z
-    _correction(Z, Y, E, products)
-    return products(Y, E, out=spare) if is_root_wanted else products(E, Z, out=spare)
-
-
-def _correction(Z: Tensor, Y: Tensor, E: Tensor, products: Products) -> None:
-    """E ← (3I - Z·Y)/2."""
-    products(Z, Y, out=E, alpha=-0.5)
-    diagonal(E).add_(1.5)
-
-
-def _workspace(config: NewtonDBConfig, root: Fraction) -> int:
-    """Y, Z, E and the product that becomes the next of them, beside the root; operands that are rounded."""
-    return 4 if config.matmul_precision == "fp32" else 8
-
-
-SOLVER = Solver(solve=newton_db, workspace=_workspace, check=check)
+SOLVER = Solver(
+    solve=newton_db,
+    # Y, Z, E and the product that becomes the next of them, beside the root; operands that are rounded.
+    workspace=lambda config, root: 4 if config.matmul_precision == "fp32" else 8,
+    check=check,
+)

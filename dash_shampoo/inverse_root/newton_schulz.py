@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
-from dash_shampoo.inverse_root.blocks import frobenius_norm, minus_multiple, power, scaled
+from dash_shampoo.inverse_root.blocks import frobenius_norm, power, scaled
 from dash_shampoo.inverse_root.fields import check_field, is_number
-from dash_shampoo.inverse_root.result import Solution
-from dash_shampoo.inverse_root.solver import Solver
-from dash_shampoo.products import MatmulPrecision, Products, is_tf32_allowed
-
-Coefficients = tuple[tuple[float, float, float], ...]
+from dash_shampoo.inverse_root.solver import Solution, Solver
+from dash_shampoo.inverse_root.square_root import Coefficients, square_root
+from dash_shampoo.products import Products
 
 _MAX_PASSES = 6
 # Steps are left out where the others alone come to 1 within this, far below the rounding of their products.
@@ -132,7 +130,7 @@ def newton_schulz(
         >>> [round(x, 6) for x in (solution.X * solution.scale)[0].diagonal().tolist()]
         [0.5, 0.25]
     """
-    products = Products(_precision(config, A))
+    products = Products.with_tf32(A, is_wanted=not config.disable_tf32)
     norm_B = frobenius_norm(A)
     damping_B = (config.relative_epsilon * norm_B).clamp_min(epsilon)
     s_B = norm_B.add_(damping_B, alpha=A.shape[-1] ** 0.5)
@@ -141,8 +139,8 @@ def newton_schulz(
     steps = tuple((a, b, c) for a, b, c in config.coefficients)
     passes = _passes(steps, config.relative_epsilon, A.shape[-1], root)
     for coefficients in passes[:-1]:
-        Y = _run_pass(Y, coefficients, products, is_root_wanted=True)
-    Z = _run_pass(Y, passes[-1], products, is_root_wanted=False)
+        Y = square_root(Y, coefficients, products, is_inverse=False)
+    Z = square_root(Y, passes[-1], products, is_inverse=True)
     return Solution(
         Z,
         damping=damping_B.to(A.dtype),
@@ -193,53 +191,9 @@ def _error(coefficients: Coefficients, smallest: float) -> float:
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
-def _run_pass(
-    Y: Tensor,
-    coefficients: Coefficients,
-    products: Products,
-    *,
-    is_root_wanted: bool,
-) -> Tensor:
-    """Y^(1/2) or Y^(-1/2).
-
-    Args:
-        Y: (B, N, N) stack with eigenvalues in (0, 1]; its memory is used.
-        coefficients: (a, b, c) of each step.
-        products: Products.
-        is_root_wanted: Whether Y^(1/2) is wanted, else Y^(-1/2).
-
-    Returns:
-        (B, N, N) stack.
-    """
-    W, P, spare = torch.empty_like(Y), torch.empty_like(Y), torch.empty_like(Y)
-    Z: Tensor | None = None  # the identity
-    for number, (a, b, c) in enumerate(coefficients):
-        is_last = number == len(coefficients) - 1
-        W_now = Y if Z is None else products(Z, Y, out=W)
-        products.add_to_(minus_multiple(W_now, -b, a, out=P), W_now, W_now, alpha=c)
-        if is_last and is_root_wanted:
-            return products(Y, P, out=spare)
-        if is_last:
-            return P if Z is None else products(P, Z, out=spare)
-        products(Y, P, out=spare)
-        if Z is None:
-            Y, Z, P, spare = spare, P, Y, torch.empty_like(Y)
-        else:
-            products(P, Z, out=Y)
-            Y, Z, spare = spare, Y, Z
-    raise AssertionError("There is at least one step.")
-
-
-def _precision(config: NewtonSchulzRootInvConfig, A: Tensor) -> MatmulPrecision:
-    """TF32 only where the config does not disable it and the program allows it."""
-    if config.disable_tf32 or not A.is_cuda or A.dtype != torch.float32:
-        return "fp32"
-    return "tf32" if is_tf32_allowed() else "fp32"
-
-
-def _workspace(config: NewtonSchulzRootInvConfig, root: Fraction) -> int:
-    """Y, Z, W, P, and the product that becomes the next of them, less the root itself."""
-    return 5
-
-
-SOLVER = Solver(solve=newton_schulz, workspace=_workspace, check=check)
+SOLVER = Solver(
+    solve=newton_schulz,
+    # Y, Z, W, P, and the product that becomes the next of them, less the root itself.
+    workspace=lambda config, root: 5,
+    check=check,
+)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any, TypeVar
 
 from dash_shampoo.base import (
     CoupledHigherOrderConfig,
@@ -24,6 +26,7 @@ from dash_shampoo.inverse_root.minimax import solve as minimax
 from dash_shampoo.inverse_root.solver import Solver
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 SOLVERS: dict[type[RootInvConfig], Solver] = {
     EigenConfig: eigen.SOLVER,
@@ -62,11 +65,37 @@ def as_root(root: int | float | Fraction) -> Fraction:
     return simple if abs(simple - exact) <= exact * Fraction(1, 10**14) else exact
 
 
-def find_solver(config: object) -> Solver:
-    """Find the solver of a config by its class, or else its nearest base class.
+def of_class(
+    table: Mapping[type[Any], _T], config: object, what: str, entries: str = "methods"
+) -> _T:
+    """Find what a table has for the class of a config, or else for its nearest base class.
 
-    A class of the same name as one of ours, such as that of another version of the base's package,
-    has the same solver.
+    A class of the same name as one of the table, such as that of another version of the base's package,
+    has the same entry.
+
+    Args:
+        table: Entries by class.
+        config: A config.
+        what: What is missing where there is no entry, for the message.
+        entries: What the table has, in the plural.
+
+    Returns:
+        The entry.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    by_name = {cls.__name__: entry for cls, entry in table.items()}
+    for cls in type(config).__mro__:
+        if cls.__name__ in by_name:
+            return table.get(cls, by_name[cls.__name__])
+    raise ValueError(
+        f"No {what} takes {type(config).__name__}; there are {entries} for {', '.join(by_name)}."
+    )
+
+
+def find_solver(config: object) -> Solver:
+    """Find the solver of a config, as of `of_class`.
 
     Args:
         config: A solver config.
@@ -77,16 +106,7 @@ def find_solver(config: object) -> Solver:
     Raises:
         ValueError: If no solver takes it.
     """
-    by_name = {cls.__name__: solver for cls, solver in SOLVERS.items()}
-    for cls in type(config).__mro__:
-        if cls in SOLVERS:
-            return SOLVERS[cls]
-        if cls.__name__ in by_name:
-            return by_name[cls.__name__]
-    known = ", ".join(cls.__name__ for cls in SOLVERS)
-    raise ValueError(
-        f"No inverse-root solver takes {type(config).__name__}; there are solvers for {known}."
-    )
+    return of_class(SOLVERS, config, "inverse-root solver", "solvers")
 
 
 def check_supported(config: RootInvConfig, root: int | float | Fraction | None = None) -> None:

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import EigenConfig, RootInvConfig
-from dash_shampoo.inverse_root.blocks import per_block, power, scaled
+from dash_shampoo.inverse_root.blocks import finite_blocks, max_abs, per_block, power, scaled
 from dash_shampoo.inverse_root.eigen import decompose
 from dash_shampoo.inverse_root.registry import as_root, find_solver
-from dash_shampoo.inverse_root.result import InverseRootResult, InverseRootStatus
+from dash_shampoo.inverse_root.residual import norm_from_below
+from dash_shampoo.inverse_root.result import (
+    InverseRootResult,
+    InverseRootStatus,
+    StackOutcome,
+    failures,
+)
 from dash_shampoo.inverse_root.stack import inverse_root
 from dash_shampoo.products import exact_products
 
@@ -55,25 +61,20 @@ def repair(
         [1.0, 100.0]
     """
     fraction = as_root(root)
-    is_finite = A.isfinite().flatten(1).all(dim=1)
-    largest = A.abs().amax(dim=(-2, -1))
-    floor = torch.finfo(A.dtype).eps * largest
-    damping = torch.where((damping > 0.0) & damping.isfinite(), damping, floor)
+    damping = torch.where(
+        (damping > 0.0) & damping.isfinite(), damping, torch.finfo(A.dtype).eps * max_abs(A)
+    )
+    is_finite = finite_blocks(A)
     bad = is_finite.nonzero().flatten()
     status = torch.full_like(is_finite, int(InverseRootStatus.NON_FINITE_INPUT), dtype=torch.uint8)
-    result = InverseRootResult(
-        value=torch.full_like(A, torch.nan),
-        status=status,
-        iterations=torch.zeros_like(status, dtype=torch.int32),
-        residual=torch.full_like(damping, torch.nan),
-        damping=damping,
-    )
+    result = StackOutcome(status, damping.clone()).result(torch.full_like(A, torch.nan), A.dtype)
     for factor in _FACTORS if find_solver(config).has_residual else ():
         if len(bad) == 0:
             break
         again = _by_more_damping(A[bad], root, config, epsilon, factor * damping[bad])
         # Sign flips, which a residual can't see for even p, would show as eigenvalues too large.
-        is_bounded = _largest_singular_value(again.value) <= power(damping[bad], -1.0 / fraction)
+        largest = norm_from_below(again.value, _POWER_STEPS)
+        is_bounded = largest <= power(damping[bad], -1.0 / fraction)
         is_good = again.is_usable & is_bounded
         _replace_(result, bad[is_good], again, is_good)
         bad = bad[~is_good]
@@ -98,27 +99,11 @@ def _by_eigenvalues(A: Tensor, root: Fraction, damping: Tensor) -> InverseRootRe
     f_BN = power(L_BN.clamp_min(0.0) + damping[:, None], -1.0 / root)
     with exact_products(A.device):
         value = (V_BNN * f_BN[:, :, None]).mT @ V_BNN
-    status = torch.zeros(A.shape[:1], dtype=torch.uint8, device=A.device)
-    status[~value.isfinite().flatten(1).all(dim=1)] = int(InverseRootStatus.NON_FINITE_RESULT)
-    status[failed] = int(InverseRootStatus.FAILED)
-    return InverseRootResult(
-        value=value.masked_fill(per_block(status > 0), torch.nan),
-        status=status,
-        iterations=torch.zeros_like(status, dtype=torch.int32),
-        residual=torch.full_like(damping, torch.nan),
-        damping=damping,
+    status = failures(failed, A).masked_fill(
+        ~finite_blocks(value), int(InverseRootStatus.NON_FINITE_RESULT)
     )
-
-
-def _largest_singular_value(X: Tensor) -> Tensor:
-    """(B,) an estimate from below, within a few percent."""
-    generator = torch.Generator("cpu").manual_seed(X.shape[-1])
-    V = torch.randn(X.shape[-1], 4, generator=generator, device="cpu").to(X)
-    V = V.expand(X.shape[0], -1, -1)
-    for _ in range(_POWER_STEPS):
-        V = X @ (V / torch.linalg.vector_norm(V, dim=1, keepdim=True))
-    largest: Tensor = torch.linalg.vector_norm(V, dim=1).amax(dim=-1)
-    return largest
+    value.masked_fill_(per_block(status > 0), torch.nan)
+    return StackOutcome(status, damping).result(value, A.dtype)
 
 
 def _replace_(

@@ -6,7 +6,6 @@ A numerical failure is a value, not an exception: one bad block must not stop th
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,34 +102,13 @@ class StackOutcome:
         status (Tensor): (B,) uint8, one `InverseRootStatus` per matrix.
         damping (Tensor | float): (B,) what was added to the diagonals: the roots are those of A + damping·I.
         iterations (Tensor | int): (B,) int32, as of `InverseRootResult`.
-        residual (Tensor | float): (B,) as of `InverseRootResult`.
+        residual (Tensor | float): (B,) as of `InverseRootResult`; NaN is unknown.
     """
 
     status: Tensor
     damping: Tensor | float
-    iterations: Tensor | int
-    residual: Tensor | float
-
-    @classmethod
-    def joined(cls, parts: Sequence[StackOutcome]) -> StackOutcome:
-        """The outcome of consecutive parts of a stack."""
-        if len(parts) == 1:
-            return parts[0]
-        joined = {}
-        for name in ("status", "damping", "iterations", "residual"):
-            values = [getattr(part, name) for part in parts]
-            tensor = next((value for value in values if isinstance(value, Tensor)), None)
-            joined[name] = values[0]
-            if tensor is not None:
-                joined[name] = torch.cat([part._of_each(name, tensor.dtype) for part in parts])
-        return cls(**joined)
-
-    def _of_each(self, name: str, dtype: torch.dtype) -> Tensor:
-        """(B,) a number of each matrix."""
-        number = getattr(self, name)
-        if isinstance(number, Tensor):
-            return number
-        return torch.full_like(self.status, number, dtype=dtype)
+    iterations: Tensor | int = 0
+    residual: Tensor | float = float("nan")
 
     def result(self, value: Tensor, dtype: torch.dtype) -> InverseRootResult:
         """With the roots, and a number per block.
@@ -142,37 +120,24 @@ class StackOutcome:
         Returns:
             The result.
         """
+
+        def of_each(number: Tensor | float, dtype: torch.dtype) -> Tensor:
+            if isinstance(number, Tensor):
+                return number
+            return torch.full_like(self.status, number, dtype=dtype)
+
         return InverseRootResult(
             value=value,
             status=self.status,
-            iterations=self._of_each("iterations", torch.int32),
-            residual=self._of_each("residual", dtype),
-            damping=self._of_each("damping", dtype),
+            iterations=of_each(self.iterations, torch.int32),
+            residual=of_each(self.residual, dtype),
+            damping=of_each(self.damping, dtype),
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """What a solver hands over; scaling, symmetrising, checks and statuses are the same for all.
-
-    Attributes:
-        X (Tensor): (B, N, N) new stack. It must not be finite where A is not.
-        damping (Tensor | float): (B,), or one number: X aims at (A + damping·I)^(-1/root).
-        scale (Tensor | None): (B,) by which X is to be multiplied. None is 1.
-        is_symmetric (bool): Whether X is symmetric up to the rounding of one product; else the mean of X
-            and Xᵀ is taken.
-        status (Tensor | None): (B,) uint8. None is SUCCESS.
-        iterations (Tensor | int): (B,) int32, or one number.
-        residual (Tensor | None): (B,) a residual of the solver's own.
-        size (Tensor | None): (B,) a number that is finite exactly where A is, such as a norm; None where
-            the solver has none, which costs a pass over A.
-    """
-
-    X: Tensor
-    damping: Tensor | float
-    scale: Tensor | None = None
-    is_symmetric: bool = False
-    status: Tensor | None = None
-    iterations: Tensor | int = 0
-    residual: Tensor | None = None
-    size: Tensor | None = None
+def failures(rows: list[int], like: Tensor) -> Tensor:
+    """(B,) statuses for a stack (B, N, N): FAILED in some rows, else SUCCESS."""
+    status = torch.zeros(like.shape[0], dtype=torch.uint8, device=like.device)
+    if rows:
+        status[rows] = int(InverseRootStatus.FAILED)
+    return status

@@ -6,7 +6,7 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N; V_BNK are K start vectors;
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -20,8 +20,8 @@ from dash_shampoo.inverse_root.blocks import (
     per_block,
 )
 from dash_shampoo.inverse_root.fields import (
+    check_choice,
     check_field,
-    check_matmul_precision,
     check_positive_int,
     is_number,
 )
@@ -39,12 +39,6 @@ class ScalingConfig(ABC):
 
     @abstractmethod
     def __init__(self) -> None: ...
-
-
-def check_scaling(owner: object) -> None:
-    """Refuse a `scaling` that is no ScalingConfig."""
-    value = owner.scaling  # type: ignore[attr-defined]
-    check_field(owner, "scaling", isinstance(value, ScalingConfig), "a ScalingConfig")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -83,7 +77,7 @@ class PowerIterationScaling(ScalingConfig):
         check_positive_int(self, "num_vectors")
         is_factor = is_number(self.safety_factor) and self.safety_factor >= 1.0
         check_field(self, "safety_factor", is_factor, "in [1, inf)")
-        check_matmul_precision(self)
+        check_choice(self, "matmul_precision", MatmulPrecision)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -97,6 +91,23 @@ class TraceScaling(ScalingConfig):
     this for a solver that wants a tight bound without iterations; `MinimaxConfig` has it built in,
     and there it shares its one product with the solver.
     """
+
+
+@dataclass(kw_only=True)
+class ScaledConfig:
+    """What the configs of solvers that divide A by such an s have in common.
+
+    Attributes:
+        scaling (ScalingConfig): How s is found. (Default: FrobeniusScaling())
+        matmul_precision (MatmulPrecision): Precision of the products. (Default: "fp32")
+    """
+
+    scaling: ScalingConfig = field(default_factory=FrobeniusScaling)
+    matmul_precision: MatmulPrecision = "fp32"
+
+    def __post_init__(self) -> None:
+        check_field(self, "scaling", isinstance(self.scaling, ScalingConfig), "a ScalingConfig")
+        check_choice(self, "matmul_precision", MatmulPrecision)
 
 
 def compute_scale(A_BNN: Tensor, config: ScalingConfig, epsilon: float = 0.0) -> Tensor:

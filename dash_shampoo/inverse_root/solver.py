@@ -7,21 +7,34 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from dash_shampoo.inverse_root.result import Solution
+from torch import Tensor
 
 
-def _accept(config: Any, root: Fraction) -> None:
-    """A check of a solver that does every root."""
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What a solver hands over; scaling, symmetrising, checks and statuses are the same for all.
 
+    Attributes:
+        X (Tensor): (B, N, N) new stack. It must not be finite where A is not.
+        damping (Tensor | float): (B,), or one number: X aims at (A + damping·I)^(-1/root).
+        scale (Tensor | None): (B,) by which X is to be multiplied. None is 1.
+        is_symmetric (bool): Whether X is symmetric up to the rounding of one product; else the mean of X
+            and Xᵀ is taken.
+        status (Tensor | None): (B,) uint8. None is SUCCESS.
+        iterations (Tensor | int): (B,) int32, or one number.
+        residual (Tensor | None): (B,) a residual of the solver's own.
+        size (Tensor | None): (B,) a number that is finite exactly where A is, such as a norm; None where
+            the solver has none, which costs a pass over A.
+    """
 
-def _never(config: Any) -> bool:
-    """Of a solver whose number of steps is fixed."""
-    return False
-
-
-def _exact(config: Any, root: Fraction) -> float:
-    """The error of a solver that promises the root itself."""
-    return 0.0
+    X: Tensor
+    damping: Tensor | float
+    scale: Tensor | None = None
+    is_symmetric: bool = False
+    status: Tensor | None = None
+    iterations: Tensor | int = 0
+    residual: Tensor | None = None
+    size: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +61,9 @@ class Solver:
 
     solve: Callable[..., Solution]
     workspace: Callable[[Any, Fraction], int]
-    check: Callable[[Any, Fraction], None] = _accept
-    error: Callable[[Any, Fraction], float] = _exact
+    check: Callable[[Any, Fraction], object] = lambda config, root: None
+    error: Callable[[Any, Fraction], float] = lambda config, root: 0.0
     is_serial: bool = False
     has_residual: bool = True
-    waits: Callable[[Any], bool] = _never
+    waits: Callable[[Any], bool] = lambda config: False
     divides: bool = False

@@ -1,25 +1,37 @@
-"""Inverse roots of a stack under a cap on memory: the entry to all solvers, and what they share."""
+"""Inverse roots of a stack under a cap on memory: the entry to all solvers, and what they share.
+
+After the solver at most one pass goes over a chunk, which scales it, or two that average it with its
+transpose. Values that are not finite show in the residual's sketch; only without that a pass looks for them.
+"""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from dash_shampoo.base import EigenConfig, RootInvConfig
-from dash_shampoo.inverse_root.chunks import map_chunks, plan_chunks
-from dash_shampoo.inverse_root.result import InverseRootResult, StackOutcome, is_usable
-from dash_shampoo.inverse_root.task import Task, solve_chunk
-from dash_shampoo.products import exact_products
+from dash_shampoo.inverse_root.blocks import divided, finite_blocks, is_known_to_be, per_block
+from dash_shampoo.inverse_root.chunks import NO_CAP, joined, over_chunks
+from dash_shampoo.inverse_root.registry import as_root, find_solver
+from dash_shampoo.inverse_root.residual import residual_bound, sketch_of, sketched_residual
+from dash_shampoo.inverse_root.result import (
+    InverseRootResult,
+    InverseRootStatus,
+    StackOutcome,
+    failures,
+    is_usable,
+)
+from dash_shampoo.inverse_root.solver import Solution
 
 Load = Callable[[slice], Tensor]
 Store = Callable[[slice, Tensor, Tensor], None]
 
 _DEFAULT_CONFIG = EigenConfig()
-_NO_CAP = 2**62
 
 
 def solve_stack(
@@ -66,16 +78,43 @@ def solve_stack(
     Raises:
         ValueError: As of `inverse_root`.
     """
-    task = Task.of(config, root, epsilon, residual_threshold)
-    value_dtype = dtype if value_dtype is None else value_dtype
+    fraction, solver = as_root(root), find_solver(config)
+    solver.check(config, fraction)
+    if not 0.0 <= epsilon < float("inf"):
+        raise ValueError(f"{epsilon=} must be finite and at least 0.")
+    if residual_threshold is not None and not residual_threshold > 0.0:
+        raise ValueError(f"{residual_threshold=} must be above 0, or None.")
+    bound = None
+    if residual_threshold is not None and solver.has_residual:
+        bound = residual_bound(residual_threshold, solver.error(config, fraction), fraction)
+    if num_matrices == 0 or size == 0:
+        return StackOutcome(torch.zeros(num_matrices, dtype=torch.uint8, device=device), 0.0)
 
     def solve(rows: slice) -> StackOutcome:
-        A = load(rows).contiguous()
-        value, outcome = solve_chunk(task, A, value_dtype=value_dtype, divisor=divisor)
+        A, left = load(rows).contiguous(), divisor
+        if solver.divides:
+            solution = solver.solve(A, fraction, config, float(epsilon), divisor)
+        else:
+            A, left = divided(A, divisor), 1.0
+            solution = solver.solve(A, fraction, config, float(epsilon))
+        value = _finished(solution)
+        outcome = _outcome_of(solution, A, left, value, fraction, bound)
+        if value_dtype is not None and value_dtype != dtype:
+            value, outcome = _narrowed(value, outcome, value_dtype)
         store(rows, value, is_usable(outcome.status))
         return outcome
 
-    return _over_chunks(solve, task, num_matrices, size, dtype, device, max_workspace_bytes)
+    outcomes = over_chunks(
+        solve,
+        num_matrices,
+        size,
+        dtype=dtype,
+        device=device,
+        num_stacks=solver.workspace(config, fraction) + 2,  # with A and the root
+        is_serial=solver.is_serial,
+        max_workspace_bytes=max_workspace_bytes,
+    )
+    return joined(outcomes)
 
 
 def inverse_root(
@@ -121,50 +160,29 @@ def inverse_root(
         >>> result.value[0].diagonal().tolist(), result.status.tolist()
         ([0.5, 0.25], [0, 0, 0])
     """
-    task = Task.of(config, root, epsilon, residual_threshold)
     stack = _as_stack(A)
-    value = torch.empty_like(stack)
-
-    def solve(rows: slice) -> StackOutcome:
-        return solve_chunk(task, stack[rows], out=value[rows])[1]
-
-    num_matrices, size, _ = stack.shape
-    outcome = _over_chunks(solve, task, num_matrices, size, stack.dtype, stack.device, _NO_CAP)
-    return outcome.result(value.reshape(A.shape), stack.dtype)
-
-
-def _over_chunks(
-    solve: Callable[[slice], StackOutcome],
-    task: Task,
-    num_matrices: int,
-    size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_workspace_bytes: int,
-) -> StackOutcome:
-    """Solve the chunks of a stack, and join what became of them."""
-    if num_matrices == 0 or size == 0:
-        status = torch.zeros(num_matrices, dtype=torch.uint8, device=device)
-        return StackOutcome(status, 0.0, 0, torch.nan)
-    chunks = plan_chunks(
-        num_matrices,
-        size,
-        itemsize=dtype.itemsize,
-        num_stacks=task.num_stacks,
-        device_type=device.type,
-        is_serial=task.solver.is_serial,
-        max_workspace_bytes=max_workspace_bytes,
-        num_threads=torch.get_num_threads(),
+    values: dict[int, Tensor] = {}
+    outcome = solve_stack(
+        lambda rows: stack[rows],
+        lambda rows, value, usable: values.update({rows.start: value}),
+        num_matrices=stack.shape[0],
+        size=stack.shape[-1],
+        root=root,
+        config=config,
+        epsilon=epsilon,
+        dtype=stack.dtype,
+        device=stack.device,
+        max_workspace_bytes=NO_CAP,
+        residual_threshold=residual_threshold,
     )
-    # Autocast would take the products of a step inside it down to half precision, unasked.
-    can_autocast = torch.amp.is_autocast_available(device.type)
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False) if can_autocast else contextlib.nullcontext(),
-        exact_products(device, size**3),
-    ):
-        outcomes = map_chunks(solve, chunks)
-    return StackOutcome.joined(outcomes)
+    parts = [values[start] for start in sorted(values)] or [torch.empty_like(stack)]
+    value = parts[0] if len(parts) == 1 else torch.cat(parts)
+    is_void = (outcome.status >= int(InverseRootStatus.NON_FINITE_INPUT)) & (
+        outcome.status <= int(InverseRootStatus.FAILED)
+    )
+    if not is_known_to_be(False, is_void):
+        value.masked_fill_(per_block(is_void), torch.nan)
+    return outcome.result(value.reshape(A.shape), stack.dtype)
 
 
 def _as_stack(A: Tensor) -> Tensor:
@@ -179,3 +197,98 @@ def _as_stack(A: Tensor) -> Tensor:
     size = A.shape[-1]
     num_blocks = A.shape[:-2].numel()
     return A.reshape(num_blocks, size, size).contiguous()
+
+
+def _finished(solution: Solution) -> Tensor:
+    """scale·X, or scale·(X + Xᵀ)/2."""
+    X, scale = solution.X, solution.scale
+    if not solution.is_symmetric:
+        X = torch.add(X, X.mT)
+        return X.mul_(0.5 if scale is None else per_block(0.5 * scale))
+    return X if scale is None else X.mul_(per_block(scale))
+
+
+def _outcome_of(
+    solution: Solution,
+    A: Tensor,
+    divisor: float | Tensor,
+    value: Tensor,
+    root: Fraction,
+    bound: float | None,
+) -> StackOutcome:
+    """What became of a chunk whose roots are `value`, those of A/divisor.
+
+    Args:
+        solution: Of the solver.
+        A: (B, N, N) chunk.
+        divisor: A number, or a scalar on the device.
+        value: (B, N, N) the roots.
+        root: p.
+        bound: The residual above which a root is bad; None tests none.
+
+    Returns:
+        The outcome.
+    """
+    status, residual, sketch = solution.status, solution.residual, value
+    if bound is not None:
+        sketch = sketch_of(value)
+        residual = sketched_residual(A, value, root, solution.damping, sketch, divisor)
+        is_inaccurate = residual > bound
+        if not is_known_to_be(False, is_inaccurate):
+            status = _with_inaccurate(status, is_inaccurate)
+    # The sketch of a root that is not finite is not finite, whatever the cause.
+    if bound is None or residual is None or not is_known_to_be(True, residual.isfinite()):
+        status = _with_non_finite(status, A, sketch, solution.size)
+    return StackOutcome(
+        failures([], A) if status is None else status,
+        solution.damping,
+        solution.iterations,
+        torch.nan if residual is None else residual,
+    )
+
+
+def _with_inaccurate(status: Tensor | None, is_inaccurate: Tensor) -> Tensor:
+    """The status, with the blocks marked whose residual is too large."""
+    codes = _codes(is_inaccurate.device)
+    if status is None:
+        status = codes[InverseRootStatus.SUCCESS]
+    else:
+        is_inaccurate = is_inaccurate & is_usable(status)
+    return torch.where(is_inaccurate, codes[InverseRootStatus.INACCURATE], status)
+
+
+def _with_non_finite(
+    status: Tensor | None, A: Tensor, sketch: Tensor, size: Tensor | None
+) -> Tensor | None:
+    """The status, with the blocks marked whose matrix or root, known by its sketch, is not finite."""
+    is_finite = finite_blocks(sketch)
+    if is_known_to_be(True, is_finite):
+        return status
+    is_input_finite = finite_blocks(A) if size is None else size < torch.inf
+    codes = _codes(A.device)
+    bad = torch.where(
+        is_input_finite,
+        codes[InverseRootStatus.NON_FINITE_RESULT],
+        codes[InverseRootStatus.NON_FINITE_INPUT],
+    )
+    if status is None:
+        return torch.where(is_finite, codes[InverseRootStatus.SUCCESS], bad)
+    keeps = is_finite | (is_input_finite & (status == int(InverseRootStatus.FAILED)))
+    return torch.where(keeps, status, bad)
+
+
+@cache
+def _codes(device: torch.device) -> Tensor:
+    """The statuses by their number, on the device."""
+    return torch.tensor(list(InverseRootStatus), dtype=torch.uint8, device=device)
+
+
+def _narrowed(
+    value: Tensor, outcome: StackOutcome, dtype: torch.dtype
+) -> tuple[Tensor, StackOutcome]:
+    """The roots in another dtype; those that overflow in it are no longer usable."""
+    narrow, status = value.to(dtype), outcome.status
+    if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+        overflows = is_usable(status) & ~finite_blocks(narrow)
+        status = status.masked_fill(overflows, int(InverseRootStatus.NON_FINITE_RESULT))
+    return narrow, replace(outcome, status=status)

@@ -22,25 +22,33 @@ class WorkingSet:
     Attributes:
         rows (Tensor): (W,) int64 on the CPU, the stack's rows in the working set.
         is_running (Tensor): (W,) bool on the CPU, those of them that are not done.
+        results (tuple): (B, ...) tensors of the whole stack, each row as it was when it was done.
     """
 
     def __init__(self, num_blocks: int) -> None:
+        self.results: tuple[Tensor, ...] = ()
+        self._num_blocks = num_blocks
         self.rows = torch.arange(num_blocks, device="cpu")
         self.is_running = torch.ones(num_blocks, dtype=torch.bool, device="cpu")
 
-    def retire(self, wants_more: Tensor) -> tuple[Tensor, Tensor]:
-        """Mark as done the running rows that do not want another step.
+    def retire(self, wants_more: Tensor, *values: Tensor) -> None:
+        """Mark as done the running rows that do not want another step, and keep what they have come to.
 
         Args:
             wants_more: (W,) bool on the CPU.
-
-        Returns:
-            The rows of the whole stack and of the working set that have just finished, both
-            int64 on the CPU.
+            *values: (W, ...) tensors of the working set, as many in every call.
         """
         finished = (self.is_running & ~wants_more).nonzero().flatten()
         self.is_running = self.is_running & wants_more
-        return self.rows[finished], finished
+        if len(finished) == self._num_blocks:  # all of them at once
+            self.results = values
+        elif len(finished) > 0:
+            self.results = self.results or tuple(
+                value.new_empty(self._num_blocks, *value.shape[1:]) for value in values
+            )
+            rows = self.rows[finished]
+            for result, value in zip(self.results, values, strict=True):
+                result[rows.to(value.device)] = value[finished.to(value.device)]
 
     @property
     def is_done(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from dash_shampoo.base import (
     OrthogonalizationConfig,
     SVDOrthogonalizationConfig,
 )
-from dash_shampoo.inverse_root.task import finite_blocks, is_known_to_be
+from dash_shampoo.inverse_root.blocks import finite_blocks, is_known_to_be, per_block
+from dash_shampoo.inverse_root.registry import of_class
 from dash_shampoo.orthogonalization.gram import GramOrthogonalizationConfig, gram
 from dash_shampoo.orthogonalization.minimax_polar import MinimaxPolarConfig, minimax_polar
 from dash_shampoo.orthogonalization.newton_schulz import newton_schulz
 from dash_shampoo.orthogonalization.svd import svd
-from dash_shampoo.products import exact_products
+from dash_shampoo.products import plain_products
 
 _METHODS: dict[type[OrthogonalizationConfig], Callable[[Tensor, Any], Tensor]] = {
     SVDOrthogonalizationConfig: svd,
@@ -27,16 +27,6 @@ _METHODS: dict[type[OrthogonalizationConfig], Callable[[Tensor, Any], Tensor]] =
     MinimaxPolarConfig: minimax_polar,
     GramOrthogonalizationConfig: gram,
 }
-
-
-def _find_method(config: object) -> Callable[[Tensor, Any], Tensor]:
-    for cls in type(config).__mro__:
-        if cls in _METHODS:
-            return _METHODS[cls]
-    known = ", ".join(cls.__name__ for cls in _METHODS)
-    raise ValueError(
-        f"No orthogonalisation takes {type(config).__name__}; there are methods for {known}."
-    )
 
 
 def check_orthogonalization_supported(config: OrthogonalizationConfig) -> None:
@@ -51,7 +41,7 @@ def check_orthogonalization_supported(config: OrthogonalizationConfig) -> None:
     Examples:
         >>> check_orthogonalization_supported(SVDOrthogonalizationConfig())
     """
-    _find_method(config)
+    of_class(_METHODS, config, "orthogonalisation")
 
 
 def orthogonalize(G: Tensor, config: OrthogonalizationConfig) -> Tensor:
@@ -77,7 +67,7 @@ def orthogonalize(G: Tensor, config: OrthogonalizationConfig) -> Tensor:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    method = _find_method(config)
+    method = of_class(_METHODS, config, "orthogonalisation")
     if G.ndim != 3 or not G.dtype.is_floating_point:
         raise ValueError(
             f"G must be a stack (K, M, N) of a floating dtype, not {tuple(G.shape)} of {G.dtype}."
@@ -85,20 +75,15 @@ def orthogonalize(G: Tensor, config: OrthogonalizationConfig) -> Tensor:
     scale = config.scale_by_dims_fn(G.shape[2], G.shape[1])
     if G.numel() == 0:
         return G.clone()
-    device_type = G.device.type
     clean = G.detach()
     is_finite = finite_blocks(clean)
     is_clean = is_known_to_be(True, is_finite)
     if not is_clean:
-        clean = torch.where(is_finite[:, None, None], clean, 0.0)
-    can_autocast = torch.amp.is_autocast_available(device_type)
-    with (
-        torch.autocast(device_type, enabled=False) if can_autocast else nullcontext(),
-        exact_products(G.device, min(G.shape[1:]) ** 3),
-    ):
+        clean = torch.where(per_block(is_finite), clean, 0.0)
+    with plain_products(G.device, min(G.shape[1:]) ** 3):
         result = method(clean, config)
     if scale != 1.0:
         result = result * scale
     if not is_clean:
-        result = result.masked_fill(~is_finite[:, None, None], torch.nan)
+        result = result.masked_fill(per_block(~is_finite), torch.nan)
     return result.to(G.dtype)

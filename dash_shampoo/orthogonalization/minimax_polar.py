@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import OrthogonalizationConfig
+from dash_shampoo.inverse_root.fields import check_field, check_one_of, is_int
 from dash_shampoo.orthogonalization.newton_schulz import COMPUTE_DTYPES
 from dash_shampoo.orthogonalization.odd_polynomials import iterate_quintics, normalized
 from dash_shampoo.orthogonalization.polar_table import QUINTICS
@@ -47,17 +48,10 @@ class MinimaxPolarConfig(OrthogonalizationConfig):
     compute_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        def refuse(name: str, allowed: str) -> None:
-            raise ValueError(
-                f"Invalid {name}={getattr(self, name)!r} in MinimaxPolarConfig: must be {allowed}."
-            )
-
-        if type(self.num_iterations) is not int or not 1 <= self.num_iterations <= _MAX_ITERATIONS:
-            refuse("num_iterations", f"an integer in [1, {_MAX_ITERATIONS}]")
-        if self.smallest_singular_value not in QUINTICS:
-            refuse("smallest_singular_value", f"one of {', '.join(map(str, QUINTICS))}")
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            refuse("compute_dtype", f"one of {', '.join(map(str, COMPUTE_DTYPES))}")
+        is_count = is_int(self.num_iterations) and 1 <= self.num_iterations <= _MAX_ITERATIONS
+        check_field(self, "num_iterations", is_count, f"an integer in [1, {_MAX_ITERATIONS}]")
+        check_one_of(self, "smallest_singular_value", QUINTICS)
+        check_one_of(self, "compute_dtype", COMPUTE_DTYPES)
 
 
 def minimax_polar(G: Tensor, config: MinimaxPolarConfig) -> Tensor:

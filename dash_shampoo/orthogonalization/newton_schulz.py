@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dash_shampoo.base import NewtonSchulzOrthogonalizationConfig
+from dash_shampoo.inverse_root.fields import check_one_of
 from dash_shampoo.orthogonalization.odd_polynomials import iterate_quintics, normalized
 from dash_shampoo.orthogonalization.scales import match_rms_adamw
 
@@ -36,11 +37,7 @@ class MuonOrthogonalizationConfig(NewtonSchulzOrthogonalizationConfig):
     compute_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(
-                f"Invalid compute_dtype={self.compute_dtype!r} in MuonOrthogonalizationConfig: must "
-                f"be one of {', '.join(map(str, COMPUTE_DTYPES))}."
-            )
+        check_one_of(self, "compute_dtype", COMPUTE_DTYPES)
 
 
 def newton_schulz(G: Tensor, config: NewtonSchulzOrthogonalizationConfig) -> Tensor:

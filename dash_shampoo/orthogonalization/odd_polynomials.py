@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Quintic = tuple[float, float, float]
+from dash_shampoo.inverse_root.blocks import frobenius_norm, per_block
 
-# Between these, squares of the entries that count are in the range of float32.
-_SMALLEST_SAFE, _LARGEST_SAFE = 1e-12, 1e18
+Quintic = tuple[float, float, float]
 
 
 def normalized(G: Tensor, smallest_norm: float | None = None) -> Tensor:
@@ -26,13 +25,8 @@ def normalized(G: Tensor, smallest_norm: float | None = None) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
         return G / norm.clamp_min(smallest_norm)
     G = G if G.dtype == torch.float64 else G.float()
-    norm = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
-    is_safe = (norm > _SMALLEST_SAFE) & (norm < _LARGEST_SAFE)
-    # On the CPU, where looking waits for nothing, double precision is slow.
-    if G.device.type != "cpu" or not bool(is_safe.all()):
-        exact = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        norm = torch.where(is_safe, norm, exact)
-    return G * norm.reciprocal().clamp_max_(torch.finfo(G.dtype).max).to(G.dtype)
+    inverse = frobenius_norm(G).reciprocal_().clamp_max_(torch.finfo(G.dtype).max)
+    return G * per_block(inverse.to(G.dtype))
 
 
 def iterate_quintics(X: Tensor, quintics: Sequence[Quintic]) -> Tensor:

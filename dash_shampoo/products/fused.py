@@ -1,27 +1,50 @@
-"""The fused symmetric square on CUDA: an operator of torch, and the predicate that chooses it.
-
-The operator `dash_shampoo::symmetric_square_` is one kernel launch. Being an operator, it is seen by dispatch
-modes (counting, fake tensors); on the CPU, where nobody calls it but they, it is the reference.
-"""
+"""The fused symmetric square on CUDA: one kernel launch, its arguments, and the predicate that chooses it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.products.tiles import Tiles, can_use_kernel, library, tiles_for
+from dash_shampoo.products.precision import MatmulPrecision
+from dash_shampoo.products.tiles import Tiles, can_use_kernel, tiles_for
 
 # Rows of the smallest tile of the table.
 _LEAST_TILE = 32
 FUSED_PRECISIONS = ("fp32", "fp16x3", "tf32", "fp16", "bf16")
 
-library.define(  # type: ignore[no-untyped-call]
-    "symmetric_square_(Tensor(a!) out, Tensor S, Tensor? addends, Tensor? weights, Tensor? scale, "
-    "str precision, float alpha, float beta, float shift, Tensor? factors=None, Tensor? offsets=None, "
-    "Tensor(b!)? norms=None) -> ()"
-)
+
+class SquareArguments(NamedTuple):
+    """What follows `out` and the stack S (B, N, N), symmetric and contiguous float32, in a fused square.
+
+    It is out ← scale·(alpha·T² + Σ_r w_r·addend_r + shift·I), T = f·S + g·I. `out` (B, N, N), contiguous, is
+    exactly symmetric afterwards; it may be an addend, and must not overlap S.
+
+    Attributes:
+        addends (Tensor | None): (R, B·N·N) with contiguous rows, or (B, N, N) contiguous; symmetric. Or none.
+        weights (Tensor | None): (R,) w, on the device; without them there is one addend, times `beta`.
+        scale (Tensor | None): (B,) factors of the results; None is 1.
+        precision (str): One of `FUSED_PRECISIONS`.
+        alpha (float): Factor of the square.
+        beta (float): Factor of the addend, without weights.
+        shift (float): Added to the diagonals.
+        factors (Tensor | None): (B,) f. (Default: 1)
+        offsets (Tensor | None): (B,) g. (Default: 0)
+        norms (Tensor | None): (B, P) as of `norm_parts`: takes the parts of the squared Frobenius norms of
+            `out`.
+    """
+
+    addends: Tensor | None
+    weights: Tensor | None
+    scale: Tensor | None
+    precision: MatmulPrecision
+    alpha: float
+    beta: float
+    shift: float
+    factors: Tensor | None = None
+    offsets: Tensor | None = None
+    norms: Tensor | None = None
 
 
 def can_use_fused(S: Tensor, precision: str) -> bool:
@@ -45,41 +68,6 @@ def can_use_fused(S: Tensor, precision: str) -> bool:
     )
 
 
-def fused_square_(
-    out: Tensor,
-    S: Tensor,
-    addends: Tensor | None,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    precision: str,
-    alpha: float,
-    beta: float,
-    shift: float,
-    factors: Tensor | None = None,
-    offsets: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> None:
-    """Out ← scale·(alpha·T² + Σ_r w_r·addend_r + shift·I), T = f·S + g·I, in one launch.
-
-    Args:
-        out: (B, N, N) contiguous; exactly symmetric afterwards. May be an addend, must not overlap `S`.
-        S: (B, N, N) symmetric, contiguous float32.
-        addends: (R, B·N·N) with contiguous rows, or (B, N, N) contiguous; symmetric. Default: none.
-        weights: (R,) w, on the device; without them there is one addend, times `beta`.
-        scale: (B,) factors of the results. Default: 1.
-        precision: One of `FUSED_PRECISIONS`.
-        alpha: Factor of the square.
-        beta: Factor of the addend, without weights.
-        shift: Added to the diagonals.
-        factors: (B,) f. Default: 1.
-        offsets: (B,) g. Default: 0.
-        norms: (B, P) as of `norm_parts`: takes the parts of the squared Frobenius norms of `out`.
-    """
-    torch.ops.dash_shampoo.symmetric_square_(
-        out, S, addends, weights, scale, precision, alpha, beta, shift, factors, offsets, norms
-    )
-
-
 def norm_parts(S: Tensor) -> Tensor:
     """(B, P) zeros, into which a square of a stack adds the parts of ‖out‖²_F that its tiles have."""
     num_rows = -(-S.shape[-1] // _LEAST_TILE)
@@ -87,88 +75,44 @@ def norm_parts(S: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=S.dtype, device=S.device)
 
 
-def launch_square(
-    kernel: Any,
-    tiles: Tiles,
-    out: Tensor,
-    S: Tensor,
-    addends: Tensor | None,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    precision: str,
-    alpha: float,
-    beta: float,
-    shift: float,
-    factors: Tensor | None = None,
-    offsets: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> None:
+def launch_square(kernel: Any, tiles: Tiles, out: Tensor, S: Tensor, *arguments: Any) -> None:
     """Launch the kernel with given tiles: what the operator does, and what tests and `tools/tune.py` do.
 
     Args:
         kernel: `kernels.symmetric_square`.
         tiles: How it cuts.
-        out: As of `fused_square_`, and so are the others.
+        out: As of `SquareArguments`.
         S: See there.
-        addends: See there.
-        weights: See there.
-        scale: See there.
-        precision: See there.
-        alpha: See there.
-        beta: See there.
-        shift: See there.
-        factors: See there.
-        offsets: See there.
-        norms: See there.
+        *arguments: Those.
     """
+    a = SquareArguments(*arguments)
     num_blocks, size, _ = S.shape
-    num_rows = -(-size // tiles.tile)
-    num_tiles = num_rows * (num_rows + 1) // 2
+    num_tiles = tiles.num_of_triangle(size)
     num_addends = 0
-    if addends is not None:
-        num_addends = 1 if weights is None else weights.shape[0]
+    if a.addends is not None:
+        num_addends = 1 if a.weights is None else a.weights.shape[0]
+    tensors = (a.addends, a.weights, a.scale, a.factors, a.offsets, a.norms)
     kernel[(num_blocks * num_tiles,)](
         out,
         S,
-        out if addends is None else addends,
-        out if weights is None else weights,
-        out if scale is None else scale,
-        out if factors is None else factors,
-        out if offsets is None else offsets,
-        out if norms is None else norms,
+        *(out if tensor is None else tensor for tensor in tensors),
         size,
         num_tiles,
         num_addends,
-        0 if addends is None else addends.stride(0),
-        0 if norms is None else norms.stride(0),
-        int(weights is not None),
-        int(scale is not None),
-        int(factors is not None),
-        int(offsets is not None),
-        int(norms is not None),
-        alpha,
-        beta,
-        shift,
-        PRECISION=precision,
-        TILE=tiles.tile,
-        STEP=tiles.step,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        0 if a.addends is None else a.addends.stride(0),
+        0 if a.norms is None else a.norms.stride(0),
+        *(int(tensor is not None) for tensor in tensors[1:]),
+        a.alpha,
+        a.beta,
+        a.shift,
+        **tiles.options(a.precision),
     )
 
 
-@torch.library.impl(library, "symmetric_square_", "CUDA")
-def _on_cuda(out: Tensor, S: Tensor, *arguments: Any) -> None:
+def launch_square_on_cuda(out: Tensor, S: Tensor, *arguments: Any) -> None:
+    """Launch the kernel with the table's tiles; arguments as of `launch_square`."""
     from dash_shampoo.products import kernels  # Triton is imported by the first launch
 
-    if S.numel() == 0:
-        return
-    tiles = tiles_for("square", S, arguments[3], S.shape[-1])
-    # Triton launches on the current device.
-    with torch.cuda.device(S.device):
+    if S.numel() > 0:
+        tiles = tiles_for("square", S, SquareArguments(*arguments).precision, S.shape[-1])
         launch_square(kernels.symmetric_square, tiles, out, S, *arguments)
-
-
-@torch.library.impl(library, "symmetric_square_", "Meta")
-def _on_meta(*arguments: Any) -> None:
-    pass

@@ -203,13 +203,10 @@ def place_of_column(k, num_inner, outer_stride, inner_stride, IS_NESTED: tl.cons
 
 
 @triton.jit
-def outer_operand(G, rows, k, place, size, num_columns, row_stride, PRECISION: tl.constexpr):
-    """A tile of an unfolding, rounded for "tf32" alone: products of halves have no error."""
+def outer_operand(G, rows, k, place, size, num_columns, row_stride):
+    """A tile of an unfolding; halves are multiplied as they are, without an error."""
     is_inside = (rows[:, None] < size) & (k[None, :] < num_columns)
-    tile = tl.load(G + rows[:, None] * row_stride + place[None, :], mask=is_inside, other=0.0)
-    if PRECISION == "tf32":
-        tile = rounded_operand(tile, PRECISION)
-    return tile
+    return tl.load(G + rows[:, None] * row_stride + place[None, :], mask=is_inside, other=0.0)
 
 
 @triton.jit
@@ -241,15 +238,13 @@ def accumulate_outer(
     rows, columns = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
     inner = tl.arange(0, STEP)
     total = tl.zeros((TILE, TILE), tl.float32)
+    cross = total
     for start in range(0, num_columns, STEP):
         k = start + inner
         place = place_of_column(k, num_inner, outer_stride, inner_stride, IS_NESTED)
-        a = outer_operand(G, rows, k, place, size, num_columns, row_stride, PRECISION)
-        b = outer_operand(G, columns, k, place, size, num_columns, row_stride, PRECISION)
-        if PRECISION == "fp32":
-            total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
-        else:
-            total = tl.dot(a, tl.trans(b), total, input_precision="tf32")
+        a = outer_operand(G, rows, k, place, size, num_columns, row_stride)
+        b = outer_operand(G, columns, k, place, size, num_columns, row_stride)
+        total, cross = add_product(total, cross, a, b, PRECISION)
     is_inside = (rows[:, None] < size) & (columns[None, :] < size)
     if IS_PACKED:
         # Row by row of the upper triangle, so that the mirrored entry is the one that is stored.

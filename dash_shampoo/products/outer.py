@@ -11,23 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_shampoo.products.precision import is_tf32_allowed
-from dash_shampoo.products.tiles import Tiles, can_use_kernel, library, tiles_for
+from dash_shampoo.products.precision import HALVES, is_tf32_allowed
+from dash_shampoo.products.tiles import Tiles, can_use_kernel, operator, tiles_for
 
 OUTER_PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
-_HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 # A program adds up all columns; cuBLAS can split longer sums among several.
 _MOST_COLUMNS_PER_ROW = 64
 _MOST_PLACES = 2**31
 
-library.define(  # type: ignore[no-untyped-call]
-    "accumulate_outer_(Tensor(a!) factors, Tensor unfolded, float decay, float weight, str precision) -> ()"
-)
-
 
 def outer_precision(unfolded: Tensor) -> str:
     """How the outer products of gradients are taken: exactly, or in TF32 where the program allows it."""
-    return _HALVES.get(unfolded.dtype) or ("tf32" if is_tf32_allowed() else "fp32")
+    return HALVES.get(unfolded.dtype) or ("tf32" if is_tf32_allowed() else "fp32")
 
 
 def _rows_of(factors: Tensor, unfolded: Tensor) -> str:
@@ -52,7 +47,7 @@ def can_use_outer(factors: Tensor, unfolded: Tensor) -> bool:
         and factors.numel() > 0
         and factors.dtype == torch.float32
         and factors[0].is_contiguous()
-        and (unfolded.dtype == torch.float32 or unfolded.dtype in _HALVES)
+        and (unfolded.dtype == torch.float32 or unfolded.dtype in HALVES)
         and 0 < num_columns <= _MOST_COLUMNS_PER_ROW * size
         and sum(
             n * stride for n, stride in zip(unfolded.shape[1:], unfolded.stride()[1:], strict=True)
@@ -71,8 +66,7 @@ def accumulate_outer_(factors: Tensor, unfolded: Tensor, decay: float, weight: f
         decay: Factor of the old values.
         weight: Factor of the products.
     """
-    precision = outer_precision(unfolded)
-    torch.ops.dash_shampoo.accumulate_outer_(factors, unfolded, decay, weight, precision)
+    _accumulate_outer_(factors, unfolded, decay, weight, outer_precision(unfolded))
 
 
 def launch_outer(
@@ -96,9 +90,7 @@ def launch_outer(
         precision: One of `OUTER_PRECISIONS`.
     """
     num_blocks, size, *columns = unfolded.shape
-    num_rows = -(-size // tiles.tile)
-    num_tiles = num_rows * (num_rows + 1) // 2
-    is_nested = len(columns) == 2
+    num_tiles = tiles.num_of_triangle(size)
     block_stride, row_stride, *column_strides = unfolded.stride()
     kernel[(num_blocks * num_tiles,)](
         factors,
@@ -114,31 +106,22 @@ def launch_outer(
         column_strides[-1],
         decay,
         weight,
-        PRECISION=precision,
         IS_PACKED=factors.ndim == 2,
-        IS_NESTED=is_nested,
-        TILE=tiles.tile,
-        STEP=tiles.step,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        IS_NESTED=len(columns) == 2,
+        **tiles.options(precision),
     )
 
 
-@torch.library.impl(library, "accumulate_outer_", "CUDA")
 def _on_cuda(
     factors: Tensor, unfolded: Tensor, decay: float, weight: float, precision: str
 ) -> None:
     from dash_shampoo.products import kernels  # Triton is imported by the first launch
 
     tiles = tiles_for(_rows_of(factors, unfolded), factors, precision, unfolded.shape[1])
-    # Triton launches on the current device.
-    with torch.cuda.device(factors.device):
-        launch_outer(kernels.accumulate_outer, tiles, factors, unfolded, decay, weight, precision)
+    launch_outer(kernels.accumulate_outer, tiles, factors, unfolded, decay, weight, precision)
 
 
-@torch.library.impl(library, "accumulate_outer_", "CPU")
 def _on_cpu(factors: Tensor, unfolded: Tensor, decay: float, weight: float, precision: str) -> None:
-    """For those who count: what the kernel computes."""
     del precision
     U = unfolded.to(factors.dtype).flatten(2)
     products = torch.bmm(U, U.mT)
@@ -147,6 +130,8 @@ def _on_cpu(factors: Tensor, unfolded: Tensor, decay: float, weight: float, prec
     factors.mul_(decay).add_(products, alpha=weight)
 
 
-@torch.library.impl(library, "accumulate_outer_", "Meta")
-def _on_meta(*arguments: Any) -> None:
-    pass
+_accumulate_outer_ = operator(
+    "accumulate_outer_(Tensor(a!) factors, Tensor unfolded, float decay, float weight, str precision) -> ()",
+    _on_cuda,
+    _on_cpu,
+)

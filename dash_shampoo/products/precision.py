@@ -6,6 +6,7 @@ import contextlib
 import platform
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ MatmulPrecision = Literal["fp32", "fp16x3", "tf32", "fp16", "bf16"]
 each operand into two fp16 numbers, which keeps 22 bits, and multiplies three times.
 """
 
-_HALF_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 # Of the second half of a split operand: it keeps the half clear of fp16's smallest numbers.
 SPLIT_SCALE = 2048.0
 # Above what rounding leaves of fp32 products, far below TF32's 5e-4.
@@ -68,11 +69,10 @@ def rounded(A: Tensor, precision: MatmulPrecision) -> Tensor:
     """
     if precision in ("fp32", "fp16x3"):
         return A
-    half_dtype = _HALF_DTYPES.get(precision)
-    if half_dtype is not None:
-        if A.dtype == half_dtype:
-            return A
-        half = A.to(half_dtype)
+    if HALVES.get(A.dtype) == precision:
+        return A
+    if precision in HALVES.values():
+        half = A.to(torch.float16 if precision == "fp16" else torch.bfloat16)
         return half if can_use_half_operands(A) else half.to(A.dtype)
     if A.is_cuda and A.dtype == torch.float32:
         return A  # the tensor cores round
@@ -165,6 +165,20 @@ def exact_products(device: torch.device, size: int = 0) -> Iterator[None]:
             _num_exact -= 1
             if _num_exact == 0 and _setting_outside is not None:
                 matmul.fp32_precision = _setting_outside
+
+
+@contextlib.contextmanager
+def plain_products(device: torch.device, size: int = 0) -> Iterator[None]:
+    """`exact_products` out of autocast, which would take them down to half precision, unasked.
+
+    Args:
+        device: Of the operands.
+        size: As of `exact_products`.
+    """
+    can_autocast = torch.amp.is_autocast_available(device.type)
+    outside = torch.autocast(device.type, enabled=False) if can_autocast else nullcontext()
+    with outside, exact_products(device, size):
+        yield
 
 
 def _fastest_exact_setting() -> str:

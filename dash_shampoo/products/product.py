@@ -6,23 +6,24 @@ Shape suffixes: A_BNN is a stack of B blocks of N×N; K is a number of columns.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.products.fused import can_use_fused, fused_square_
+from dash_shampoo.products.fused import SquareArguments, can_use_fused, launch_square_on_cuda
 from dash_shampoo.products.identity import has_identity, multiple_of_identity
 from dash_shampoo.products.precision import (
+    HALVES,
     SPLIT_SCALE,
     MatmulPrecision,
+    is_tf32_allowed,
     rounded,
     split,
     tf32_switch,
 )
-from dash_shampoo.products.tiles import are_kernels_assumed
+from dash_shampoo.products.tiles import are_kernels_assumed, operator
 from dash_shampoo.products.triangle import can_use_triangle, triangular_square_
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 class Products:
@@ -52,6 +53,12 @@ class Products:
 
     def __init__(self, precision: MatmulPrecision) -> None:
         self.precision = precision
+
+    @classmethod
+    def with_tf32(cls, A: Tensor, *, is_wanted: bool) -> Products:
+        """In TF32 where that is wanted, the program allows it, and A is float32 on CUDA; else "fp32"."""
+        can_use = is_wanted and A.is_cuda and A.dtype == torch.float32 and is_tf32_allowed()
+        return cls("tf32" if can_use else "fp32")
 
     def round(self, A: Tensor) -> Tensor:
         """Round an operand to the precision; worth calling for one that is used several times.
@@ -143,22 +150,9 @@ class Products:
         """
         out = torch.empty_like(S) if out is None else out
         if self.can_fuse(S):
-            weights = beta if isinstance(beta, Tensor) else None
-            factor = 1.0 if isinstance(beta, Tensor) else beta
-            fused_square_(
-                out,
-                S,
-                addend,
-                weights,
-                scale,
-                self.precision,
-                alpha,
-                factor,
-                shift,
-                factors,
-                offsets,
-                norms,
-            )
+            weights, factor = (beta, 1.0) if isinstance(beta, Tensor) else (None, beta)
+            numbers = (self.precision, alpha, factor, shift)
+            fused_square_(out, S, addend, weights, scale, *numbers, factors, offsets, norms)
             return out
         if factors is not None:
             S = _prepared(S, factors, offsets)
@@ -252,12 +246,8 @@ class Products:
         if self.precision == "fp16x3" and A.dtype in (torch.float32, torch.float64):
             product = _split_product(A, B)
             return product if out is None else out.copy_(product)
-        if A.dtype in _HALVES:
-            if out is None:
-                return torch.bmm(A, B, out_dtype=torch.float32)
-            return torch.bmm(A, B, out_dtype=torch.float32, out=out)
         with self._switched(A):
-            return torch.bmm(A, B, out=out) if out is not None else torch.bmm(A, B)
+            return _bmm(A, B, out)
 
     def _switched(self, A: Tensor) -> contextlib.AbstractContextManager[None]:
         """Context in which torch uses TF32 as this precision wants it."""
@@ -292,42 +282,41 @@ def _prepared(S: Tensor, factors: Tensor, offsets: Tensor | None) -> Tensor:
     return T
 
 
+def _bmm(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
+    """A @ B; of halves in fp32."""
+    if A.dtype in HALVES:
+        return torch.bmm(A, B, out_dtype=torch.float32, out=out)
+    return torch.bmm(A, B, out=out)
+
+
 def _split_product(A: Tensor, B: Tensor) -> Tensor:
     """A @ B by fp16 halves; a square needs two products of them instead of three."""
-
-    def multiply(left: Tensor, right: Tensor) -> Tensor:
-        if left.dtype in _HALVES:
-            return torch.bmm(left, right, out_dtype=torch.float32)
-        return torch.bmm(left, right)
-
     A_high, A_low = split(A)
     if A is B:
-        cross = multiply(A_high, A_low)
+        cross = _bmm(A_high, A_low)
         cross = cross + cross.mT
-        return multiply(A_high, A_high).add_(cross, alpha=1.0 / SPLIT_SCALE)
+        return _bmm(A_high, A_high).add_(cross, alpha=1.0 / SPLIT_SCALE)
     B_high, B_low = split(B)
-    cross = multiply(A_high, B_low).add_(multiply(A_low, B_high))
-    return multiply(A_high, B_high).add_(cross, alpha=1.0 / SPLIT_SCALE)
+    cross = _bmm(A_high, B_low).add_(_bmm(A_low, B_high))
+    return _bmm(A_high, B_high).add_(cross, alpha=1.0 / SPLIT_SCALE)
 
 
-@torch.library.impl("dash_shampoo::symmetric_square_", "CPU")
-def _square_on_cpu(
-    out: Tensor,
-    S: Tensor,
-    addends: Tensor | None,
-    weights: Tensor | None,
-    scale: Tensor | None,
-    precision: MatmulPrecision,
-    alpha: float,
-    beta: float,
-    shift: float,
-    factors: Tensor | None = None,
-    offsets: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> None:
-    if factors is not None:
-        S = _prepared(S, factors, offsets)
-    factor = beta if weights is None else weights
-    Products(precision)._reference_square(S, out, alpha, addends, factor, shift, scale)
-    if norms is not None:
-        norms[:, 0] = torch.linalg.vector_norm(out.flatten(1), dim=1).square()
+def _square_on_cpu(out: Tensor, S: Tensor, *arguments: Any) -> None:
+    a = SquareArguments(*arguments)
+    if a.factors is not None:
+        S = _prepared(S, a.factors, a.offsets)
+    factor = a.beta if a.weights is None else a.weights
+    products = Products(a.precision)
+    products._reference_square(S, out, a.alpha, a.addends, factor, a.shift, a.scale)
+    if a.norms is not None:
+        a.norms[:, 0] = torch.linalg.vector_norm(out.flatten(1), dim=1).square()
+
+
+fused_square_ = operator(
+    "symmetric_square_(Tensor(a!) out, Tensor S, Tensor? addends, Tensor? weights, Tensor? scale, "
+    "str precision, float alpha, float beta, float shift, Tensor? factors=None, Tensor? offsets=None, "
+    "Tensor(b!)? norms=None) -> ()",
+    launch_square_on_cuda,
+    _square_on_cpu,
+)
+"""`SquareArguments` after `out` and S, in one launch."""

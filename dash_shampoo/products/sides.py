@@ -14,16 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_shampoo.products.precision import is_tf32_allowed
-from dash_shampoo.products.tiles import Tiles, can_use_kernel, library, tiles_for
+from dash_shampoo.products.precision import HALVES, is_tf32_allowed
+from dash_shampoo.products.tiles import Tiles, can_use_kernel, operator, tiles_for
 
 SIDED_PRECISIONS = ("tf32", "fp16", "bf16")
-_PRECISIONS = {torch.float32: "tf32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_PRECISIONS = {torch.float32: "tf32", **HALVES}
 _LEAST_WIDTH = 16
-
-library.define(  # type: ignore[no-untyped-call]
-    "two_sided_(Tensor(a!) out, Tensor G, Tensor X, Tensor Y, str precision) -> ()"
-)
 
 
 def can_use_two_sided(G: Tensor, X: Tensor, Y: Tensor) -> bool:
@@ -68,7 +64,7 @@ def two_sided(G: Tensor, X: Tensor, Y: Tensor, out: Tensor | None = None) -> Ten
     """
     if out is None:
         out = torch.empty_like(G, memory_format=torch.contiguous_format)
-    torch.ops.dash_shampoo.two_sided_(out, G, X, Y, _PRECISIONS[X.dtype])
+    _two_sided_(out, G, X, Y, _PRECISIONS[X.dtype])
     return out
 
 
@@ -99,32 +95,25 @@ def launch_two_sided(
         *G.stride(),
         *X.stride(),
         *Y.stride(),
-        PRECISION=precision,
-        TILE=tiles.tile,
-        STEP=tiles.step,
         WIDTH=max(_LEAST_WIDTH, 1 << (num_columns - 1).bit_length()),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **tiles.options(precision),
     )
 
 
-@torch.library.impl(library, "two_sided_", "CUDA")
 def _on_cuda(out: Tensor, G: Tensor, X: Tensor, Y: Tensor, precision: str) -> None:
     from dash_shampoo.products import kernels  # Triton is imported by the first launch
 
     tiles = tiles_for("two_sided", G, precision, max(G.shape[1:]))
-    # Triton launches on the current device.
-    with torch.cuda.device(G.device):
-        launch_two_sided(kernels.two_sided, tiles, out, G, X, Y, precision)
+    launch_two_sided(kernels.two_sided, tiles, out, G, X, Y, precision)
 
 
-@torch.library.impl(library, "two_sided_", "CPU")
 def _on_cpu(out: Tensor, G: Tensor, X: Tensor, Y: Tensor, precision: str) -> None:
-    """For those who count."""
     del precision
     out.copy_(torch.bmm(torch.bmm(X.mT, G.to(X.dtype)), Y))
 
 
-@torch.library.impl(library, "two_sided_", "Meta")
-def _on_meta(*arguments: Any) -> None:
-    pass
+_two_sided_ = operator(
+    "two_sided_(Tensor(a!) out, Tensor G, Tensor X, Tensor Y, str precision) -> ()",
+    _on_cuda,
+    _on_cpu,
+)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,34 @@ _MAX_SIZE = 46340
 
 _are_assumed = ContextVar("_are_assumed", default=False)
 
-library = torch.library.Library("dash_shampoo", "DEF")  # type: ignore[no-untyped-call]
+_library = torch.library.Library("dash_shampoo", "DEF")  # type: ignore[no-untyped-call]
+
+
+def operator(
+    schema: str, on_cuda: Callable[..., None], on_cpu: Callable[..., None]
+) -> Callable[..., None]:
+    """Define an operator of torch that is one launch.
+
+    Being an operator, it is seen by dispatch modes (counting, fake tensors).
+
+    Args:
+        schema: Its name, arguments and what it writes to.
+        on_cuda: Launches the kernel, on the current device, which is made that of the first argument.
+        on_cpu: The reference, for those who count.
+
+    Returns:
+        The operator.
+    """
+
+    def launch(out: Tensor, *arguments: Any) -> None:
+        with torch.cuda.device(out.device):
+            on_cuda(out, *arguments)
+
+    name = _library.define(schema)  # type: ignore[no-untyped-call]
+    for key, function in (("CUDA", launch), ("CPU", on_cpu), ("Meta", lambda *arguments: None)):
+        _library.impl(name, function, key)  # type: ignore[no-untyped-call]
+    found: Callable[..., None] = getattr(torch.ops.dash_shampoo, name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -44,6 +72,21 @@ class Tiles:
     step: int
     num_warps: int
     num_stages: int
+
+    def options(self, precision: str) -> dict[str, Any]:
+        """What every kernel is compiled for."""
+        return {
+            "PRECISION": precision,
+            "TILE": self.tile,
+            "STEP": self.step,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+    def num_of_triangle(self, size: int) -> int:
+        """How many tiles the lower triangle of N×N has."""
+        num_rows = -(-size // self.tile)
+        return num_rows * (num_rows + 1) // 2
 
 
 @lru_cache(maxsize=8)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import dash_shampoo.eigenbasis.result
+import dash_shampoo.inverse_root.blocks
 from dash_shampoo.base import EighEigendecompositionConfig
 from dash_shampoo.eigenbasis import EigenbasisResult, OrthogonalIterationConfig, eigenbasis
 from dash_shampoo.inverse_root import InverseRootStatus
@@ -28,7 +28,7 @@ even_sizes = st.sampled_from([2, 4, 6, 16])
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the branches for devices on which reading a flag would wait."""
-    monkeypatch.setattr(dash_shampoo.eigenbasis.result, "_READABLE_DEVICES", set())
+    monkeypatch.setattr(dash_shampoo.inverse_root.blocks, "_READABLE_DEVICES", set())
 
 
 def refresh(row: Row, A: Tensor, Q: Tensor, times: int) -> EigenbasisResult:
@@ -189,7 +189,7 @@ def test_the_masked_path_of_devices_gives_the_same(row: Row, dtype: torch.dtype)
     Q[::2] = torch.linalg.eigh(A[::2])[1]
     A[3, 0, 0] = torch.nan
     masked = eigenbasis(A, Q, row.config)
-    dash_shampoo.eigenbasis.result._READABLE_DEVICES.add("cpu")
+    dash_shampoo.inverse_root.blocks._READABLE_DEVICES.add("cpu")
     chosen = eigenbasis(A, Q, row.config)
     assert torch.equal(masked.status, chosen.status)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-3

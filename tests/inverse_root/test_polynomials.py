@@ -16,8 +16,8 @@ from dash_shampoo.inverse_root import (
     inverse_root,
 )
 from dash_shampoo.inverse_root.chebyshev import (
-    baby_step_giant_step,
-    clenshaw,
+    chebyshev_sum,
+    fewest_baby_steps,
     fit_error,
     fit_inverse_root,
     split_coefficients,
@@ -79,9 +79,9 @@ def test_both_evaluations_are_the_polynomial(degree: int) -> None:
     x = torch.rand(2, 6, generator=generator, dtype=torch.float64) * 2 - 1
     S = torch.diag_embed(x)
     expected = torch.diag_embed(_chebyshev_sum(x, coefficients))
-    for evaluate in (clenshaw, baby_step_giant_step):
+    for num_baby_steps in (1, fewest_baby_steps(degree)):
         before = S.clone()
-        value = evaluate(S, coefficients, Products("fp32"))
+        value = chebyshev_sum(S, coefficients, Products("fp32"), num_baby_steps)
         torch.testing.assert_close(value, expected, rtol=0.0, atol=1e-11 * degree)
         assert torch.equal(S, before)
 
@@ -112,7 +112,8 @@ def test_the_fit_agrees_with_numpys() -> None:
 def test_splitting_keeps_the_polynomial_and_its_size(degree: int) -> None:
     generator = torch.Generator().manual_seed(degree)
     coefficients = tuple(torch.randn(degree + 1, generator=generator, dtype=torch.float64).tolist())
-    size, groups = split_coefficients(coefficients)
+    size = fewest_baby_steps(degree)
+    groups = split_coefficients(coefficients, size)
     assert all(len(group) == size for group in groups)
     x = torch.linspace(-1, 1, 101, dtype=torch.float64)
     theta = torch.arccos(x)

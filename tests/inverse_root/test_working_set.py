@@ -20,18 +20,16 @@ def test_every_block_is_retired_once_in_its_own_step(lifetimes: list[int], size:
     )
     life = torch.tensor(lifetimes)
     working = WorkingSet(num_blocks)
-    retired_at: dict[int, int] = {}
     for step in range(20):
-        rows, finished = working.retire(life[working.rows] > step)
-        for row, position in zip(rows.tolist(), finished.tolist(), strict=True):
-            assert row not in retired_at
-            assert stack[position, 0, 0] == row, "the working set's tensors follow its rows"
-            retired_at[row] = step
+        steps = torch.full((len(stack),), step)
+        working.retire(life[working.rows] > step, stack, steps)
         if working.is_done:
             break
         (stack,) = working.compact(stack)
         assert len(stack) == len(working.rows)
-    assert retired_at == dict(enumerate(lifetimes))
+    stack, retired_at = working.results
+    assert stack[:, 0, 0].tolist() == list(range(num_blocks)), "they follow the rows"
+    assert retired_at.tolist() == lifetimes
 
 
 def test_blocks_whose_alignment_would_change_stay_where_they_are() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.device_counts import DeviceCounts
 from dash_shampoo.products import Products, count_products
-from dash_shampoo.products.fused import FUSED_PRECISIONS, can_use_fused, fused_square_
+from dash_shampoo.products.fused import FUSED_PRECISIONS, can_use_fused
+from dash_shampoo.products.product import fused_square_
 from dash_shampoo.products.tiles import Tiles, find_tiles, tile_table
 from tests.products.fused_cases import KINDS, make
 

@@ -17,7 +17,7 @@ from dash_shampoo.inverse_root import (
     ScaledCoupledNewtonConfig,
     inverse_root,
 )
-from dash_shampoo.inverse_root.blocks import minus_multiple
+from dash_shampoo.inverse_root.blocks import affine
 from dash_shampoo.preconditioners.modes import contract
 from dash_shampoo.products import (
     Products,
@@ -388,10 +388,10 @@ def test_only_small_identities_are_kept():
     for size in (64, 256, 257, 512):
         A = torch.randn(2, size, size)
         before = multiple_of_identity.cache_info().misses
-        result = minus_multiple(A, 0.5, 1.25)
+        result = affine(A, -0.5, 1.25)
         kept = multiple_of_identity.cache_info().misses - before
         assert kept <= (size <= 256)
         torch.testing.assert_close(result, 1.25 * torch.eye(size) - 0.5 * A)
         out = A.clone()
-        assert minus_multiple(out, 0.5, 1.25, out=out) is out
+        assert affine(out, -0.5, 1.25, out=out) is out
         assert torch.equal(out, result)

@@ -24,8 +24,8 @@ class Ladder:
     Examples:
         >>> import torch
         >>> ladder = Ladder(rungs=((1.0, 0.0, 1.0),), output=(0.0, 0.0, 0.0, 1.0))
-        >>> ladder(torch.tensor([3.0])).tolist(), ladder.degree
-        ([100.0], 4)
+        >>> ladder(torch.tensor([3.0])).tolist(), ladder.num_squarings
+        ([100.0], 2)
     """
 
     rungs: tuple[tuple[float, float, float], ...]
@@ -42,11 +42,6 @@ class Ladder:
     def num_squarings(self) -> int:
         """k, the number of products."""
         return len(self.rungs) + 1
-
-    @property
-    def degree(self) -> int:
-        """2^k: of f as a polynomial."""
-        return int(2**self.num_squarings)
 
     def __call__(self, x: Tensor) -> Tensor:
         """F at numbers.

@@ -14,21 +14,19 @@ from torch import Tensor
 
 from dash_shampoo.base import RootInvConfig
 from dash_shampoo.inverse_root.blocks import (
-    add_multiple_,
     constants,
     diagonal,
-    is_one,
     per_block,
     power,
+    scaled,
     stacks_like,
 )
-from dash_shampoo.inverse_root.fields import check_field, check_matmul_precision, is_int, is_number
+from dash_shampoo.inverse_root.fields import check_choice, check_field, is_int, is_number
 from dash_shampoo.inverse_root.minimax.rounding import Precision, resolved
 from dash_shampoo.inverse_root.minimax.tables import Table, find_table, lower_end
-from dash_shampoo.inverse_root.result import Solution
 from dash_shampoo.inverse_root.scaling import trace_bound
-from dash_shampoo.inverse_root.solver import Solver
-from dash_shampoo.products import Products, norm_parts
+from dash_shampoo.inverse_root.solver import Solution, Solver
+from dash_shampoo.products import MatmulPrecision, Products, norm_parts
 
 # Stacks that rounding the operands of a product takes, on a CPU that emulates it.
 _ROUNDING_STACKS = {"auto": 0, "fp32": 0, "fp16x3": 6, "tf32": 5, "fp16": 4, "bf16": 4}
@@ -84,7 +82,7 @@ class MinimaxConfig(RootInvConfig):
             is_number(self.relative_epsilon) and 1e-8 <= self.relative_epsilon <= 0.1
         )
         check_field(self, "relative_epsilon", is_epsilon, "in [1e-8, 0.1], or None")
-        check_matmul_precision(self, "auto")
+        check_choice(self, "matmul_precision", MatmulPrecision, "auto")
         is_margin = is_number(self.margin) and 1e-3 <= self.margin <= 0.5
         check_field(self, "margin", is_margin, "in [1e-3, 0.5]")
 
@@ -120,19 +118,6 @@ def _relative_epsilon(config: MinimaxConfig, root: Fraction) -> float:
     if config.relative_epsilon is not None:
         return config.relative_epsilon
     return 1e-4 if root <= 2 else 1e-6
-
-
-def check(config: MinimaxConfig, root: Fraction) -> None:
-    """Refuse what no table serves.
-
-    Args:
-        config: Accuracy and damping.
-        root: p of A^(-1/p).
-
-    Raises:
-        ValueError: As of `table_of`.
-    """
-    table_of(config, root)
 
 
 @dataclass(frozen=True)
@@ -236,7 +221,7 @@ def minimax(
 
     # A is divided by about its trace first: A of 1e±30 neither overflows nor vanishes in its fourth power.
     # Numbers per block are float64. The root of A/d is that of A with d times the damping, but for its scale.
-    M, square, dtype, shift = basis[0], X, A.dtype, divisor * epsilon
+    M, square, dtype, shift = basis[0], X, A.dtype, divisor * epsilon if epsilon > 0.0 else 0.0
     n, is_fused = A.shape[-1], products.can_fuse(A)
     trace_B = diagonal(A).sum(-1, dtype=torch.float64)
     if epsilon > 0.0:
@@ -248,9 +233,7 @@ def minimax(
         parts, offsets_B = norm_parts(A), inverse_B * shift if epsilon > 0.0 else None
         products.square(A, factors=inverse_B, offsets=offsets_B, norms=parts, out=square)
     else:
-        torch.mul(A, per_block(inverse_B), out=M)
-        if epsilon > 0.0:
-            add_multiple_(diagonal(M), inverse_B[:, None], shift)
+        scaled(A, inverse_B, inverse_B, shift, out=M)
         products.square(M, out=square)
     bound_B = trace_bound(trace_B, inverse_B, square, parts)
     # A negative definite A has bound 0; dividing by it makes the result infinite, as it should be.
@@ -259,9 +242,7 @@ def minimax(
     stretch_B.masked_fill_(is_zero_B, 1.0)
     if is_fused:
         inverse_B = (stretch_B * inverse_B).to(dtype)
-        torch.mul(A, per_block(inverse_B), out=M)
-        if epsilon > 0.0:
-            add_multiple_(diagonal(M), inverse_B[:, None], shift)
+        scaled(A, inverse_B, inverse_B, shift, out=M)
     else:
         M.mul_(per_block(stretch_B.to(dtype)))
     diagonal(M).add_(poly.lower)
@@ -269,7 +250,7 @@ def minimax(
     torch.addcmul(M, square, per_block(factor_B), out=basis[1])
     diagonal(basis[1]).add_(poly.constant)
 
-    if not is_one(divisor):
+    if isinstance(divisor, Tensor) or divisor != 1.0:
         size_B.div_(divisor)
     damping_B = relative_epsilon * bound_B * size_B + epsilon
     scale_B = (stretch_B / size_B).masked_fill_(is_zero_B, poly.lower)
@@ -318,13 +299,13 @@ def _climb(
     )
 
 
-def _workspace(config: MinimaxConfig, root: Fraction) -> int:
-    """M and the rungs, beside the root; operands that are rounded."""
-    return table_of(config, root).num_squarings + _ROUNDING_STACKS[config.matmul_precision]
-
-
-def _error(config: MinimaxConfig, root: Fraction) -> float:
-    return table_of(config, root).error
-
-
-SOLVER = Solver(solve=minimax, workspace=_workspace, check=check, error=_error, divides=True)
+SOLVER = Solver(
+    solve=minimax,
+    # M and the rungs, beside the root; operands that are rounded.
+    workspace=lambda config, root: (
+        table_of(config, root).num_squarings + _ROUNDING_STACKS[config.matmul_precision]
+    ),
+    check=table_of,
+    error=lambda config, root: table_of(config, root).error,
+    divides=True,
+)
