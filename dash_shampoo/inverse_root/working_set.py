@@ -46,9 +46,10 @@ class WorkingSet:
             self.results = self.results or tuple(
                 value.new_empty(self._num_blocks, *value.shape[1:]) for value in values
             )
-            rows = self.rows[finished]
+            rows = self.rows[finished].to(values[0].device)
+            finished = finished.to(rows.device)
             for result, value in zip(self.results, values, strict=True):
-                result[rows.to(value.device)] = value[finished.to(value.device)]
+                result[rows] = value[finished]
 
     @property
     def is_done(self) -> bool:

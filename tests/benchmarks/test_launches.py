@@ -77,7 +77,7 @@ def test_a_refresh_goes_four_times_over_the_stacks_beside_fused_products(precisi
     ("config", "launches", "num_products"),
     [
         # Of the roots 2 and 4: products by structure, in the solvers' docstrings.
-        ("coupled_newton", 155, 29 + 39),
+        ("coupled_newton", 153, 29 + 39),
         ("newton_db", 162, 27 + 54),
         ("chebyshev", 155, 14 + 14),
         ("minimax", 134, 9 + 12),
