@@ -26,8 +26,8 @@ IN_A_REFRESH = {
     "newton_db": {"divided"},
     "newton_schulz": {"divided"},
     "chebyshev": {"divided"},
-    "minimax": {"minimax", "add_multiple_"},
-    "default": {"minimax", "add_multiple_", "__call__"},  # the product of its residual
+    "minimax": {"minimax", "scaled"},
+    "default": {"minimax", "scaled", "__call__"},  # the product of its residual
 }
 
 

@@ -95,6 +95,7 @@ def newton_db(A: Tensor, root: Fraction, config: NewtonDBConfig, epsilon: float)
         (6.35); Denman and Beavers, Appl. Math. Comput. 2 (1976).
 
     Examples:
+        >>> import torch
         >>> A = torch.diag(torch.tensor([4.0, 16.0], dtype=torch.float64))[None]
         >>> solution = newton_db(A, Fraction(2), NewtonDBConfig(), 0.0)
         >>> [round(x, 6) for x in (solution.X * solution.scale)[0].diagonal().tolist()]
