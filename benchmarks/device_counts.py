@@ -166,7 +166,7 @@ class DeviceCounts:
             self.wait()
 
     def _phase(self) -> str:
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2) if self._phases else None
         while frame is not None:
             code = frame.f_code
             if code not in self._phase_of_code:

@@ -65,6 +65,7 @@ class Sizes:
         ragged (tuple): N of those whose errors alone are looked at.
         stack (tuple): B and N of the solvers' stack.
         cases (dict): Cases of whole steps.
+        frequencies (tuple): After how many steps roots are refreshed.
         rounds (int): Of whole steps.
     """
 
@@ -72,6 +73,7 @@ class Sizes:
     ragged: tuple[int, ...]
     stack: tuple[int, int]
     cases: dict[str, Case]
+    frequencies: tuple[int, ...]
     rounds: int
 
 
@@ -94,7 +96,7 @@ def sizes(is_toy: bool) -> Sizes:
     """Those of the report, or such as a CPU does in seconds."""
     if is_toy:
         toy = share(llama(1, 16, 32, 24), 8, 2, "Llama of 1 layer and width 16")
-        return Sizes((16, 32), (7, 33), (2, 16), {"toy": toy}, rounds=1)
+        return Sizes((16, 32), (7, 33), (2, 16), {"toy": toy}, (1, 2), rounds=1)
     model = llama(16, 2048, 32000)
     # In the order of what is to be known first.
     cases = {
@@ -102,7 +104,9 @@ def sizes(is_toy: bool) -> Sizes:
         "gpt2-124m": Case("GPT-2 124M on one GPU, block 1024", gpt2(), 1024),
         "llama-953m-2048": share(model, 2048, 8, "Llama-953M"),
     }
-    return Sizes((64, 128, 256, 512, 1024, 2048), (100, 507, 1000), (16, 1024), cases, rounds=3)
+    return Sizes(
+        (64, 128, 256, 512, 1024, 2048), (100, 507, 1000), (16, 1024), cases, (1, 10), rounds=3
+    )
 
 
 # ----------------------------------------------------------------------------------- solvers
@@ -193,14 +197,17 @@ def run_steps(case: Case, variants: list[step_time.Variant], options: argparse.N
 
 
 def steps_of_case(
-    case: Case, clock: Clock, rounds: int, measured: Callable[[list[step_time.Variant]], None]
+    case: Case,
+    clock: Clock,
+    size_table: Sizes,
+    measured: Callable[[list[step_time.Variant]], None],
 ) -> Iterator[str]:
     """Tables of whole steps of one case."""
     options = argparse.Namespace(
         device=clock.device,
         clock="cuda" if clock.device == "cuda" else "wall clock",
-        frequencies=[1, 10],
-        rounds=rounds,
+        frequencies=list(size_table.frequencies),
+        rounds=size_table.rounds,
         # A graph is recorded in the second step of its kind.
         warmup=3 if clock.device == "cuda" else 0,
         memory=True,
@@ -285,7 +292,7 @@ def main(words: Sequence[str]) -> str:
                     report.add("Left out: the time was spent.\n")
                     continue
                 keep = partial(report.measured.__setitem__, name)
-                for text in filter(None, steps_of_case(case, clock, size_table.rounds, keep)):
+                for text in filter(None, steps_of_case(case, clock, size_table, keep)):
                     report.add(text)
         if missing := sorted(set(wanted_peers()) - set(importable_peers())):
             report.add(f"Not importable here: {', '.join(missing)}.\n")

@@ -170,7 +170,18 @@ def pretended_cuda(monkeypatch):
     ds.base.name == "meta", reason="Meta's class makes a CUDA stream, which torch for a CPU has not"
 )
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_it_runs_to_its_end_on_a_pretended_device(pretended_cuda, few_optimizers, tmp_path):
+def test_it_runs_to_its_end_on_a_pretended_device(pretended_cuda, monkeypatch, tmp_path):
+    """On few sizes and solvers: all of them are in the report of the CPU.
+
+    Every operation of the base's sequential list is looked at, of which `eigen` has few.
+    """
+    monkeypatch.setattr(gpu, "STEP_CONFIGS", ("default", "eigen"))
+    few_sizes = replace(gpu.sizes(is_toy=True), squares=(16,), ragged=(7,))
+    few_solvers = {
+        name: gpu.solver_configs()[name] for name in ("eigen", "newton_db", "minimax fp16")
+    }
+    monkeypatch.setattr(gpu, "sizes", lambda is_toy: few_sizes)
+    monkeypatch.setattr(gpu, "solver_configs", lambda: few_solvers)
     device, calls = pretended_cuda
     switches = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
     text = gpu.main(["--toy", "--output", str(tmp_path / "x.md")])
@@ -183,7 +194,7 @@ def test_it_runs_to_its_end_on_a_pretended_device(pretended_cuda, few_optimizers
     assert calls["synchronize"] > 2 * calls["_sleep"]
     if find_spec("triton"):
         for name in ("symmetric_square_", "accumulate_outer_", "two_sided_"):
-            assert device.counts.operations["", name] > 50
+            assert device.counts.operations["", name] > 30
         assert "| kernel |" in text
 
 

@@ -14,10 +14,7 @@ from tests.experiments.test_parallel import train_together
 from tests.experiments.test_train import losses
 from tests.processes import CONTEXT
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.distributed,
-]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,39 +76,39 @@ def test_splitting_the_stack_changes_nothing(
     assert torch.equal(whole.iterations, split.iterations)
 
 
-@pytest.mark.parametrize("num_matrices", [1, 2, 7, 64, 1001])
-@pytest.mark.parametrize("size", [1, 31, 64, 2048])
-@pytest.mark.parametrize("num_threads", [1, 2, 16])
-@pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("cap", [1, 2**20, 2**24, 2**62])
-def test_chunks_cover_the_rows_once_under_the_cap(
-    num_matrices, size, num_threads, itemsize, cap
-) -> None:
-    for device_type in ("cpu", "cuda"):
-        for is_serial in (False, True):
-            plan = _plan(
-                num_matrices,
-                size,
-                itemsize=itemsize,
-                num_threads=num_threads,
-                max_workspace_bytes=cap,
-                is_serial=is_serial,
-                device_type=device_type,
-            )
-            assert [i for rows in plan.rows for i in range(num_matrices)[rows]] == list(
-                range(num_matrices)
-            )
-            per_row = 8 * size**2 * itemsize
-            largest = max(rows.stop - rows.start for rows in plan.rows)
-            assert largest * plan.num_threads * per_row <= max(cap, per_row)
-            assert plan.num_threads <= (num_threads if device_type == "cpu" else 1)
-            if device_type == "cuda":
-                assert len(plan.rows) == -(
-                    -num_matrices // max(min(cap // per_row, num_matrices), 1)
-                )
-            elif largest >= 4 or cap == 2**62:
-                starts = [rows.start for rows in plan.rows]
-                assert all(start * size**2 * itemsize % 16 == 0 for start in starts)
+def test_chunks_cover_the_rows_once_under_the_cap(cap) -> None:
+    choices = (
+        [1, 2, 7, 64, 1001],
+        [1, 31, 64, 2048],
+        [1, 2, 16],
+        [4, 8],
+        ["cpu", "cuda"],
+        [False, True],
+    )
+    for case in itertools.product(*choices):
+        num_matrices, size, num_threads, itemsize, device_type, is_serial = case
+        plan = _plan(
+            num_matrices,
+            size,
+            itemsize=itemsize,
+            num_threads=num_threads,
+            max_workspace_bytes=cap,
+            is_serial=is_serial,
+            device_type=device_type,
+        )
+        covered = [i for rows in plan.rows for i in range(num_matrices)[rows]]
+        assert covered == list(range(num_matrices)), case
+        per_row = 8 * size**2 * itemsize
+        largest = max(rows.stop - rows.start for rows in plan.rows)
+        assert largest * plan.num_threads * per_row <= max(cap, per_row), case
+        assert plan.num_threads <= (num_threads if device_type == "cpu" else 1), case
+        if device_type == "cuda":
+            expected = -(-num_matrices // max(min(cap // per_row, num_matrices), 1))
+            assert len(plan.rows) == expected, case
+        elif largest >= 4 or cap == 2**62:
+            starts = [rows.start for rows in plan.rows]
+            assert all(start * size**2 * itemsize % 16 == 0 for start in starts), case
 
 
 def test_small_stacks_are_not_cut_and_large_ones_fit_a_cache() -> None:
