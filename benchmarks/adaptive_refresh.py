@@ -105,7 +105,7 @@ def main(words: Sequence[str]) -> str:
     lines = ["| task | which tenth is refreshed | loss | learning rate |", "| - | - | -: | -: |"]
     for task in options.tasks:
         for name, side in sides.items():
-            one = result(store, task, name, side, options.seeds, tuning_seed=0)
+            one = result(store, task, name, side, options.seeds, tuning_seeds=[0])
             lines.append(f"| {task} | {name} | {one.mean:.4f} ± {one.deviation:.4f} | {one.lr:g} |")
             print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"

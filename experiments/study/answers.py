@@ -21,14 +21,16 @@ from experiments.tables import markdown_table
 Answer = Mapping[str, Mapping[str, Result]]  # side, task
 
 
-def answer(store: Store, question: Question, seeds: Sequence[int], tuning_seed: int) -> Answer:
+def answer(
+    store: Store, question: Question, seeds: Sequence[int], tuning_seeds: Sequence[int]
+) -> Answer:
     """What the runs that were done say to a question.
 
     Args:
         store: The runs.
         question: The question.
         seeds: Of the runs that count.
-        tuning_seed: Of those that chose the learning rate.
+        tuning_seeds: Of those that chose the learning rate.
 
     Returns:
         Results by side and task, without those that have runs missing.
@@ -36,19 +38,19 @@ def answer(store: Store, question: Question, seeds: Sequence[int], tuning_seed: 
     found: dict[str, dict[str, Result]] = {}
     for label, side in question.sides.items():
         for task in question.tasks:
-            if (one := known_result(store, task, side, seeds, tuning_seed)) is not None:
+            if (one := known_result(store, task, side, seeds, tuning_seeds)) is not None:
                 found.setdefault(label, {})[task] = one
     return found
 
 
-def write(store: Store, folder: Path, seeds: Sequence[int], tuning_seed: int) -> Path:
+def write(store: Store, folder: Path, seeds: Sequence[int], tuning_seeds: Sequence[int]) -> Path:
     """Write the page and its pictures.
 
     Args:
         store: The runs.
         folder: Where to.
         seeds: Of the runs that count.
-        tuning_seed: Of those that chose the learning rate.
+        tuning_seeds: Of those that chose the learning rate.
 
     Returns:
         The page.
@@ -62,16 +64,16 @@ def write(store: Store, folder: Path, seeds: Sequence[int], tuning_seed: int) ->
         f"dash_shampoo {dash_shampoo.__version__} on the {machine['base']} base.",
         "",
         "Validation loss at the end, mean ± standard deviation over "
-        f"{len(seeds)} seeds, of which none chose the learning rate: that was done with another, by "
-        "factors of two, until both neighbours were worse. Per seed all sides have the same weights and "
-        "batches, a warm-up of a tenth, a cosine to a tenth, gradients clipped at 1 and no decay. In "
-        "brackets the learning rate and the processor seconds of a training. Runs that are missing are "
-        "left out.",
+        f"{len(seeds)} seeds, of which none chose the learning rate: that was done with "
+        f"{len(tuning_seeds)} other, by factors of two, until both neighbours were worse. Per seed all "
+        "sides have the same weights and batches, a warm-up of a tenth, a cosine to a tenth, gradients "
+        "clipped at 1 and no decay. In brackets the learning rate and the processor seconds of a "
+        "training. Runs that are missing are left out.",
         "",
         *(f"- **{name}**: {task.what}; blocks up to {task.block}." for name, task in TASKS.items()),
     ]
     for name, question in QUESTIONS.items():
-        found = answer(store, question, seeds, tuning_seed)
+        found = answer(store, question, seeds, tuning_seeds)
         if not found:
             continue
         picture = folder / f"{name}.png"

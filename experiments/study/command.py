@@ -37,7 +37,11 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--sides", nargs="+", help="those alone whose names contain one of these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument(
-        "--tuning-seed", type=int, default=0, help="chooses the learning rate; not one of the seeds"
+        "--tuning-seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        help="their mean loss chooses the learning rate; none of the seeds",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("studies"))
     parser.add_argument(
@@ -49,8 +53,8 @@ def main(words: Sequence[str]) -> int:
     for word in args.sides or []:
         if not any(word in label for q in QUESTIONS.values() for label in q.sides):
             raise SettingsError(f"no side's name contains {word!r}.")
-    if args.tuning_seed in args.seeds:
-        raise SettingsError(f"--tuning-seed {args.tuning_seed} must not be one of --seeds.")
+    if shared := sorted({*args.tuning_seeds} & {*args.seeds}):
+        raise SettingsError(f"--tuning-seeds {shared[0]} must not be one of --seeds.")
     # Processor time is compared: threads that wait for each other would add to it.
     torch.set_num_threads(1)
     for name in ("dash_shampoo", "distributed_shampoo"):
@@ -61,8 +65,8 @@ def main(words: Sequence[str]) -> int:
             for name in args.questions or QUESTIONS:
                 if task in QUESTIONS[name].tasks:
                     sides = _sides(name, args.sides)
-                    _ask(store, name, task, sides, args.seeds, args.tuning_seed)
-    print(answers.write(store, args.output_dir, args.seeds, args.tuning_seed))
+                    _ask(store, name, task, sides, args.seeds, args.tuning_seeds)
+    print(answers.write(store, args.output_dir, args.seeds, args.tuning_seeds))
     return 0
 
 
@@ -80,11 +84,11 @@ def _ask(
     task: str,
     sides: Mapping[str, Side],
     seeds: Sequence[int],
-    tuning_seed: int,
+    tuning_seeds: Sequence[int],
 ) -> None:
     for label, side in sides.items():
         try:
-            one = result(store, task, label, side, seeds, tuning_seed)
+            one = result(store, task, label, side, seeds, tuning_seeds)
         except NotImplementedError as error:
             print(f"{name} {task} {label} is left out: {str(error).split(',')[0]}", flush=True)
             continue

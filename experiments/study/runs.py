@@ -21,7 +21,7 @@ Key = tuple[str, str, float, int]  # task, digest of the side, learning rate, se
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of one side on one task, at the learning rate that a seed of its own chose.
+    """The runs of one side on one task, at the learning rate that other seeds chose.
 
     Attributes:
         lr: That learning rate.
@@ -151,9 +151,14 @@ def tune(loss: Callable[[float], float], start: float) -> float:
 
 
 def result(
-    store: Store, task: str, label: str, side: Side, seeds: Sequence[int], tuning_seed: int
+    store: Store,
+    task: str,
+    label: str,
+    side: Side,
+    seeds: Sequence[int],
+    tuning_seeds: Sequence[int],
 ) -> Result:
-    """Tune a side's learning rate with one seed, then train with the others.
+    """Tune a side's learning rate with some seeds, then train with others.
 
     Args:
         store: Where runs are remembered.
@@ -161,12 +166,16 @@ def result(
         label: Of the side.
         side: The optimizer.
         seeds: Of the runs that count.
-        tuning_seed: Of the runs that choose the learning rate; not one of `seeds`.
+        tuning_seeds: Of the runs whose mean loss chooses the learning rate; none of `seeds`.
 
     Returns:
         The runs that count.
     """
-    lr = tune(lambda lr: store.run(task, label, side, lr, tuning_seed).loss, side.lr)
+
+    def tried(lr: float) -> float:
+        return statistics.fmean(store.run(task, label, side, lr, s).loss for s in tuning_seeds)
+
+    lr = tune(tried, side.lr)
     return Result(lr, [store.run(task, label, side, lr, seed) for seed in seeds])
 
 
@@ -175,7 +184,7 @@ class MissingRunError(Exception):
 
 
 def known_result(
-    store: Store, task: str, side: Side, seeds: Sequence[int], tuning_seed: int
+    store: Store, task: str, side: Side, seeds: Sequence[int], tuning_seeds: Sequence[int]
 ) -> Result | None:
     """As `result`, of the runs that were done.
 
@@ -184,19 +193,21 @@ def known_result(
         task: Name of the task.
         side: The optimizer.
         seeds: Of the runs that count.
-        tuning_seed: As of `result`.
+        tuning_seeds: As of `result`.
 
     Returns:
         The runs that count, or None if one is missing.
     """
 
-    def loss(lr: float, seed: int = tuning_seed) -> Fit:
+    def found(lr: float, seed: int) -> Fit:
         if (known := store.find(task, side, lr, seed)) is None:
             raise MissingRunError
         return known
 
     try:
-        lr = tune(lambda lr: loss(lr).loss, side.lr)
-        return Result(lr, [loss(lr, seed) for seed in seeds])
+        lr = tune(
+            lambda lr: statistics.fmean(found(lr, seed).loss for seed in tuning_seeds), side.lr
+        )
+        return Result(lr, [found(lr, seed) for seed in seeds])
     except MissingRunError:
         return None

@@ -55,13 +55,17 @@ def test_equal_sides_are_the_same_runs_and_others_are_not():
     assert len({digest(one) for one in [side, *others]}) == len(others) + 1
 
 
-def test_a_side_is_tuned_with_one_seed_and_judged_by_others(tmp_path, tiny_study, monkeypatch):
+def test_a_side_is_tuned_with_some_seeds_and_judged_by_others(tmp_path, tiny_study, monkeypatch):
     store = Store(tmp_path / "runs.jsonl")
-    one = result(store, "tiny", "AdamW", AdamW(), seeds=[1, 2], tuning_seed=0)
+    one = result(store, "tiny", "AdamW", AdamW(), seeds=[1, 2], tuning_seeds=[0, 3])
     records = [json.loads(line) for line in store.path.read_text().splitlines()]
-    tuned = {r["lr"]: r["losses"][-1] for r in records if r["seed"] == 0}
-    assert one.lr == min(tuned, key=tuned.__getitem__)
-    judged = [r for r in records if r["seed"] != 0]
+    tuned: dict[float, list[float]] = {}
+    for r in records:
+        if r["seed"] in (0, 3):
+            tuned.setdefault(r["lr"], []).append(r["losses"][-1])
+    assert all(len(losses) == 2 for losses in tuned.values())
+    assert one.lr == min(tuned, key=lambda lr: sum(tuned[lr]))
+    judged = [r for r in records if r["seed"] in (1, 2)]
     assert {r["lr"] for r in judged} == {one.lr}
     assert one.losses == [r["losses"][-1] for r in judged]
     assert all(a < b for a, b in zip(one.fits[0].seconds, one.fits[0].seconds[1:], strict=False))
@@ -69,8 +73,8 @@ def test_a_side_is_tuned_with_one_seed_and_judged_by_others(tmp_path, tiny_study
     # Done runs are read back, not done again.
     again = Store(store.path)
     monkeypatch.setattr(runs, "fit", None)
-    assert result(again, "tiny", "AdamW", AdamW(), [1, 2], 0).losses == one.losses
-    assert known_result(again, "tiny", AdamW(), [1, 2, 3], 0) is None
+    assert result(again, "tiny", "AdamW", AdamW(), [1, 2], [0, 3]).losses == one.losses
+    assert known_result(again, "tiny", AdamW(), [1, 2, 4], [0, 3]) is None
 
 
 def test_a_divergence_is_a_result(tmp_path, tiny_study):
@@ -109,7 +113,7 @@ def test_a_study_is_one_command_that_goes_on(tmp_path, tiny_study, monkeypatch, 
     [
         (["nothing"], "unknown question 'nothing'"),
         (["--tasks", "nothing"], "unknown task 'nothing'"),
-        (["--seeds", "0"], "--tuning-seed 0 must not be one of --seeds"),
+        (["--seeds", "0"], "--tuning-seeds 0 must not be one of --seeds"),
         (["--sides", "nothing"], "no side's name contains 'nothing'"),
     ],
 )
