@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from dash_shampoo.base.embedded.blocking import BlockGrid, GridBlocks
 from dash_shampoo.base.embedded.distributed_configs import assign_owners
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.factories import own_distributor_class as _own_distributor_class
 from dash_shampoo.base.embedded.flight import Flight
-from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
 from dash_shampoo.base.embedded.group_state import take_weights
 from dash_shampoo.base.embedded.keys import ROW_PARTS
 from dash_shampoo.base.embedded.packing import pack, packed_diagonal, unpack

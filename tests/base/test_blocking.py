@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dash_shampoo.base.embedded import DistributedShampoo, keys
-from dash_shampoo.base.embedded.blocking import equal_grids, multi_dim_split
-from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
+from dash_shampoo.base.embedded.blocking import (
+    BlockGrid,
+    GridBlocks,
+    equal_grids,
+    multi_dim_split,
+)
 from tests.base.cases import gradients, parameters, take_steps
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4)

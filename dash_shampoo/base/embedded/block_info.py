@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(kw_only=True, eq=False)
 class BlockInfo:
-    """Where a block belongs and how its state is allocated.
+    """Where a block belongs and how its state is allocated, by the lists of either base.
 
     Attributes:
         param: The parameter that contains the block.
@@ -32,13 +32,13 @@ class BlockInfo:
         self, size: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """Ones for the optimizer's state."""
-        tensor = self.allocate_zeros_tensor(size=size, dtype=dtype, device=device)
+        tensor = self.allocate_zeros_tensor(size, dtype, device)
         self.get_tensor(tensor).fill_(1.0)
         return tensor
 
     def allocate_eye_tensor(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An identity for the optimizer's state."""
-        tensor = self.allocate_zeros_tensor(size=(n, n), dtype=dtype, device=device)
+        tensor = self.allocate_zeros_tensor((n, n), dtype, device)
         self.get_tensor(tensor).fill_diagonal_(1.0)
         return tensor
 
@@ -50,3 +50,9 @@ class BlockInfo:
         """The block's part of the optimizer's state."""
         block_state: dict[str, Any] = state[self.param][self.composable_block_ids[1]]
         return block_state
+
+    def add_zeros_like(self, block: Tensor, state: Mapping[Tensor, Any], key: str) -> Tensor:
+        """Adds zeros of the block's shape and dtype to its part of the state; the local tensor."""
+        tensor = self.allocate_zeros_tensor(block.shape, block.dtype, block.device)
+        self.block_state(state)[key] = tensor
+        return self.get_tensor(tensor)

@@ -1,11 +1,12 @@
-"""Merging of small dimensions, splitting into blocks."""
+"""Merging of small dimensions, splitting into blocks, and grids of blocks that are moved together."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from operator import mul
+from typing import Any
 
 from torch import Tensor
 
@@ -106,17 +107,11 @@ def equal_grids(shape: Sequence[int], split_size: int | float) -> Iterator[Grid]
         return
     step = int(split_size)
     # Along each dimension the whole pieces, and the rest: their numbers, where they begin, their size.
-    runs = [
-        [
-            run
-            for run in (
-                (range(size // step), 0, step),
-                (range(size // step, -(-size // step)), size // step * step, size % step),
-            )
-            if run[0]
-        ]
-        for size in shape
-    ]
+    runs = []
+    for size in shape:
+        whole, rest = divmod(size, step)
+        run_of_rest = (range(whole, whole + 1), whole * step, rest)
+        runs.append([(range(whole), 0, step)] * (whole > 0) + [run_of_rest] * (rest > 0))
     num_pieces = [-(-size // step) for size in shape]
     factors = [math.prod(num_pieces[k + 1 :]) for k in range(len(shape))]
     for grid in product(*runs):
@@ -128,3 +123,47 @@ def equal_grids(shape: Sequence[int], split_size: int | float) -> Iterator[Grid]
             starts=starts,
             block_shape=sizes,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGrid:
+    """A grid of blocks of this process.
+
+    Attributes:
+        positions: Their places among all blocks that have a gradient, ascending.
+        counts: How many there are along each dimension; () for one block.
+        target: The blocks of the parameter, (*counts, *block shape).
+    """
+
+    positions: tuple[int, ...]
+    counts: tuple[int, ...]
+    target: Tensor
+
+
+class GridBlocks(Sequence[Tensor]):
+    """Blocks that lie in grids, which are cut once somebody asks for a block.
+
+    Args:
+        grids: Which blocks there are.
+        tensors: For each grid the blocks, (*counts, *block shape).
+    """
+
+    def __init__(self, grids: Sequence[BlockGrid], tensors: Sequence[Tensor]) -> None:
+        self.grids = grids
+        self.tensors = tuple(tensors)
+
+    @cached_property
+    def _blocks(self) -> tuple[Tensor, ...]:
+        blocks: dict[int, Tensor] = {}
+        for grid, tensor in zip(self.grids, self.tensors, strict=True):
+            cut = [tensor]
+            for _ in grid.counts:
+                cut = [part for row in cut for part in row.unbind()]
+            blocks.update(zip(grid.positions, cut, strict=True))
+        return tuple(blocks[position] for position in range(len(blocks)))
+
+    def __len__(self) -> int:
+        return sum(len(grid.positions) for grid in self.grids)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._blocks[index]

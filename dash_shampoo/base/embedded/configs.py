@@ -2,26 +2,15 @@
 
 import enum
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.base.embedded.matrix_function_configs import (
-    Config,
-    EigenConfig,
-    EigendecompositionConfig,
-    EighEigendecompositionConfig,
-    MatrixFunctionConfig,
-    NewtonSchulzOrthogonalizationConfig,
-    OrthogonalizationConfig,
-    PerturbationConfig,
-    QREigendecompositionConfig,
-    RootInvConfig,
-    check,
-)
+from dash_shampoo.base.embedded import matrix_function_configs as functions
+from dash_shampoo.base.embedded.matrix_function_configs import Config, check
 
 
 @dataclass
@@ -45,7 +34,7 @@ class AdaGradPreconditionerConfig(PreconditionerConfig):
     epsilon: float = 1e-10
 
     def __post_init__(self) -> None:
-        check(self.epsilon > 0.0, "epsilon", self.epsilon, "> 0.0")
+        self._check(self.epsilon > 0.0, "epsilon", "> 0.0")
 
 
 @dataclass(kw_only=True)
@@ -63,7 +52,7 @@ class RMSpropPreconditionerConfig(AdaGradPreconditionerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(0.0 < self.beta2 <= 1.0, "beta2", self.beta2, "in (0.0, 1.0]")
+        self._check(0.0 < self.beta2 <= 1.0, "beta2", "in (0.0, 1.0]")
 
 
 @dataclass(kw_only=True)
@@ -93,7 +82,7 @@ class BaseShampooPreconditionerConfig(PreconditionerConfig, abstract=True):
         trace_scaling_exponent: That power, in (0, 1]. (Default: 0.5)
     """
 
-    amortized_computation_config: MatrixFunctionConfig = field(repr=False)
+    amortized_computation_config: functions.MatrixFunctionConfig = field(repr=False)
     drop_weighting_factor_on_gsquare: bool = False
     factor_matrix_dtype: torch.dtype = torch.float32
     num_tolerated_failed_amortized_computations: int = 3
@@ -102,14 +91,21 @@ class BaseShampooPreconditionerConfig(PreconditionerConfig, abstract=True):
     trace_scaling_exponent: float = 0.5
 
     def __post_init__(self) -> None:
-        tolerated = self.num_tolerated_failed_amortized_computations
-        check(tolerated >= 0, "num_tolerated_failed_amortized_computations", tolerated, ">= 0")
-        check(
-            not self.use_trace_scaling or 0.0 < self.trace_scaling_exponent <= 1.0,
-            "trace_scaling_exponent",
-            self.trace_scaling_exponent,
-            "in (0.0, 1.0] when use_trace_scaling=True",
-        )
+        name = "num_tolerated_failed_amortized_computations"
+        self._check(getattr(self, name) >= 0, name, ">= 0")
+        is_exponent = not self.use_trace_scaling or 0.0 < self.trace_scaling_exponent <= 1.0
+        allowed = "in (0.0, 1.0] when use_trace_scaling=True"
+        self._check(is_exponent, "trace_scaling_exponent", allowed)
+
+    def _by_order(self, name: str) -> Iterator[tuple[str, Any]]:
+        """The entries of a dict by order of the block, named; keys and dimensions in them are checked."""
+        for order, entry in getattr(self, name).items():
+            check(order >= 0, f"order in {name}", order, ">= 0")
+            entry_name, last = f"{name}[{order}]", max(order - 1, 0)
+            for dimension in () if isinstance(entry, (int, float)) else entry:
+                allowed = f"in [0, {last}]"
+                check(0 <= dimension <= last, f"dimension in {entry_name}", dimension, allowed)
+            yield entry_name, entry
 
 
 @dataclass
@@ -126,15 +122,9 @@ class ClassicShampooPreconditionerConfig(BaseShampooPreconditionerConfig, abstra
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for order, override in self.inverse_exponent_override.items():
-            check(order >= 0, "order in inverse_exponent_override", order, ">= 0")
-            name = f"inverse_exponent_override[{order}]"
+        for name, override in self._by_order("inverse_exponent_override"):
             if isinstance(override, dict):
-                last = max(order - 1, 0)
                 for dimension, exponent in override.items():
-                    check(
-                        0 <= dimension <= last, f"dimension in {name}", dimension, f"in [0, {last}]"
-                    )
                     check(exponent >= 0.0, f"{name}[{dimension}]", exponent, ">= 0.0")
             else:
                 check(isinstance(override, float), name, override, "a dict or a float")
@@ -150,7 +140,9 @@ class RootInvShampooPreconditionerConfig(ClassicShampooPreconditionerConfig):
         inv_factor_matrix_dtype: Dtype of the inverse factor matrices. (Default: torch.float32)
     """
 
-    amortized_computation_config: RootInvConfig = field(default_factory=EigenConfig)
+    amortized_computation_config: functions.RootInvConfig = field(
+        default_factory=functions.EigenConfig
+    )
     inv_factor_matrix_dtype: torch.dtype = torch.float32
 
 
@@ -170,8 +162,8 @@ class EigendecomposedShampooPreconditionerConfig(ClassicShampooPreconditionerCon
         factor_matrix_eigenvalues_dtype: Dtype of the eigenvalues. (Default: torch.float32)
     """
 
-    amortized_computation_config: EigendecompositionConfig = field(
-        default_factory=EighEigendecompositionConfig
+    amortized_computation_config: functions.EigendecompositionConfig = field(
+        default_factory=functions.EighEigendecompositionConfig
     )
     factor_matrix_eigenvectors_dtype: torch.dtype = torch.float32
     factor_matrix_eigenvalues_dtype: torch.dtype = torch.float32
@@ -196,8 +188,8 @@ class EigenvalueCorrectedShampooPreconditionerConfig(BaseShampooPreconditionerCo
         corrected_eigenvalues_dtype: Dtype of the second moment. (Default: torch.float32)
     """
 
-    amortized_computation_config: EigendecompositionConfig = field(
-        default_factory=EighEigendecompositionConfig
+    amortized_computation_config: functions.EigendecompositionConfig = field(
+        default_factory=functions.EighEigendecompositionConfig
     )
     ignored_basis_change_dims: dict[int, list[int]] = field(default_factory=dict)
     inverse_exponent_override: dict[int, float] = field(default_factory=dict)
@@ -207,22 +199,12 @@ class EigenvalueCorrectedShampooPreconditionerConfig(BaseShampooPreconditionerCo
     def __post_init__(self) -> None:
         super().__post_init__()
         stability = self.amortized_computation_config.rank_deficient_stability_config
-        check(
-            isinstance(stability, PerturbationConfig),
-            "rank_deficient_stability_config",
-            stability,
-            "a PerturbationConfig",
-        )
-        for order, dimensions in self.ignored_basis_change_dims.items():
-            check(order >= 0, "order in ignored_basis_change_dims", order, ">= 0")
-            name = f"ignored_basis_change_dims[{order}]"
-            last = max(order - 1, 0)
-            for dimension in dimensions:
-                check(0 <= dimension <= last, f"dimension in {name}", dimension, f"in [0, {last}]")
+        is_perturbed = isinstance(stability, functions.PerturbationConfig)
+        check(is_perturbed, "rank_deficient_stability_config", stability, "a PerturbationConfig")
+        for name, dimensions in self._by_order("ignored_basis_change_dims"):
             check(len(set(dimensions)) == len(dimensions), name, dimensions, "without repetitions")
-        for order, exponent in self.inverse_exponent_override.items():
-            check(order >= 0, "order in inverse_exponent_override", order, ">= 0")
-            check(exponent > 0.0, f"inverse_exponent_override[{order}]", exponent, "> 0.0")
+        for name, exponent in self._by_order("inverse_exponent_override"):
+            check(exponent > 0.0, name, exponent, "> 0.0")
 
 
 @dataclass(kw_only=True)
@@ -233,8 +215,8 @@ class SpectralDescentPreconditionerConfig(PreconditionerConfig):
         orthogonalization_config: How. (Default: NewtonSchulzOrthogonalizationConfig())
     """
 
-    orthogonalization_config: OrthogonalizationConfig = field(
-        default_factory=NewtonSchulzOrthogonalizationConfig
+    orthogonalization_config: functions.OrthogonalizationConfig = field(
+        default_factory=functions.NewtonSchulzOrthogonalizationConfig
     )
 
 
@@ -257,7 +239,7 @@ class SignDescentPreconditionerConfig(PreconditionerConfig):
 DefaultShampooConfig = RootInvShampooPreconditionerConfig()
 DefaultEigenvalueCorrectedShampooConfig = EigenvalueCorrectedShampooPreconditionerConfig()
 DefaultSOAPConfig = EigenvalueCorrectedShampooPreconditionerConfig(
-    amortized_computation_config=QREigendecompositionConfig()
+    amortized_computation_config=functions.QREigendecompositionConfig()
 )
 DefaultSpectralDescentPreconditionerConfig = SpectralDescentPreconditionerConfig()
 DefaultSignDescentPreconditionerConfig = SignDescentPreconditionerConfig()
@@ -283,8 +265,8 @@ class ClassicMomentumConfig(IterateAveragingConfig):
     use_nesterov: bool = False
 
     def __post_init__(self) -> None:
-        check(0.0 < self.momentum < 1.0, "momentum", self.momentum, "in (0.0, 1.0)")
-        check(0.0 <= self.dampening < 1.0, "dampening", self.dampening, "in [0.0, 1.0)")
+        self._check(0.0 < self.momentum < 1.0, "momentum", "in (0.0, 1.0)")
+        self._check(0.0 <= self.dampening < 1.0, "dampening", "in [0.0, 1.0)")
 
 
 @dataclass(kw_only=True)
@@ -302,10 +284,8 @@ class GeneralizedPrimalAveragingConfig(IterateAveragingConfig):
     train_interp_coeff: float = 0.8
 
     def __post_init__(self) -> None:
-        value = self.eval_interp_coeff
-        check(0.0 <= value < 1.0, "eval_interp_coeff", value, "in [0.0, 1.0)")
-        value = self.train_interp_coeff
-        check(0.0 < value <= 1.0, "train_interp_coeff", value, "in (0.0, 1.0]")
+        self._check(0.0 <= self.eval_interp_coeff < 1.0, "eval_interp_coeff", "in [0.0, 1.0)")
+        self._check(0.0 < self.train_interp_coeff <= 1.0, "train_interp_coeff", "in (0.0, 1.0]")
 
 
 @dataclass(kw_only=True)
@@ -321,11 +301,9 @@ class ScheduleFreeConfig(IterateAveragingConfig):
     eval_coeff_lr_power: int = 2
 
     def __post_init__(self) -> None:
-        value = self.train_interp_coeff
-        check(0.0 < value <= 1.0, "train_interp_coeff", value, "in (0.0, 1.0]")
+        self._check(0.0 < self.train_interp_coeff <= 1.0, "train_interp_coeff", "in (0.0, 1.0]")
 
 
-@enum.unique
 class WeightDecayType(enum.Enum):
     """How weight decay w enters, with W the parameter and P the search direction.
 

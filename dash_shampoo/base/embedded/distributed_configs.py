@@ -107,8 +107,7 @@ class DistributedConfig(Config, abstract=True):
     target_parameter_dimensionality: int | float = 1
 
     def __post_init__(self) -> None:
-        value = self.target_parameter_dimensionality
-        name = "target_parameter_dimensionality"
+        name, value = "target_parameter_dimensionality", self.target_parameter_dimensionality
         check(not isinstance(value, float) or value == math.inf, name, value, "an int or math.inf")
         check(value >= 1, name, value, ">= 1")
 
@@ -140,7 +139,6 @@ class DDPDistributedConfig(DistributedConfig):
     load_balancing_config: LoadBalancingConfig = field(default_factory=LoadBalancingConfig)
 
 
-@enum.unique
 class FSDPParamAssignmentStrategy(enum.Enum):
     """Which part of a sharded parameter a process preconditions.
 
@@ -169,14 +167,10 @@ class FullyShardDistributedConfig(DistributedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.num_sub_groups >= 1, "num_sub_groups", self.num_sub_groups, ">= 1")
-        check(
-            self.num_sub_groups == 1
-            or self.param_assignment_strategy != FSDPParamAssignmentStrategy.DEFAULT,
-            "num_sub_groups",
-            self.num_sub_groups,
-            "1 when param_assignment_strategy is DEFAULT",
-        )
+        self._check(self.num_sub_groups >= 1, "num_sub_groups", ">= 1")
+        is_default = self.param_assignment_strategy == FSDPParamAssignmentStrategy.DEFAULT
+        allowed = "1 when param_assignment_strategy is DEFAULT"
+        self._check(self.num_sub_groups == 1 or not is_default, "num_sub_groups", allowed)
 
 
 @dataclass(kw_only=True)

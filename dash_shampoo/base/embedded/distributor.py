@@ -1,27 +1,24 @@
 """Blocks of a parameter group: which there are, which are this process's, how they are updated."""
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, count, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.block_info import BlockInfo
 from dash_shampoo.base.embedded.blocking import (
+    BlockGrid,
     Grid,
+    GridBlocks,
     equal_grids,
     multi_dim_split,
 )
 from dash_shampoo.base.embedded.configs import DefaultShampooRuntimeConfig, ShampooRuntimeConfig
-from dash_shampoo.base.embedded.dtensors import first_row, is_dtensor
-from dash_shampoo.base.embedded.grids import BlockGrid, GridBlocks
+from dash_shampoo.base.embedded.dtensors import first_row, is_dtensor, local_tensor
 from dash_shampoo.base.embedded.parts import cut_by_rows
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,9 +30,9 @@ class _Cut:
         index: Its number in the group.
         rows: The rows that make the part; None for the whole.
         merged_shape: The shape with small dimensions merged.
-        first_block: The number of its first block among those of the parameter.
-        num_blocks: Into how many blocks it is cut.
-        grids: Its blocks by grids of equal ones, each with its view of the parameter.
+        blocks: Views of the parameter.
+        first_block: The number of the first of them among those of the parameter.
+        grids: The blocks by grids of equal ones, each with its view of the parameter.
         local_selector: Which blocks are this process's.
         num_local: How many of them.
     """
@@ -44,8 +41,8 @@ class _Cut:
     index: int
     rows: slice | None
     merged_shape: tuple[int, ...]
+    blocks: tuple[Tensor, ...]
     first_block: int
-    num_blocks: int
     grids: tuple[tuple[Grid, Tensor], ...]
     local_selector: tuple[bool, ...] = ()
     num_local: int = 0
@@ -78,6 +75,8 @@ class Distributor:
     gives_grids = False
     grids: tuple[BlockGrid, ...]
     step: Tensor | None = None
+    _needs = "plain tensors"
+    _block_info: Callable[..., BlockInfo] = BlockInfo
 
     def __init__(
         self,
@@ -86,30 +85,39 @@ class Distributor:
     ) -> None:
         self._param_group = param_group
         self._runtime_config = runtime_config
-        self._max_dim: int | float = param_group[keys.MAX_PRECONDITIONER_DIM]
-        params, names = param_group[keys.PARAMS], param_group.get("param_names", [])
+        self._max_dim: int | float = param_group["max_preconditioner_dim"]
+        self._config: Any = param_group["distributed_config"]
+        params, names = param_group["params"], param_group.get("param_names", [])
         # Meta's package may split a group, and leaves each part the names of all.
         is_named = len(names) == len(params)
         self._names: dict[int, str] = (
             dict(zip(map(id, params), names, strict=True)) if is_named else {}
         )
         self._staged: list[tuple[Tensor, Tensor]] = []
-        self._cuts: list[_Cut] = []
-        blocks: list[Tensor] = []
-        for index, param in enumerate(self._select_params(params)):
-            blocks.extend(self._cut_param(param, index))
-        self._global_blocked_params: tuple[Tensor, ...] = tuple(blocks)
+        self._cuts = [
+            cut
+            for index, param in enumerate(self._select_params(params))
+            for cut in self._cut_param(param, index)
+        ]
+        self._global_blocked_params = tuple(block for cut in self._cuts for block in cut.blocks)
 
-        self._distributor_selector = self._assign_blocks()
-        local_flags = iter(self._distributor_selector)
+        self._local_selector = self._assign_blocks()
+        local_flags = iter(self._local_selector)
         for cut in self._cuts:
-            cut.local_selector = tuple(next(local_flags) for _ in range(cut.num_blocks))
+            cut.local_selector = tuple(islice(local_flags, len(cut.blocks)))
             cut.num_local = sum(cut.local_selector)
         self.local_blocked_params = tuple(
-            compress(self._global_blocked_params, self._distributor_selector)
+            compress(self._global_blocked_params, self._local_selector)
         )
-        self.local_block_info_list: tuple[BlockInfo, ...] = tuple(self._make_block_infos())
-        self._active_params: tuple[bool, ...] | None = None
+        self.local_block_info_list = tuple(
+            self._block_info(
+                param=cut.param,
+                composable_block_ids=(cut.index, self._block_key(number)),
+                param_name=self._names.get(id(cut.param)),
+            )
+            for cut in self._cuts
+            for number in compress(count(cut.first_block), cut.local_selector)
+        )
         self._select_active((True,) * len(self._cuts))
 
     def is_foreign_block(self, param: Tensor, key: str) -> bool:
@@ -129,18 +137,19 @@ class Distributor:
         tensors: list[Tensor] = []
         active = []
         for cut in self._cuts:
-            grad = self._local_gradient(cut.param)
-            has_grad = grad is not None and grad.numel() > 0
+            grad = cut.param.grad
+            has_grad = grad is not None and local_tensor(grad).numel() > 0
             active.append(has_grad)
             if grad is None or not has_grad or not cut.num_local:
                 continue
+            grad = local_tensor(grad)
             self._check_gradient(grad, cut)
             grad = grad.to(cut.param.dtype)  # a parameter may ask for gradients of another
             if cut.rows is not None:
                 grad = grad[cut.rows]
             if grad.shape != cut.merged_shape:
                 grad = grad.reshape(cut.merged_shape)
-            if self.gives_grids and cut.num_local == cut.num_blocks:
+            if self.gives_grids and cut.num_local == len(cut.blocks):
                 tensors.extend(grid.of(grad) for grid, _ in cut.grids)
             else:
                 blocks = multi_dim_split(grad, self._max_dim)
@@ -189,21 +198,23 @@ class Distributor:
 
     # ------------------------------------------------------- what other distributors override
 
+    def _takes(self, placements: tuple[Any, ...]) -> bool:
+        """Whether parameters may be placed so; () is a plain tensor's."""
+        return not placements
+
     def _select_params(self, params: Sequence[Tensor]) -> Iterator[Tensor]:
         """The parameters that have blocks in this process."""
         for param in params:
-            if is_dtensor(param):
+            placements = param.placements if is_dtensor(param) else ()
+            if not self._takes(placements):
+                placed = f"a DTensor placed {placements}" if placements else "a plain tensor"
                 raise ValueError(
-                    f"A parameter of shape {tuple(param.shape)} is a DTensor: "
-                    "SingleDeviceDistributedConfig needs plain tensors. Use "
-                    "FullyShardDistributedConfig for fully_shard, HybridShardDistributedConfig for "
-                    "fully_shard on a 2D mesh, DDPDistributedConfig for replicate."
+                    f"A parameter of shape {tuple(param.shape)} is {placed}, but "
+                    f"{type(self._config).__name__} needs {self._needs}. Use FullyShardDistributedConfig "
+                    "for fully_shard, HybridShardDistributedConfig for fully_shard on a 2D mesh, "
+                    "DDPDistributedConfig for replicate; tensor-parallel parameters are not supported."
                 )
             yield param
-
-    def _local_tensor(self, tensor: Tensor) -> Tensor:
-        """The local part of a parameter or gradient."""
-        return tensor
 
     def _assign_blocks(self) -> tuple[bool, ...]:
         """Which blocks are this process's."""
@@ -213,21 +224,15 @@ class Distributor:
         """The key of a block in the state of its parameter."""
         return f"block_{block_index}"
 
-    def _make_block_info(self, **fields: Any) -> BlockInfo:
-        """The description of a local block."""
-        return BlockInfo(**fields)
-
     def _select_active(self, active_params: tuple[bool, ...]) -> None:
         """Rebuilds what depends on which parameters have a gradient."""
         self._active_params = active_params
         self._global_grad_selector: tuple[bool, ...] = tuple(
             has_grad
             for cut, has_grad in zip(self._cuts, active_params, strict=True)
-            for _ in range(cut.num_blocks)
+            for _ in cut.blocks
         )
-        self.local_grad_selector = tuple(
-            compress(self._global_grad_selector, self._distributor_selector)
-        )
+        self.local_grad_selector = tuple(compress(self._global_grad_selector, self._local_selector))
         self.local_masked_blocked_params = tuple(
             compress(self.local_blocked_params, self.local_grad_selector)
         )
@@ -235,51 +240,37 @@ class Distributor:
 
     # ------------------------------------------------------------------------------ helpers
 
-    def _cut_param(self, param: Tensor, index: int) -> list[Tensor]:
-        """The blocks of a parameter, part by part."""
-        local = self._local_tensor(param).detach()
-        blocks: list[Tensor] = []
-        has_parts = self._param_group.get(keys.ROW_PARTS) is not None
-        first = first_row(param) if has_parts else 0
+    def _cut_param(self, param: Tensor, index: int) -> Iterator[_Cut]:
+        """The cuts of a parameter, part by part."""
+        local = local_tensor(param).detach()
+        first_block = 0
+        # Without parts nobody asks for the first row, nor its mesh for this process's place in it.
+        first = first_row(param) if self._param_group.get("row_parts") is not None else 0
         for rows, part, shape in cut_by_rows(param.shape, local, first, self._param_group):
-            blocks.extend(self._cut_part(param, index, rows, part, shape, len(blocks)))
-        return blocks
-
-    def _cut_part(
-        self,
-        param: Tensor,
-        index: int,
-        rows: slice | None,
-        part: Tensor,
-        shape: tuple[int, ...],
-        first_block: int,
-    ) -> tuple[Tensor, ...]:
-        try:
-            merged = part.view(shape)
-        except RuntimeError:
-            # The memory format (channels last, say) does not allow merged dimensions: the blocks
-            # are then views of a contiguous copy, read before and written back after a step.
-            copy = part.clone(memory_format=torch.contiguous_format)
-            self._staged.append((part, copy))
-            merged = copy.view(shape)
-        blocks = multi_dim_split(merged, self._max_dim)
-        self._cuts.append(
-            _Cut(
+            try:
+                merged = part.view(shape)
+            except RuntimeError:
+                # The memory format (channels last, say) does not allow merged dimensions: the blocks
+                # are then views of a contiguous copy, read before and written back after a step.
+                copy = part.clone(memory_format=torch.contiguous_format)
+                self._staged.append((part, copy))
+                merged = copy.view(shape)
+            blocks = multi_dim_split(merged, self._max_dim)
+            yield _Cut(
                 param=param,
                 index=index,
                 rows=rows,
                 merged_shape=shape,
+                blocks=blocks,
                 first_block=first_block,
-                num_blocks=len(blocks),
                 grids=tuple((grid, grid.of(merged)) for grid in equal_grids(shape, self._max_dim)),
             )
-        )
-        return blocks
+            first_block += len(blocks)
 
     def _active_grids(self, active_params: tuple[bool, ...]) -> Iterator[BlockGrid]:
         start = 0
         for cut in compress(self._cuts, active_params):
-            if cut.num_local == cut.num_blocks:
+            if cut.num_local == len(cut.blocks):
                 for grid, target in cut.grids:
                     yield BlockGrid(tuple(start + n for n in grid.numbers), grid.counts, target)
             else:  # blocks of other processes lie between
@@ -287,48 +278,23 @@ class Distributor:
                     yield BlockGrid((position,), (), self.local_masked_blocked_params[position])
             start += cut.num_local
 
-    def _make_block_infos(self) -> Iterator[BlockInfo]:
-        for cut in self._cuts:
-            name = self._names.get(id(cut.param))
-            for number in compress(range(cut.num_blocks), cut.local_selector):
-                yield self._make_block_info(
-                    param=cut.param,
-                    composable_block_ids=(
-                        cut.index,
-                        self._block_key(cut.first_block + number),
-                    ),
-                    param_name=name,
-                )
-
     def _name_of(self, cut: _Cut) -> str:
         return self._names.get(id(cut.param), f"parameter {cut.index}")
 
-    def _local_gradient(self, param: Tensor) -> Tensor | None:
-        return None if param.grad is None else self._local_tensor(param.grad)
-
     def _check_gradient(self, grad: Tensor, cut: _Cut) -> None:
+        named = f"parameter {cut.index} of its group, of shape {tuple(cut.param.shape)},"
         if grad.is_sparse:
-            raise RuntimeError(
-                f"Parameter {cut.index} of its group, of shape {tuple(cut.param.shape)}, has a "
-                "sparse gradient: Shampoo needs dense ones."
-            )
+            raise RuntimeError(f"The {named} has a sparse gradient: Shampoo needs dense ones.")
         if self._runtime_config.eager_nan_check and not torch.isfinite(grad).all():
             raise AssertionError(
-                f"The gradient of parameter {cut.index} of its group, of shape "
-                f"{tuple(cut.param.shape)}, has NaN or infinite values: check the model's "
-                "stability or clip the gradients."
+                f"The gradient of {named} has NaN or infinite values: check the model's stability or "
+                "clip the gradients."
             )
 
-    def _targets(
-        self, blocked_search_directions: Sequence[Tensor], use_masked_tensors: bool
-    ) -> tuple[Tensor, ...]:
-        params = (
-            self.local_masked_blocked_params if use_masked_tensors else self.local_blocked_params
-        )
-        if len(params) != len(blocked_search_directions):
-            raise ValueError(
-                f"Got {len(blocked_search_directions)} search directions for {len(params)} blocks."
-            )
+    def _targets(self, directions: Sequence[Tensor], use_masked: bool) -> tuple[Tensor, ...]:
+        params = self.local_masked_blocked_params if use_masked else self.local_blocked_params
+        if len(params) != len(directions):
+            raise ValueError(f"Got {len(directions)} search directions for {len(params)} blocks.")
         return params
 
     def _write_back(self) -> None:

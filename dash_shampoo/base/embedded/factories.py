@@ -5,34 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dash_shampoo.base.embedded import keys
-from dash_shampoo.base.embedded.configs import (
-    AdaGradPreconditionerConfig,
-    AdamPreconditionerConfig,
-    BaseShampooPreconditionerConfig,
-    EigendecomposedKLShampooPreconditionerConfig,
-    EigendecomposedShampooPreconditionerConfig,
-    EigenvalueCorrectedShampooPreconditionerConfig,
-    PreconditionerConfig,
-    RMSpropPreconditionerConfig,
-    RootInvKLShampooPreconditionerConfig,
-    RootInvShampooPreconditionerConfig,
-    SGDPreconditionerConfig,
-    SignDescentPreconditionerConfig,
-    SpectralDescentPreconditionerConfig,
-)
-from dash_shampoo.base.embedded.distributed_configs import (
-    not_implemented,
-)
+from dash_shampoo.base.embedded import configs
+from dash_shampoo.base.embedded.distributed_configs import not_implemented
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.kronecker_list import BaseShampooPreconditionerList
-from dash_shampoo.base.embedded.other_lists import (
-    EigendecomposedShampooPreconditionerList,
-    EigenvalueCorrectedShampooPreconditionerList,
-    RootInvKLShampooPreconditionerList,
-    SignDescentPreconditionerList,
-    SpectralDescentPreconditionerList,
-)
 from dash_shampoo.base.embedded.preconditioner_list import (
     AdagradPreconditionerList,
     PreconditionerList,
@@ -40,13 +16,12 @@ from dash_shampoo.base.embedded.preconditioner_list import (
 )
 from dash_shampoo.base.embedded.shampoo_list import RootInvShampooPreconditionerList
 
-_SHAMPOO_LISTS: dict[type[PreconditionerConfig], type[BaseShampooPreconditionerList]] = {
-    RootInvShampooPreconditionerConfig: RootInvShampooPreconditionerList,
-    RootInvKLShampooPreconditionerConfig: RootInvKLShampooPreconditionerList,
-    EigendecomposedShampooPreconditionerConfig: EigendecomposedShampooPreconditionerList,
-    EigendecomposedKLShampooPreconditionerConfig: EigendecomposedShampooPreconditionerList,
-    EigenvalueCorrectedShampooPreconditionerConfig: EigenvalueCorrectedShampooPreconditionerList,
-}
+CHECKED_LISTS = (
+    PreconditionerList,
+    BaseShampooPreconditionerList,
+    RootInvShampooPreconditionerList,
+)
+"""Lists that may find, once built, that they cannot do what is asked for."""
 
 
 def own_distributor_class(config: Any) -> type[Distributor] | None:
@@ -58,36 +33,20 @@ def own_distributor_class(config: Any) -> type[Distributor] | None:
     strategy = getattr(config, "param_assignment_strategy", None)
     if strategy is not None and strategy.name != "DEFAULT":
         return None
+    if type(config).__name__ == "SingleDeviceDistributedConfig":
+        return Distributor
     # DTensor takes a while to import, which a single device need not wait for.
-    match type(config).__name__:
-        case "SingleDeviceDistributedConfig":
-            return Distributor
-        case "DDPDistributedConfig":
-            from dash_shampoo.base.embedded.gathering import DDPDistributor
+    from dash_shampoo.base.embedded import fully_shard, gathering
 
-            return DDPDistributor
-        case "FullyShardDistributedConfig":
-            from dash_shampoo.base.embedded.fully_shard import FullyShardDistributor
-
-            return FullyShardDistributor
-        case "HybridShardDistributedConfig":
-            from dash_shampoo.base.embedded.gathering import HybridShardDistributor
-
-            return HybridShardDistributor
-        case _:
-            return None
-
-
-CHECKED_LISTS = (
-    *_SHAMPOO_LISTS.values(),
-    SignDescentPreconditionerList,
-    SpectralDescentPreconditionerList,
-)
-"""Lists that may find, once built, that they cannot do what is asked for."""
+    return {
+        "DDPDistributedConfig": gathering.DDPDistributor,
+        "FullyShardDistributedConfig": fully_shard.FullyShardDistributor,
+        "HybridShardDistributedConfig": fully_shard.HybridShardDistributor,
+    }.get(type(config).__name__)
 
 
 def preconditioner_list(
-    config: PreconditionerConfig | None,
+    config: configs.PreconditionerConfig | None,
     state: Mapping[Tensor, Any],
     distributor: Distributor,
     group: Mapping[str, Any],
@@ -97,38 +56,44 @@ def preconditioner_list(
     Raises:
         NotImplementedError: If the embedded base has none.
     """
-    blocks, infos = distributor.local_blocked_params, distributor.local_block_info_list
     if config is None:
         return None
-    if isinstance(config, SGDPreconditionerConfig):
+    blocks, infos = distributor.local_blocked_params, distributor.local_block_info_list
+    if isinstance(config, configs.SGDPreconditionerConfig):
         return SGDPreconditionerList(blocks)
-    if isinstance(config, AdaGradPreconditionerConfig):
-        beta2, weight = 1.0, 1.0
-        is_corrected = isinstance(config, AdamPreconditionerConfig)
-        if isinstance(config, RMSpropPreconditionerConfig):
-            beta2, weight = config.beta2, 1 - config.beta2
-            if config.drop_weighting_factor_on_gsquare:
-                weight, is_corrected = 1.0, False
+    stateless = configs.SignDescentPreconditionerConfig, configs.SpectralDescentPreconditionerConfig
+    if isinstance(config, stateless):
+        return PreconditionerList(blocks, config)
+    if isinstance(config, configs.AdaGradPreconditionerConfig):
+        beta2 = getattr(config, "beta2", 1.0)
+        is_sum = getattr(config, "drop_weighting_factor_on_gsquare", True)
+        is_adam = isinstance(config, configs.AdamPreconditionerConfig)
         return AdagradPreconditionerList(
-            blocks, state, infos, beta2, weight, config.epsilon, is_corrected
-        )
-    # By exact type: subclasses are other methods, or have options that would be ignored here.
-    if isinstance(config, SpectralDescentPreconditionerConfig):
-        return SpectralDescentPreconditionerList(blocks, config)
-    if isinstance(config, SignDescentPreconditionerConfig):
-        return SignDescentPreconditionerList(blocks, config)
-    if (list_class := _SHAMPOO_LISTS.get(type(config))) is not None:
-        assert isinstance(config, BaseShampooPreconditionerConfig)
-        beta2 = group[keys.BETAS][1]
-        is_sum = beta2 == 1.0 or config.drop_weighting_factor_on_gsquare
-        return list_class(
             blocks,
             state,
             infos,
-            preconditioner_config=config,
             beta2=beta2,
             weighting_factor=1.0 if is_sum else 1 - beta2,
-            epsilon=group[keys.EPSILON],
-            use_bias_correction=group[keys.USE_BIAS_CORRECTION],
+            epsilon=config.epsilon,
+            use_bias_correction=is_adam and not is_sum,
         )
-    raise not_implemented(f"the preconditioner or grafting config {config!r}")
+    # By exact type: subclasses are other methods, or have options that would be ignored here.
+    is_known = type(config) is getattr(configs, type(config).__name__, None)
+    if not is_known or not isinstance(config, configs.BaseShampooPreconditionerConfig):
+        raise not_implemented(f"the preconditioner or grafting config {config!r}")
+    is_root_inverse = type(config) is configs.RootInvShampooPreconditionerConfig
+    list_class = (
+        RootInvShampooPreconditionerList if is_root_inverse else BaseShampooPreconditionerList
+    )
+    beta2 = group["betas"][1]
+    is_sum = beta2 == 1.0 or config.drop_weighting_factor_on_gsquare
+    return list_class(
+        blocks,
+        state,
+        infos,
+        preconditioner_config=config,
+        beta2=beta2,
+        weighting_factor=1.0 if is_sum else 1 - beta2,
+        epsilon=group["epsilon"],
+        use_bias_correction=group["use_bias_correction"],
+    )

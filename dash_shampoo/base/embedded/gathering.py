@@ -5,42 +5,55 @@ within each, every block has one owner, which keeps its state and computes its u
 """
 
 import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, compress
+from itertools import compress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
-from dash_shampoo.base.embedded import keys
+from dash_shampoo.base.embedded import replicas
 from dash_shampoo.base.embedded.block_info import BlockInfo
-from dash_shampoo.base.embedded.distributed_configs import (
-    AlignedMemoryCostModel,
-    DDPDistributedConfig,
-    HybridShardDistributedConfig,
-    assign_owners,
-)
+from dash_shampoo.base.embedded.distributed_configs import AlignedMemoryCostModel, assign_owners
 from dash_shampoo.base.embedded.distributor import Distributor
-from dash_shampoo.base.embedded.dtensor_block import DTensorBlockInfo
-from dash_shampoo.base.embedded.dtensors import is_dtensor, local_tensor
+from dash_shampoo.base.embedded.dtensors import local_tensor
 from dash_shampoo.base.embedded.flight import Flight
 from dash_shampoo.base.embedded.group_state import is_refresh_due
-from dash_shampoo.base.embedded.replicas import (
-    check_same_parameters,
-    first_that_differs,
-    group_of,
-    replicas_of,
-)
+from dash_shampoo.base.embedded.matrix_function_configs import check
 
 logger = logging.getLogger(__name__)
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+@dataclass(kw_only=True, eq=False)
+class DTensorBlockInfo(BlockInfo):
+    """A block whose state consists of DTensors, replicated over the processes that own it.
+
+    Attributes:
+        mesh: The owners: one process of every group that the replicas are cut into.
+    """
+
+    mesh: DeviceMesh
+
+    def allocate_zeros_tensor(
+        self, size: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Zeros for the optimizer's state, as a DTensor."""
+        local = super().allocate_zeros_tensor(size, dtype, device)
+        tensor: Tensor = DTensor.from_local(local, self.mesh, [Replicate()], run_check=False)
+        return tensor
+
+    def get_tensor(self, tensor: Tensor) -> Tensor:
+        """The local tensor itself; outside of `no_grad`, torch would return a view."""
+        with torch.no_grad():
+            return local_tensor(tensor)
 
 
 class DDPDistributor(Distributor):
@@ -58,14 +71,10 @@ class DDPDistributor(Distributor):
     """
 
     is_shared = True
+    _needs = "replicated parameters"
     flight: Flight
     _error: Exception | None = None
     _is_to_be_compared: bool
-
-    @property
-    def _config(self) -> DDPDistributedConfig:
-        config: DDPDistributedConfig = self._param_group[keys.DISTRIBUTED_CONFIG]
-        return config
 
     @torch.no_grad()
     def merge_and_block_gradients(self) -> Sequence[Tensor]:
@@ -73,7 +82,7 @@ class DDPDistributor(Distributor):
         if self._is_to_be_compared:
             self._is_to_be_compared = False
             params = [cut.param for cut in self._cuts]
-            if (rank := first_that_differs(params, self.replicas)) is not None:
+            if (rank := replicas.first_that_differs(params, self.replicas)) is not None:
                 logger.warning(
                     "The parameters of rank %d differ from those of the first of its replicas. Are "
                     "they stages of a pipeline, or experts? Then give DashDDPDistributedConfig("
@@ -121,13 +130,14 @@ class DDPDistributor(Distributor):
         else:
             params, directions = (), ()
             self._flags[dist.get_rank(self._communication_group)].fill_(1.0)
+        selector = None
         if self._config.communicate_params:
             if params:
                 torch._foreach_add_(params, directions)
             if self._local_buffers:
                 torch._foreach_copy_(self._local_buffers, self.local_blocked_params)
-            selector = self._global_grad_selector if use_masked_tensors else None
-            receive: Callable[[], None] = partial(self._receive, selector)
+            if use_masked_tensors:
+                selector = self._global_grad_selector
         else:
             # What has no gradient at its owner gets zeros, and everybody adds all: so replicas stay
             # equal even if they disagree on which parameters have a gradient.
@@ -138,55 +148,44 @@ class DDPDistributor(Distributor):
                 torch._foreach_zero_(self._local_buffers)
             if params:
                 torch._foreach_copy_(buffers, directions)
-            receive = self._receive_sums
-        self.flight.take_off(partial(self._land, self._gather(), receive, error))
+        self.flight.take_off(partial(self._land, self._gather(), selector, error))
 
     def is_foreign_block(self, param: Tensor, key: str) -> bool:
         """Whether a key of the state is a block of the parameter that another process owns."""
-        num_blocks = sum(cut.num_blocks for cut in self._cuts if cut.param is param)
+        num_blocks = sum(len(cut.blocks) for cut in self._cuts if cut.param is param)
         return key in map(self._block_key, range(num_blocks))
 
     # ------------------------------------------------------- what other distributors override
 
-    def _select_params(self, params: Sequence[Tensor]) -> Iterator[Tensor]:
-        for param in params:
-            if is_dtensor(param) and not all(p.is_replicate() for p in param.placements):
-                raise ValueError(
-                    f"A parameter of shape {tuple(param.shape)} is sharded ({param.placements}), but "
-                    "DDPDistributedConfig is for replicated parameters. Use "
-                    "FullyShardDistributedConfig or HybridShardDistributedConfig for fully_shard; "
-                    "tensor-parallel parameters are not supported."
-                )
-            yield param
+    def _takes(self, placements: tuple[Any, ...]) -> bool:
+        return all(placement.is_replicate() for placement in placements)
 
     def _find_replicas(self) -> dist.ProcessGroup:
         """The processes that hold the same parameters as this one."""
-        return replicas_of(self._config)
-
-    def _local_tensor(self, tensor: Tensor) -> Tensor:
-        return local_tensor(tensor)
-
-    def _make_block_info(self, **fields: Any) -> BlockInfo:
-        return DTensorBlockInfo(mesh=self._owners_mesh, **fields)
+        return replicas.replicas_of(self._config)
 
     def _assign_blocks(self) -> tuple[bool, ...]:
         self.replicas = self._find_replicas()
         self.flight = Flight()
         cuts = self._cuts
-        self._is_to_be_compared = check_same_parameters(
+        self._is_to_be_compared = replicas.check_same_parameters(
             [cut.param for cut in cuts], list(map(self._name_of, cuts)), self.replicas
         )
 
         ranks = dist.get_process_group_ranks(self.replicas)
-        size = self._group_size(len(ranks))
+        size, num_replicas = self._config.num_trainers_per_group, len(ranks)
+        is_divisor = size == -1 or (size >= 1 and num_replicas % size == 0)
+        allowed = f"-1 or a divisor of the number of replicas, {num_replicas}"
+        check(is_divisor, "num_trainers_per_group", size, allowed)
+        if size == -1:
+            size = num_replicas
         row, column = divmod(ranks.index(dist.get_rank()), size)
-        self._communication_group = group_of(ranks[row * size :][:size], self.replicas)
+        self._communication_group = replicas.group_of(ranks[row * size :][:size], self.replicas)
         # Those that own the same blocks, as state tensors are replicated over them.
-        device_type = self._param_group[keys.PARAMS][0].device.type
-        owners_of_same = group_of(ranks[column::size], self.replicas)
-        self._owners_mesh = DeviceMesh.from_group(
-            owners_of_same, device_type, mesh_dim_names=("replicate",)
-        )
+        device_type = self._param_group["params"][0].device.type
+        owners_of_same = replicas.group_of(ranks[column::size], self.replicas)
+        mesh = DeviceMesh.from_group(owners_of_same, device_type, mesh_dim_names=("replicate",))
+        self._block_info = partial(DTensorBlockInfo, mesh=mesh)
         rank = dist.get_rank(self._communication_group)
 
         # The cost is that of what is sent: blocks in the communication dtype.
@@ -203,17 +202,6 @@ class DDPDistributor(Distributor):
 
     # ------------------------------------------------------------------------------ helpers
 
-    def _group_size(self, num_replicas: int) -> int:
-        size = self._config.num_trainers_per_group
-        if size == -1:
-            return num_replicas
-        if size < 1 or num_replicas % size != 0:
-            raise ValueError(
-                f"Invalid num_trainers_per_group={size}: must be -1 or a divisor of the number of "
-                f"replicas, {num_replicas}."
-            )
-        return size
-
     def _allocate_buffers(
         self, sent: Sequence[Tensor], owners: Sequence[int], rank: int, size: int
     ) -> None:
@@ -221,42 +209,41 @@ class DDPDistributor(Distributor):
         # Blocks start at multiples of 64 bytes, for the sake of vectorised copies. Behind them each
         # process has a flag: whether it failed.
         aligned = AlignedMemoryCostModel()
-        lengths = [int(aligned.cost(block)) // block.element_size() for block in sent]
-        totals = [sum(compress(lengths, (o == r for o in owners))) for r in range(size)]
         dtype = self._config.communication_dtype
-        device = self._param_group[keys.PARAMS][0].device
-        width = max(totals) + aligned.alignment_bytes // dtype.itemsize
+        lengths, starts = [0] * size, []
+        for block, owner in zip(sent, owners, strict=True):
+            starts.append(lengths[owner])
+            lengths[owner] += int(aligned.cost(block)) // dtype.itemsize
+        width = max(lengths) + aligned.alignment_bytes // dtype.itemsize
+        device = self._param_group["params"][0].device
         self._global_buffer = torch.zeros(size, width, dtype=dtype, device=device)
-        self._flags = self._global_buffer[:, max(totals)]
+        self._flags = self._global_buffer[:, max(lengths)]
         self._local_buffer = self._global_buffer[rank]
-        views: list[Tensor] = list(sent)
-        for owner in range(size):
-            own = [index for index, o in enumerate(owners) if o == owner]
-            starts = accumulate((lengths[index] for index in own), initial=0)
-            for index, start in zip(own, starts, strict=False):
-                row = self._global_buffer[owner]
-                views[index] = row[start : start + sent[index].numel()].view(sent[index].shape)
-        self._global_buffers = tuple(views)
+        self._global_buffers: tuple[Tensor, ...] = tuple(
+            self._global_buffer[owner, start : start + block.numel()].view(block.shape)
+            for block, owner, start in zip(sent, owners, starts, strict=True)
+        )
 
     def _gather(self) -> dist.Work | None:
         if not self._global_blocked_params:
             return None
-        work: dist.Work | None = _all_gather(
-            self._global_buffer.view(-1),
-            self._local_buffer,
-            group=self._communication_group,
-            async_op=True,
-        )
+        buffer, group = self._global_buffer.view(-1), self._communication_group
+        work: dist.Work | None = _all_gather(buffer, self._local_buffer, group=group, async_op=True)
         return work
 
     @torch.no_grad()
     def _land(
-        self, work: dist.Work | None, receive: Callable[[], None], error: Exception | None
+        self, work: dist.Work | None, selector: tuple[bool, ...] | None, error: Exception | None
     ) -> None:
-        """Updates the parameters by what has been gathered."""
+        """Updates the parameters, or those that are selected, by what has been gathered."""
         if work is not None:
             work.wait()
-        receive()
+        params, buffers = self._global_blocked_params, self._global_buffers
+        if selector is not None:
+            params, buffers = tuple(compress(params, selector)), tuple(compress(buffers, selector))
+        if params:
+            take = torch._foreach_copy_ if self._config.communicate_params else torch._foreach_add_
+            take(params, buffers)
         self._write_back()
         self._share(error)
 
@@ -302,95 +289,3 @@ class DDPDistributor(Distributor):
 
     def _is_refreshing(self) -> bool:
         return self.step is not None and is_refresh_due(self._param_group, int(self.step.item()))
-
-    def _receive_sums(self) -> None:
-        if self._global_blocked_params:
-            torch._foreach_add_(self._global_blocked_params, self._global_buffers)
-
-    def _receive(self, selector: tuple[bool, ...] | None) -> None:
-        params, buffers = self._global_blocked_params, self._global_buffers
-        if selector is not None:
-            params = tuple(compress(params, selector))
-            buffers = tuple(compress(buffers, selector))
-        if params:
-            torch._foreach_copy_(params, buffers)
-
-
-class HybridShardDistributor(DDPDistributor):
-    """Blocks of local shards, each with one owner among the replicas of that shard (HSDP2).
-
-    Args:
-        *args: As for Distributor; the group's distributed config is a HybridShardDistributedConfig.
-        **kwargs: Likewise.
-
-    Raises:
-        ValueError: If the mesh is not 2D, if it cannot be cut into groups of
-            num_trainers_per_group replicas, or if a parameter is placed otherwise.
-    """
-
-    @property
-    def _config(self) -> HybridShardDistributedConfig:
-        config: HybridShardDistributedConfig = self._param_group[keys.DISTRIBUTED_CONFIG]
-        return config
-
-    def is_foreign_block(self, param: Tensor, key: str) -> bool:
-        """Whether a key of the state is a block of another process, of this shard or another."""
-        return is_foreign_shard(key, self._shard_rank()) or super().is_foreign_block(param, key)
-
-    def _select_params(self, params: Sequence[Tensor]) -> Iterator[Tensor]:
-        if self._config.device_mesh.ndim != 2:
-            raise ValueError(
-                f"Invalid device_mesh={self._config.device_mesh}: must have two dimensions, "
-                "(replicate, shard)."
-            )
-        return select_shards(params, (Replicate, Shard), "HybridShardDistributedConfig")
-
-    def groups_to_gather_over(self) -> list[dist.ProcessGroup]:
-        """As under DDP, then over the shards."""
-        return [self._communication_group, self._config.device_mesh.get_group(1)]
-
-    def _find_replicas(self) -> dist.ProcessGroup:
-        return self._config.device_mesh.get_group(0)
-
-    def _shard_rank(self) -> int:
-        return self._config.device_mesh.get_local_rank(1)
-
-    def _block_key(self, block_index: int) -> str:
-        return f"rank_{self._shard_rank()}-block_{block_index}"
-
-
-def select_shards(
-    params: Sequence[Tensor], expected: tuple[type, ...], config_name: str
-) -> Iterator[Tensor]:
-    """The parameters of which this process has a part.
-
-    Args:
-        params: The group's parameters.
-        expected: How every parameter must be placed, by dimension of its mesh.
-        config_name: The config, for messages.
-
-    Yields:
-        Those with a local shard that is not empty.
-
-    Raises:
-        ValueError: If a parameter is placed otherwise.
-    """
-    names = ", ".join(kind.__name__ for kind in expected)
-    for param in params:
-        placements = param.placements if is_dtensor(param) else ()
-        # By exact type: a shard of a tensor-parallel shard is a subclass of Shard.
-        if tuple(type(placement) for placement in placements) != expected:
-            placed = f"a DTensor placed {placements}" if placements else "a plain tensor"
-            raise ValueError(
-                f"A parameter of shape {tuple(param.shape)} is {placed}, but {config_name} needs "
-                f"parameters placed ({names}) by fully_shard; tensor-parallel parameters are not "
-                "supported."
-            )
-        if local_tensor(param).numel() > 0:
-            yield param
-
-
-def is_foreign_shard(key: str, rank: int) -> bool:
-    """Whether a key of the state is a block of another rank's shard."""
-    match = re.fullmatch(r"rank_(\d+)-block_\d+", key)
-    return match is not None and int(match[1]) != rank

@@ -5,17 +5,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from dash_shampoo.base.embedded import keys
-from dash_shampoo.base.embedded.configs import (
-    BaseShampooPreconditionerConfig,
-    SpectralDescentPreconditionerConfig,
-    WeightDecayType,
-)
-from dash_shampoo.base.embedded.matrix_function_configs import (
-    EigendecompositionConfig,
-    PseudoInverseConfig,
-    check,
-)
+from dash_shampoo.base.embedded.configs import SpectralDescentPreconditionerConfig, WeightDecayType
+from dash_shampoo.base.embedded.matrix_function_configs import PseudoInverseConfig, check
 
 logger = logging.getLogger(__name__)
 
@@ -29,65 +20,48 @@ def check_and_complete(group: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the hyper-parameter, its value and the allowed range.
     """
-    check(
-        bool(group[keys.PARAMS]), keys.PARAMS, group[keys.PARAMS], "a non-empty list of parameters"
-    )
-    check(group[keys.LR] >= 0.0, keys.LR, group[keys.LR], ">= 0.0")
-    beta1, beta2 = group[keys.BETAS]
-    check(0.0 <= beta1 < 1.0, f"{keys.BETAS}[0]", beta1, "in [0.0, 1.0)")
-    check(0.0 <= beta2 <= 1.0, f"{keys.BETAS}[1]", beta2, "in [0.0, 1.0]")
-    if group[keys.BETA3] == -1.0:
-        group[keys.BETA3] = beta1
-    check(
-        0.0 <= group[keys.BETA3] < 1.0,
-        keys.BETA3,
-        group[keys.BETA3],
-        "in [0.0, 1.0), or -1.0 for beta1",
-    )
-    if _uses_pseudo_inverse(group[keys.PRECONDITIONER_CONFIG]):
-        allowed = "0.0 when PseudoInverseConfig is used"
-        check(group[keys.EPSILON] == 0.0, keys.EPSILON, group[keys.EPSILON], allowed)
+
+    def check_option(name: str, condition: bool, allowed: str) -> None:
+        check(condition, name, group[name], allowed)
+
+    check_option("params", bool(group["params"]), "a non-empty list of parameters")
+    check_option("preconditioner_config", group["preconditioner_config"] is not None, "a config")
+    check_option("lr", group["lr"] >= 0.0, ">= 0.0")
+    beta1, beta2 = group["betas"]
+    check(0.0 <= beta1 < 1.0, "betas[0]", beta1, "in [0.0, 1.0)")
+    check(0.0 <= beta2 <= 1.0, "betas[1]", beta2, "in [0.0, 1.0]")
+    if group["beta3"] == -1.0:
+        group["beta3"] = beta1
+    check_option("beta3", 0.0 <= group["beta3"] < 1.0, "in [0.0, 1.0), or -1.0 for beta1")
+    solver = getattr(group["preconditioner_config"], "amortized_computation_config", None)
+    stability = getattr(solver, "rank_deficient_stability_config", None)
+    if isinstance(stability, PseudoInverseConfig):
+        check_option("epsilon", group["epsilon"] == 0.0, "0.0 when PseudoInverseConfig is used")
     else:
-        check(group[keys.EPSILON] > 0.0, keys.EPSILON, group[keys.EPSILON], "> 0.0")
-    check(group[keys.WEIGHT_DECAY] >= 0.0, keys.WEIGHT_DECAY, group[keys.WEIGHT_DECAY], ">= 0.0")
-    decay_type = group[keys.WEIGHT_DECAY_TYPE]
+        check_option("epsilon", group["epsilon"] > 0.0, "> 0.0")
+    check_option("weight_decay", group["weight_decay"] >= 0.0, ">= 0.0")
+    decay_type = group["weight_decay_type"]
     if decay_type in (WeightDecayType.CORRECTED, WeightDecayType.INDEPENDENT):
         allowed = f"> 0.0 with weight_decay_type={decay_type}"
-        check(group[keys.PEAK_LR] > 0.0, keys.PEAK_LR, group[keys.PEAK_LR], allowed)
-    dim = group[keys.MAX_PRECONDITIONER_DIM]
+        check_option("peak_lr", group["peak_lr"] > 0.0, allowed)
+    dim = group["max_preconditioner_dim"]
     is_whole = not isinstance(dim, float) or dim == math.inf
-    check(is_whole, keys.MAX_PRECONDITIONER_DIM, dim, "an int or math.inf")
-    check(dim >= 1, keys.MAX_PRECONDITIONER_DIM, dim, ">= 1")
-    frequency, start = group[keys.PRECONDITION_FREQUENCY], group[keys.START_PRECONDITIONING_STEP]
-    check(frequency >= 1, keys.PRECONDITION_FREQUENCY, frequency, ">= 1")
-    if start == -1:
-        group[keys.START_PRECONDITIONING_STEP] = start = frequency
+    check_option("max_preconditioner_dim", is_whole, "an int or math.inf")
+    check_option("max_preconditioner_dim", dim >= 1, ">= 1")
+    frequency = group["precondition_frequency"]
+    check_option("precondition_frequency", frequency >= 1, ">= 1")
+    if group["start_preconditioning_step"] == -1:
+        group["start_preconditioning_step"] = frequency
         logger.info("start_preconditioning_step=-1: set to precondition_frequency=%d.", frequency)
-    check(
-        start >= frequency,
-        keys.START_PRECONDITIONING_STEP,
-        start,
-        f">= precondition_frequency={frequency}, or -1 for the same",
-    )
-    _reshape_to_matrices(group)
+    is_late = group["start_preconditioning_step"] >= frequency
+    allowed = f">= precondition_frequency={frequency}, or -1 for the same"
+    check_option("start_preconditioning_step", is_late, allowed)
 
-
-def _reshape_to_matrices(group: dict[str, Any]) -> None:
-    """Spectral descent is for matrices: nothing is merged beyond them."""
-    config = group[keys.DISTRIBUTED_CONFIG]
-    is_spectral = isinstance(group[keys.PRECONDITIONER_CONFIG], SpectralDescentPreconditionerConfig)
+    config = group["distributed_config"]
+    is_spectral = isinstance(group["preconditioner_config"], SpectralDescentPreconditionerConfig)
     if is_spectral and config.target_parameter_dimensionality != 2:
         logger.warning(
-            "target_parameter_dimensionality=%s: set to 2 for spectral descent.",
+            "target_parameter_dimensionality=%s: set to 2 for spectral descent, which is of matrices.",
             config.target_parameter_dimensionality,
         )
-        group[keys.DISTRIBUTED_CONFIG] = replace(config, target_parameter_dimensionality=2)
-
-
-def _uses_pseudo_inverse(config: object) -> bool:
-    if not isinstance(config, BaseShampooPreconditionerConfig):
-        return False
-    solver = config.amortized_computation_config
-    return isinstance(solver, EigendecompositionConfig) and isinstance(
-        solver.rank_deficient_stability_config, PseudoInverseConfig
-    )
+        group["distributed_config"] = replace(config, target_parameter_dimensionality=2)

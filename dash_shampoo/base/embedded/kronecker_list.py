@@ -1,102 +1,50 @@
 """What all lists of the Shampoo family keep of a block: selection, state, factor matrices."""
 
-from __future__ import annotations
-
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.base.embedded import keys
+from dash_shampoo.base.embedded import configs
 from dash_shampoo.base.embedded.block_info import BlockInfo
-from dash_shampoo.base.embedded.configs import BaseShampooPreconditionerConfig
 from dash_shampoo.base.embedded.packing import pack, packed_diagonal
-from dash_shampoo.base.embedded.preconditioner_list import PreconditionerList
+from dash_shampoo.base.embedded.preconditioner_list import PreconditionerList, Tensors
 
 
-@dataclass(kw_only=True, eq=False)
-class KroneckerFactors:
-    """The factor matrices of a block, as local tensors.
+class KroneckerFactors(SimpleNamespace):
+    """The factor matrices of a block and what is computed of them, as local tensors.
 
     Attributes:
         factor_matrices: One (N, N) per preconditioned dimension, or packed (N(N+1)/2,).
         factor_matrix_indices: "<parameter>.<block>.<number>" for messages.
-        roots: p of A^(-1/p) for each.
-        config: How they are kept, and what is computed of them now and then.
-        epsilon: Damping.
-        param_name: Name of the parameter for messages. (Default: None)
+        roots: p of A^(-1/p) for each; of eigenvalue correction the one of the second moment.
+        selector: Which dimensions of the block have a factor matrix.
+        use_symmetric_packing: Whether the matrices are packed.
+        param_name: Name of the parameter for messages, or None.
+        **tensors: What else the block's state has, under its keys: `inv_factor_matrices` (as the factor
+            matrices), `factor_matrices_eigenvectors` (N, N), `factor_matrices_eigenvalues` (N,), each one
+            per factor matrix; `corrected_eigenvalues`, of the block's shape.
     """
 
-    factor_matrices: tuple[Tensor, ...]
+    factor_matrices: Tensors
     factor_matrix_indices: tuple[str, ...]
     roots: tuple[float, ...]
-    config: Any
-    epsilon: float
-    param_name: str | None = None
-    _failed_amortized_computation_counter: int = field(init=False, default=0)
-
-    @property
-    def use_symmetric_packing(self) -> bool:
-        """Whether the matrices are packed."""
-        return bool(self.config.use_symmetric_packing)
-
-    def accumulate_(self, outer_products: list[Tensor], beta2: float, weight: float) -> None:
-        """F ← beta2·F + weight·GGᵀ."""
-        if self.use_symmetric_packing:
-            outer_products = list(map(pack, outer_products))
-        if beta2 != 1.0:
-            torch._foreach_mul_(self.factor_matrices, beta2)
-        torch._foreach_add_(self.factor_matrices, outer_products, alpha=weight)
-
-
-class Allocator:
-    """Allocates the state of one block.
-
-    Args:
-        block: The block.
-        info: Where its state belongs.
-        use_symmetric_packing: Whether symmetric matrices are packed.
-    """
-
-    def __init__(self, block: Tensor, info: BlockInfo, use_symmetric_packing: bool) -> None:
-        self._device = block.device
-        self._info = info
-        self._is_packed = use_symmetric_packing
-
-    def zeros(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Zeros of a shape."""
-        return self._info.allocate_zeros_tensor(size=size, dtype=dtype, device=self._device)
-
-    def ones(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Ones of a shape."""
-        return self._info.allocate_ones_tensor(size=size, dtype=dtype, device=self._device)
-
-    def identity(self, size: int, dtype: torch.dtype) -> Tensor:
-        """An N×N identity that is never packed."""
-        return self._info.allocate_eye_tensor(n=size, dtype=dtype, device=self._device)
-
-    def symmetric_zeros(self, size: int, dtype: torch.dtype) -> Tensor:
-        """An N×N matrix of zeros, packed where symmetric matrices are."""
-        return self.zeros((size * (size + 1) // 2,) if self._is_packed else (size, size), dtype)
-
-    def symmetric_identity(self, size: int, dtype: torch.dtype) -> Tensor:
-        """An N×N identity, packed where symmetric matrices are."""
-        if not self._is_packed:
-            return self.identity(size, dtype)
-        tensor = self.symmetric_zeros(size, dtype)
-        local = self._info.get_tensor(tensor)
-        local.index_fill_(0, packed_diagonal(size, local.device), 1.0)
-        return tensor
+    selector: tuple[bool, ...]
+    use_symmetric_packing: bool
+    param_name: str | None
+    inv_factor_matrices: Tensors
+    _failed_amortized_computation_counter: int = 0
 
 
 class BaseShampooPreconditionerList(PreconditionerList):
     """The factor matrices of a parameter group's blocks, one block after the other.
 
         F_k ← beta2·F_k + weighting_factor·G₍ₖ₎G₍ₖ₎ᵀ      G₍ₖ₎ the mode-k unfolding
+
+    Blocks have the state of any config of the family; what is computed of it is up to subclasses.
 
     Args:
         block_list: The blocks of this process.
@@ -109,69 +57,34 @@ class BaseShampooPreconditionerList(PreconditionerList):
         use_bias_correction: Whether bias_correction2 = 1 - beta2^step instead of 1.
     """
 
-    _record: ClassVar[type[KroneckerFactors]]
-
     def __init__(
         self,
-        block_list: tuple[Tensor, ...],
+        block_list: Tensors,
         state: Mapping[Tensor, Any],
         block_info_list: Sequence[BlockInfo],
-        preconditioner_config: BaseShampooPreconditionerConfig,
+        preconditioner_config: configs.BaseShampooPreconditionerConfig,
         beta2: float = 1.0,
         weighting_factor: float = 1.0,
         epsilon: float = 1e-12,
         use_bias_correction: bool = True,
     ) -> None:
-        super().__init__(block_list)
-        self._preconditioner_config: Any = preconditioner_config
+        super().__init__(block_list, preconditioner_config)
         self._beta2 = beta2
         self._weighting_factor = weighting_factor
         self._epsilon = epsilon
         self._use_bias_correction = use_bias_correction
         self._bias_correction2 = torch.tensor(1.0)
-
-        self._local_order_list: tuple[int, ...] = tuple(block.dim() for block in block_list)
-        self._local_preconditioned_dims_selector_list: tuple[tuple[bool, ...], ...] = tuple(
-            self._selector(len(dims)) for dims in self._dims_list
+        self._local_kronecker_factors_unwrapped: tuple[KroneckerFactors, ...] = tuple(
+            self._allocate(block, info, state)
+            for block, info in zip(block_list, block_info_list, strict=True)
         )
-        self._local_kronecker_factors_unwrapped: tuple[Any, ...] = tuple(
-            self._allocate(block, info, selector, state)
-            for block, info, selector in zip(
-                block_list,
-                block_info_list,
-                self._local_preconditioned_dims_selector_list,
-                strict=True,
-            )
+        self._local_preconditioned_dims_selector_list = tuple(
+            factors.selector for factors in self._local_kronecker_factors_unwrapped
         )
-        self._masked_order_list = self._local_order_list
-        self._masked_preconditioned_dims_selector_list = (
-            self._local_preconditioned_dims_selector_list
-        )
-        self._masked_kronecker_factors_unwrapped = self._local_kronecker_factors_unwrapped
-
-    # ---------------------------------------------------------------- what each list defines
-
-    @abstractmethod
-    def _selector(self, order: int) -> tuple[bool, ...]:
-        """Which dimensions of a block of this order have a factor matrix."""
-
-    @abstractmethod
-    def _roots(self, selector: tuple[bool, ...]) -> tuple[float, ...]:
-        """The roots of a block with this selection of dimensions."""
-
-    @abstractmethod
-    def _more_state(
-        self, allocate: Allocator, shape: torch.Size, sizes: Sequence[int]
-    ) -> dict[str, list[Tensor] | Tensor]:
-        """The state beside the factor matrices, by key: one tensor for each of them, or one in all."""
-
-    # ----------------------------------------------------------------------------- the step
+        self.compress_preconditioner_list((True,) * len(block_list))
 
     def update_preconditioners(
-        self,
-        masked_grad_list: tuple[Tensor, ...],
-        step: Tensor,
-        perform_amortized_computation: bool = False,
+        self, masked_grad_list: Tensors, step: Tensor, perform_amortized_computation: bool = False
     ) -> None:
         """Accumulates the factor matrices and, when due, performs the amortized computation.
 
@@ -185,99 +98,112 @@ class BaseShampooPreconditionerList(PreconditionerList):
             ValueError: If the computation failed more often in a row than tolerated.
         """
         self._update_factor_matrices(masked_grad_list)
-        if (
-            self._use_bias_correction
-            and self._beta2 < 1.0
-            and not self._preconditioner_config.drop_weighting_factor_on_gsquare
-        ):
+        is_sum = self._beta2 == 1.0 or self._preconditioner_config.drop_weighting_factor_on_gsquare
+        if self._use_bias_correction and not is_sum:
             self._bias_correction2 = torch.tensor(1.0) - self._beta2**step
         if perform_amortized_computation:
             for factors in self._masked_kronecker_factors_unwrapped:
-                factors.amortized_computation(self._bias_correction2)
+                self._amortized_computation(factors)
 
     def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
         """Restricts the list to the blocks that have a gradient."""
-        self._masked_order_list = tuple(compress(self._local_order_list, local_grad_selector))
-        self._masked_preconditioned_dims_selector_list = tuple(
-            compress(self._local_preconditioned_dims_selector_list, local_grad_selector)
-        )
         self._masked_kronecker_factors_unwrapped = tuple(
             compress(self._local_kronecker_factors_unwrapped, local_grad_selector)
         )
 
-    def _update_factor_matrices(self, masked_grad_list: tuple[Tensor, ...]) -> None:
-        for grad, selector, factors in zip(
-            masked_grad_list,
-            self._masked_preconditioned_dims_selector_list,
-            self._masked_kronecker_factors_unwrapped,
-            strict=True,
-        ):
-            if not factors.factor_matrices:
-                continue
-            unfoldings = [
-                grad.movedim(k, 0).reshape(grad.shape[k], -1)
-                for k in compress(range(grad.dim()), selector)
-            ]
-            factors.accumulate_(
-                [unfolded @ unfolded.T for unfolded in unfoldings],
-                self._beta2,
-                self._weighting_factor,
-            )
+    def _update_factor_matrices(self, masked_grad_list: Tensors) -> None:
+        active = zip(masked_grad_list, self._masked_kronecker_factors_unwrapped, strict=True)
+        for grad, factors in active:
+            if any(factors.selector):
+                unfoldings = [
+                    grad.movedim(k, 0).reshape(grad.shape[k], -1)
+                    for k in compress(range(grad.dim()), factors.selector)
+                ]
+                products = [unfolded @ unfolded.T for unfolded in unfoldings]
+                if factors.use_symmetric_packing:
+                    products = list(map(pack, products))
+                if self._beta2 != 1.0:
+                    torch._foreach_mul_(factors.factor_matrices, self._beta2)
+                torch._foreach_add_(factors.factor_matrices, products, alpha=self._weighting_factor)
+
+    def _amortized_computation(self, factors: KroneckerFactors) -> None:
+        """Computes of a block's factor matrices what is due; for lists that can."""
+
+    # ------------------------------------------------------------- what depends on the config
+
+    def _exponents_of(self, order: int) -> tuple[float, ...]:
+        """For each dimension of a block its a in F^(-a); 0.0 where it has no factor matrix."""
+        config = self._preconditioner_config
+        if isinstance(config, configs.EigenvalueCorrectedShampooPreconditionerConfig):
+            ignored = config.ignored_basis_change_dims.get(order, [])
+            return tuple(float(k not in ignored) for k in range(order))
+        default = 1 / (2 * max(order, 1))
+        given: Any = config.inverse_exponent_override.get(order, default)
+        by_dimension = given if isinstance(given, dict) else dict.fromkeys(range(order), given)
+        return tuple(by_dimension.get(k, default) for k in range(order))
+
+    def _roots(self, order: int) -> tuple[float, ...]:
+        config = self._preconditioner_config
+        if isinstance(config, configs.EigenvalueCorrectedShampooPreconditionerConfig):
+            return (1 / config.inverse_exponent_override.get(order, 0.5),)
+        return tuple(1 / exponent for exponent in self._exponents_of(order) if exponent != 0.0)
 
     def _allocate(
-        self,
-        block: Tensor,
-        info: BlockInfo,
-        selector: tuple[bool, ...],
-        state: Mapping[Tensor, Any],
+        self, block: Tensor, info: BlockInfo, state: Mapping[Tensor, Any]
     ) -> KroneckerFactors:
-        config = self._preconditioner_config
-        sizes = list(compress(block.shape, selector))
-        allocate = Allocator(block, info, config.use_symmetric_packing)
-        tensors: dict[str, list[Tensor] | Tensor] = {
-            keys.FACTOR_MATRICES: [
-                allocate.symmetric_zeros(size, config.factor_matrix_dtype) for size in sizes
-            ],
-            **self._more_state(allocate, block.shape, sizes),
-        }
-        info.block_state(state)[keys.SHAMPOO] = {
+        selector = tuple(exponent != 0.0 for exponent in self._exponents_of(block.dim()))
+        sizes = tuple(compress(block.shape, selector))
+        tensors = self._tensors(block, info, sizes)
+        info.block_state(state)["shampoo"] = {
             name: dict(enumerate(value)) if isinstance(value, list) else value
             for name, value in tensors.items()
             if isinstance(value, Tensor) or value
         }
-        param_index, block_key = info.composable_block_ids
-        local: dict[str, Any] = {
-            name: tuple(map(info.get_tensor, value))
-            if isinstance(value, list)
-            else info.get_tensor(value)
-            for name, value in tensors.items()
-        }
-        return self._record(
-            **local,
-            factor_matrix_indices=tuple(
-                f"{param_index}.{block_key}.{n}" for n in range(len(sizes))
-            ),
-            roots=self._roots(selector),
-            config=config,
-            epsilon=self._epsilon,
+        get: Any = info.get_tensor
+        index = ".".join(map(str, info.composable_block_ids))
+        return KroneckerFactors(
+            **{
+                name: tuple(map(get, value)) if isinstance(value, list) else get(value)
+                for name, value in tensors.items()
+            },
+            factor_matrix_indices=tuple(f"{index}.{number}" for number in range(len(sizes))),
+            roots=self._roots(block.dim()),
+            selector=selector,
+            use_symmetric_packing=self._preconditioner_config.use_symmetric_packing,
             param_name=info.param_name,
         )
 
+    def _tensors(
+        self, block: Tensor, info: BlockInfo, sizes: Sequence[int]
+    ) -> dict[str, list[Tensor] | Tensor]:
+        """The state of a block by key: one tensor for each factor matrix, or one in all."""
+        config, device = self._preconditioner_config, block.device
 
-class ClassicShampooPreconditionerList(BaseShampooPreconditionerList):
-    """A list with an exponent for every dimension, by `inverse_exponent_override`."""
+        def zeros(size: int, dtype: torch.dtype) -> Tensor:
+            shape = (size * (size + 1) // 2,) if config.use_symmetric_packing else (size, size)
+            return info.allocate_zeros_tensor(shape, dtype, device)
 
-    def _selector(self, order: int) -> tuple[bool, ...]:
-        return tuple(self._exponent(k, order) != 0.0 for k in range(order))
+        def identity(size: int, dtype: torch.dtype) -> Tensor:
+            if not config.use_symmetric_packing:
+                return info.allocate_eye_tensor(size, dtype, device)
+            local = info.get_tensor(tensor := zeros(size, dtype))
+            local.index_fill_(0, packed_diagonal(size, device), 1.0)
+            return tensor
 
-    def _roots(self, selector: tuple[bool, ...]) -> tuple[float, ...]:
-        order = len(selector)
-        return tuple(1 / self._exponent(k, order) for k in compress(range(order), selector))
-
-    def _exponent(self, dimension: int, order: int) -> float:
-        default = 1 / (2 * max(order, 1))
-        override: Any = self._preconditioner_config.inverse_exponent_override.get(order, default)
-        exponent: float = (
-            override.get(dimension, default) if isinstance(override, dict) else override
-        )
-        return exponent
+        tensors: dict[str, list[Tensor] | Tensor] = {
+            "factor_matrices": [zeros(n, config.factor_matrix_dtype) for n in sizes]
+        }
+        if isinstance(config, configs.RootInvShampooPreconditionerConfig):
+            dtype = config.inv_factor_matrix_dtype
+            return {**tensors, "inv_factor_matrices": [identity(n, dtype) for n in sizes]}
+        dtype = config.factor_matrix_eigenvectors_dtype  # eigenvectors are never packed
+        tensors["factor_matrices_eigenvectors"] = [
+            info.allocate_eye_tensor(n, dtype, device) for n in sizes
+        ]
+        if isinstance(config, configs.EigenvalueCorrectedShampooPreconditionerConfig):
+            dtype = config.corrected_eigenvalues_dtype
+            corrected = info.allocate_zeros_tensor(block.shape, dtype, device)
+            return {**tensors, "corrected_eigenvalues": corrected}
+        dtype = config.factor_matrix_eigenvalues_dtype
+        ones = [info.allocate_ones_tensor((n,), dtype, device) for n in sizes]
+        return {**tensors, "factor_matrices_eigenvalues": ones}

@@ -20,6 +20,10 @@ class Config:
             raise TypeError(f"{cls.__name__} is abstract: instantiate one of its subclasses.")
         return super().__new__(cls)
 
+    def _check(self, condition: bool, name: str, allowed: str) -> None:
+        """Raises the ValueError that names a field, its value and what is allowed, unless `condition`."""
+        check(condition, name, getattr(self, name), allowed)
+
 
 def check(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raises the ValueError that names an option, its value and what is allowed, unless `condition`."""
@@ -81,7 +85,7 @@ class EigendecompositionConfig(MatrixFunctionConfig, abstract=True):
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        check(0.0 <= self.tolerance <= 1.0, "tolerance", self.tolerance, "in [0.0, 1.0]")
+        self._check(0.0 <= self.tolerance <= 1.0, "tolerance", "in [0.0, 1.0]")
 
 
 @dataclass(kw_only=True)
@@ -124,7 +128,7 @@ class EigenConfig(RootInvConfig, EighEigendecompositionConfig):
 
     def __post_init__(self) -> None:
         EighEigendecompositionConfig.__post_init__(self)
-        check(self.tolerance == 0.0, "tolerance", self.tolerance, "0.0 for an inverse root")
+        self._check(self.tolerance == 0.0, "tolerance", "0.0 for an inverse root")
 
 
 @dataclass(kw_only=True)

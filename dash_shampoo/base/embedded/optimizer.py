@@ -1,6 +1,7 @@
 """The embedded DistributedShampoo: parameter groups, their lists of blocks, steps, checkpoints."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -10,59 +11,29 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from dash_shampoo.base.embedded import (
-    configs,
-    distributed_configs,
-    factories,
-    keys,
-    matrix_function_configs,
-)
-from dash_shampoo.base.embedded.configs import (
-    ConcurrencyConfig,
-    DefaultConcurrencyConfig,
-    DefaultShampooConfig,
-    DefaultShampooRuntimeConfig,
-    IterateAveragingConfig,
-    PreconditionerConfig,
-    ShampooPT2CompileConfig,
-    ShampooRuntimeConfig,
-    WeightDecayType,
-)
+from dash_shampoo.base.embedded import configs, factories, group_state
 from dash_shampoo.base.embedded.distributed_configs import (
     DefaultSingleDeviceDistributedConfig,
     DistributedConfig,
     not_implemented,
 )
 from dash_shampoo.base.embedded.distributor import Distributor
-from dash_shampoo.base.embedded.group_state import (
-    GroupState,
-    add_buffers,
-    add_scalars,
-    is_averaging,
-    mask_state_lists,
-    set_interpolation_coefficients,
-    step_arguments,
-    switch_mode,
-    take_weights,
-)
+from dash_shampoo.base.embedded.group_state import GroupState
 from dash_shampoo.base.embedded.hyper_parameters import check_and_complete
-from dash_shampoo.base.embedded.preconditioner_list import (
-    PreconditionerList,
-)
-from dash_shampoo.base.embedded.state import copy_nested, match_state, native_config, pair_params
+from dash_shampoo.base.embedded.preconditioner_list import PreconditionerList
+from dash_shampoo.base.embedded.state import copy_nested, match_state, native_config
 from dash_shampoo.base.embedded.step import ShampooStep
 
 logger = logging.getLogger(__name__)
 
 # What the state was built from; a loaded checkpoint does not change it.
 _STRUCTURE = (
-    keys.PARAMS,
+    "params",
     "param_names",
-    keys.DISTRIBUTED_CONFIG,
-    keys.PRECONDITIONER_CONFIG,
-    keys.GRAFTING_CONFIG,
+    "distributed_config",
+    "preconditioner_config",
+    "grafting_config",
 )
-_NATIVE_CONFIGS = {**vars(matrix_function_configs), **vars(distributed_configs), **vars(configs)}
 
 
 class DistributedShampoo(ShampooStep, Optimizer):
@@ -107,39 +78,39 @@ class DistributedShampoo(ShampooStep, Optimizer):
         beta3: float = -1.0,
         epsilon: float = 1e-12,
         weight_decay: float = 0.0,
-        weight_decay_type: WeightDecayType = WeightDecayType.DECOUPLED,
+        weight_decay_type: configs.WeightDecayType = configs.WeightDecayType.DECOUPLED,
         max_preconditioner_dim: int | float = 1024,
         precondition_frequency: int = 1,
         start_preconditioning_step: int = -1,
         use_bias_correction: bool = True,
-        iterate_averaging_config: IterateAveragingConfig | None = None,
-        grafting_config: PreconditionerConfig | None = None,
+        iterate_averaging_config: configs.IterateAveragingConfig | None = None,
+        grafting_config: configs.PreconditionerConfig | None = None,
         use_pin_memory: bool = False,
-        shampoo_pt2_compile_config: ShampooPT2CompileConfig | None = None,
+        shampoo_pt2_compile_config: configs.ShampooPT2CompileConfig | None = None,
         distributed_config: DistributedConfig = DefaultSingleDeviceDistributedConfig,
-        preconditioner_config: PreconditionerConfig = DefaultShampooConfig,
-        shampoo_runtime_config: ShampooRuntimeConfig = DefaultShampooRuntimeConfig,
-        concurrency_config: ConcurrencyConfig = DefaultConcurrencyConfig,
+        preconditioner_config: configs.PreconditionerConfig = configs.DefaultShampooConfig,
+        shampoo_runtime_config: configs.ShampooRuntimeConfig = configs.DefaultShampooRuntimeConfig,
+        concurrency_config: configs.ConcurrencyConfig = configs.DefaultConcurrencyConfig,
     ) -> None:
         super().__init__(
             params,
             {
-                keys.LR: lr,
-                keys.BETAS: betas,
-                keys.BETA3: beta3,
-                keys.EPSILON: epsilon,
-                keys.WEIGHT_DECAY: weight_decay,
-                keys.PEAK_LR: lr,
-                keys.WEIGHT_DECAY_TYPE: weight_decay_type,
-                keys.MAX_PRECONDITIONER_DIM: max_preconditioner_dim,
-                keys.PRECONDITION_FREQUENCY: precondition_frequency,
-                keys.START_PRECONDITIONING_STEP: start_preconditioning_step,
-                keys.USE_BIAS_CORRECTION: use_bias_correction,
-                keys.ITERATE_AVERAGING_CONFIG: iterate_averaging_config,
-                keys.GRAFTING_CONFIG: grafting_config,
-                keys.USE_PIN_MEMORY: use_pin_memory,
-                keys.DISTRIBUTED_CONFIG: distributed_config,
-                keys.PRECONDITIONER_CONFIG: preconditioner_config,
+                "lr": lr,
+                "betas": betas,
+                "beta3": beta3,
+                "epsilon": epsilon,
+                "weight_decay": weight_decay,
+                "peak_lr": lr,
+                "weight_decay_type": weight_decay_type,
+                "max_preconditioner_dim": max_preconditioner_dim,
+                "precondition_frequency": precondition_frequency,
+                "start_preconditioning_step": start_preconditioning_step,
+                "use_bias_correction": use_bias_correction,
+                "iterate_averaging_config": iterate_averaging_config,
+                "grafting_config": grafting_config,
+                "use_pin_memory": use_pin_memory,
+                "distributed_config": distributed_config,
+                "preconditioner_config": preconditioner_config,
             },
         )
         self._shampoo_pt2_compile_config = shampoo_pt2_compile_config
@@ -153,8 +124,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
             for state_lists, group in self._groups():
                 self._instantiate_distributor(state_lists, group)
                 self._instantiate_preconditioners(state_lists, group)
-                add_scalars(state_lists, group, self.state)
-                add_buffers(state_lists, group, self.state)
+                group_state.add_state(state_lists, group, self.state)
         if shampoo_pt2_compile_config is not None:
             self._compile_step(shampoo_pt2_compile_config)
         self.register_state_dict_post_hook(self._export_state)
@@ -185,14 +155,14 @@ class DistributedShampoo(ShampooStep, Optimizer):
         """
         distributor_class = factories.own_distributor_class(distributed_config)
         if distributor_class is None:
-            raise not_implemented(f"{keys.DISTRIBUTED_CONFIG}={distributed_config!r}")
+            raise not_implemented(f"distributed_config={distributed_config!r}")
         return distributor_class
 
     def _preconditioner_config_to_list_cls(
         self,
         state_lists: Any,
         group: dict[str, Any],
-        preconditioner_config: PreconditionerConfig | None,
+        preconditioner_config: configs.PreconditionerConfig | None,
     ) -> PreconditionerList | None:
         """The preconditioner list for a config, of Shampoo or of grafting; a point to override.
 
@@ -200,41 +170,34 @@ class DistributedShampoo(ShampooStep, Optimizer):
             NotImplementedError: If the embedded base has none.
         """
         return factories.preconditioner_list(
-            preconditioner_config, self.state, state_lists[keys.DISTRIBUTOR], group
+            preconditioner_config, self.state, state_lists["distributor"], group
         )
 
     def _instantiate_distributor(self, state_lists: GroupState, group: dict[str, Any]) -> None:
-        distributor_class = self._select_distributor_class(group[keys.DISTRIBUTED_CONFIG])
+        distributor_class = self._select_distributor_class(group["distributed_config"])
         distributor = distributor_class(group, self._runtime_config)
-        state_lists[keys.DISTRIBUTOR] = distributor
+        state_lists["distributor"] = distributor
         if not distributor.local_blocked_params:
             logger.warning(
                 "This process owns no block of a parameter group and idles in its steps; a smaller "
                 "num_trainers_per_group would avoid that."
             )
-        state_lists[keys.MASKED_BLOCKED_PARAMS] = distributor.local_blocked_params
-        state_lists[keys.PREVIOUS_GRAD_SELECTOR] = None
+        state_lists["masked_blocked_params"] = distributor.local_blocked_params
+        state_lists["previous_grad_selector"] = None
         for info in distributor.local_block_info_list:
             self.state[info.param][info.composable_block_ids[1]] = {}
 
-    def _instantiate_preconditioners(self, state_lists: GroupState, group: dict[str, Any]) -> None:
-        if group[keys.PRECONDITIONER_CONFIG] is None:
-            raise ValueError(f"Invalid {keys.PRECONDITIONER_CONFIG}=None: must be a config.")
-        shampoo, grafting = (
-            self._preconditioner_config_to_list_cls(
-                state_lists=state_lists, group=group, preconditioner_config=group[key]
+    def _instantiate_preconditioners(self, state_lists: Any, group: dict[str, Any]) -> None:
+        for kind, config in (("shampoo", "preconditioner_config"), ("grafting", "grafting_config")):
+            preconditioners = self._preconditioner_config_to_list_cls(
+                state_lists=state_lists, group=group, preconditioner_config=group[config]
             )
-            for key in (keys.PRECONDITIONER_CONFIG, keys.GRAFTING_CONFIG)
-        )
-        for preconditioners in (shampoo, grafting):
             # A list of a subclass has methods of its own, and checks them itself.
             if preconditioners is not None and type(preconditioners) in factories.CHECKED_LISTS:
                 preconditioners.check_supported()
-        assert shampoo is not None
-        state_lists[keys.SHAMPOO_PRECONDITIONER_LIST] = shampoo
-        state_lists[keys.GRAFTING_PRECONDITIONER_LIST] = grafting
+            state_lists[f"{kind}_preconditioner_list"] = preconditioners
 
-    def _compile_step(self, config: ShampooPT2CompileConfig) -> None:
+    def _compile_step(self, config: configs.ShampooPT2CompileConfig) -> None:
         # The preconditioners stay out of the graphs: their lists change with the selection of
         # gradients, and their matmuls gain nothing.
         disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
@@ -275,38 +238,35 @@ class DistributedShampoo(ShampooStep, Optimizer):
         return loss
 
     def _group_step_body(self, state_lists: GroupState, group: dict[str, Any]) -> None:
-        state_lists[keys.MASKED_BLOCKED_GRADS] = state_lists[
-            keys.DISTRIBUTOR
-        ].merge_and_block_gradients()
-        take_weights(state_lists)
-        has_changed = mask_state_lists(state_lists)
+        state_lists["masked_blocked_grads"] = state_lists["distributor"].merge_and_block_gradients()
+        group_state.take_weights(state_lists)
+        has_changed = group_state.mask_state_lists(state_lists)
         if has_changed and self._shampoo_pt2_compile_config is not None:
             logger.warning(
-                "Other parameters than in the previous step have gradients: the step is compiled "
-                "again."
+                "Other parameters than in the previous step have gradients: the step is compiled again."
             )
-        step = int(state_lists[keys.STEP].add_(1).item())
-        state_lists[keys.LR_CPU_PINNED].fill_(group[keys.LR])
-        state_lists[keys.LR_TENSOR].copy_(state_lists[keys.LR_CPU_PINNED], non_blocking=True)
-        set_interpolation_coefficients(
-            state_lists, group[keys.ITERATE_AVERAGING_CONFIG], is_step=True
+        step = int(state_lists["step"].add_(1).item())
+        state_lists["lr_cpu_pinned"].fill_(group["lr"])
+        state_lists["lr_tensor"].copy_(state_lists["lr_cpu_pinned"], non_blocking=True)
+        group_state.set_interpolation_coefficients(
+            state_lists, group["iterate_averaging_config"], is_step=True
         )
         directions: Sequence[Tensor] = ()
-        if state_lists[keys.MASKED_BLOCKED_GRADS]:
+        if state_lists["masked_blocked_grads"]:
             try:
                 directions = self._compute_search_directions(
                     state_lists=state_lists,
-                    step=state_lists[keys.STEP],
-                    lr=state_lists[keys.LR_TENSOR],
-                    train_interp_coeff=state_lists[keys.TRAIN_INTERP_COEFF],
-                    eval_interp_coeff=state_lists[keys.EVAL_INTERP_COEFF],
-                    **step_arguments(group, step),
+                    step=state_lists["step"],
+                    lr=state_lists["lr_tensor"],
+                    train_interp_coeff=state_lists["train_interp_coeff"],
+                    eval_interp_coeff=state_lists["eval_interp_coeff"],
+                    **group_state.step_arguments(group, step),
                 )
             except Exception as error:
                 # Where other processes wait for the directions of this one, they must hear of it.
-                directions = state_lists[keys.DISTRIBUTOR].substitute(error)
-        state_lists[keys.DISTRIBUTOR].update_params(directions)
-        state_lists[keys.MASKED_BLOCKED_GRADS] = None
+                directions = state_lists["distributor"].substitute(error)
+        state_lists["distributor"].update_params(directions)
+        state_lists["masked_blocked_grads"] = None
 
     def train(self) -> None:
         """Puts the parameters to the training sequence Y; without averaging does nothing."""
@@ -319,9 +279,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
     @torch.no_grad()
     def _switch_mode(self, is_train: bool) -> None:
         for state_lists, group in self._groups():
-            averaging = group[keys.ITERATE_AVERAGING_CONFIG]
-            if is_averaging(averaging) and bool(state_lists[keys.TRAIN_MODE]) != is_train:
-                switch_mode(state_lists, averaging, is_train)
+            group_state.switch_mode(state_lists, group["iterate_averaging_config"], is_train)
 
     # --------------------------------------------------------------------------- checkpoints
 
@@ -329,7 +287,7 @@ class DistributedShampoo(ShampooStep, Optimizer):
     def _export_state(optimizer: Optimizer, state_dict: StateDict) -> None:
         """Copies the nested dicts and gives every parameter an entry, on every process."""
         state = state_dict["state"]
-        ids = chain.from_iterable(group[keys.PARAMS] for group in state_dict["param_groups"])
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         state_dict["state"] = {i: copy_nested(state[i]) if i in state else {} for i in ids}
 
     @torch.no_grad()
@@ -351,15 +309,16 @@ class DistributedShampoo(ShampooStep, Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         saved_groups = state_dict["param_groups"]
-        pairs = pair_params(self.param_groups, saved_groups)
-        distributors = [lists[keys.DISTRIBUTOR] for lists in self._per_group_state_lists]
-        copies = match_state(pairs, self.state, state_dict["state"], distributors)
+        distributors = [lists["distributor"] for lists in self._per_group_state_lists]
+        copies = match_state(
+            self.param_groups, saved_groups, self.state, state_dict["state"], distributors
+        )
+        own_configs = vars(sys.modules[__package__])
         updates = [
-            {k: native_config(v, _NATIVE_CONFIGS) for k, v in saved.items() if k not in _STRUCTURE}
+            {k: native_config(v, own_configs) for k, v in saved.items() if k not in _STRUCTURE}
             for saved in saved_groups
         ]
-
-        modes = [lists.get(keys.TRAIN_MODE, True) for lists in self._per_group_state_lists]
+        modes = [lists.get("train_mode", True) for lists in self._per_group_state_lists]
         is_train = all(map(bool, modes))
         for target, source in copies:
             target.copy_(source)

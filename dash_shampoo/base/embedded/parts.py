@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.blocking import merge_small_dims, multi_dim_split
 
 # First element, shape and strides of a block in its parameter.
@@ -60,7 +59,7 @@ def cut_by_rows(
     Raises:
         ValueError: If the parameter has no such parts.
     """
-    row_parts = param_group.get(keys.ROW_PARTS)
+    row_parts = param_group.get("row_parts")
     selections: list[slice | None] = [None]
     if row_parts is not None and whole:
         last = first + local.shape[0]
@@ -73,8 +72,8 @@ def cut_by_rows(
         is_matrix = rows is not None and part.dim() > 2 and part.shape[0] == 1
         shape = merge_small_dims(
             tuple(part.shape[1:] if is_matrix else part.shape),
-            param_group[keys.MAX_PRECONDITIONER_DIM],
-            param_group[keys.DISTRIBUTED_CONFIG].target_parameter_dimensionality,
+            param_group["max_preconditioner_dim"],
+            param_group["distributed_config"].target_parameter_dimensionality,
         )
         yield rows, part, shape
 
@@ -110,7 +109,7 @@ def blocks_of_shards(
         blocks = [
             block
             for _, part, shape in cut_by_rows(whole, shard, first, param_group)
-            for block in multi_dim_split(part.view(shape), param_group[keys.MAX_PRECONDITIONER_DIM])
+            for block in multi_dim_split(part.view(shape), param_group["max_preconditioner_dim"])
         ]
         for number, block in enumerate(blocks):
             sizes, strides = tuple(block.shape), block.stride()

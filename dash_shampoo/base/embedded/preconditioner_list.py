@@ -1,15 +1,16 @@
 """Preconditioners of a parameter group's blocks: the interface, SGD and the AdaGrad family."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.block_info import BlockInfo
+from dash_shampoo.base.embedded.distributed_configs import not_implemented
+
+Tensors: TypeAlias = tuple[Tensor, ...]
 
 
 class PreconditionerValueError(ValueError):
@@ -29,59 +30,49 @@ def divisor_of(bias_correction: Tensor) -> Any:
     return None if divisor == 1.0 else divisor
 
 
-class PreconditionerList(ABC):
-    """Preconditioners of a list of blocks.
+class PreconditionerList:
+    """Preconditioners of a list of blocks; by itself one without state that only `DashShampoo` computes.
 
     Args:
         block_list: The blocks of this process.
+        preconditioner_config: What is computed. (Default: None)
     """
 
-    def __init__(self, block_list: tuple[Tensor, ...]) -> None:
+    def __init__(self, block_list: Tensors, preconditioner_config: object = None) -> None:
         self._dims_list: tuple[torch.Size, ...] = tuple(block.size() for block in block_list)
+        self._preconditioner_config: Any = preconditioner_config
 
-    @abstractmethod
     def update_preconditioners(
-        self,
-        masked_grad_list: tuple[Tensor, ...],
-        step: Tensor,
-        perform_amortized_computation: bool = False,
+        self, masked_grad_list: Tensors, step: Tensor, perform_amortized_computation: bool = False
     ) -> None:
         """Takes the gradients of the active blocks in."""
 
-    @abstractmethod
-    def precondition(self, masked_grad_list: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def precondition(self, masked_grad_list: Tensors) -> Tensors:
         """The preconditioned gradients of the active blocks; never the given tensors' memory."""
+        computed = (
+            f"{self._preconditioner_config!r}, which dash_shampoo.DashShampoo computes on stacks,"
+        )
+        raise not_implemented(computed)
 
-    @abstractmethod
     def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
         """Restricts the list to the blocks that have a gradient."""
 
-    def check_supported(self) -> None:  # noqa: B027 (most lists have nothing to refuse)
+    def check_supported(self) -> None:
         """Refuses what the list, once built, finds that it cannot do.
 
         Raises:
             NotImplementedError: If it lacks the method.
             ValueError: If the method cannot do what is asked for.
         """
+        self.precondition(())
 
 
 class SGDPreconditionerList(PreconditionerList):
     """The identity."""
 
-    def update_preconditioners(
-        self,
-        masked_grad_list: tuple[Tensor, ...],
-        step: Tensor,
-        perform_amortized_computation: bool = False,
-    ) -> None:
-        """Does nothing."""
-
-    def precondition(self, masked_grad_list: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def precondition(self, masked_grad_list: Tensors) -> Tensors:
         """Copies of the gradients."""
         return tuple(grad.clone() for grad in masked_grad_list)
-
-    def compress_preconditioner_list(self, local_grad_selector: tuple[bool, ...]) -> None:
-        """Does nothing."""
 
 
 class AdagradPreconditionerList(PreconditionerList):
@@ -99,7 +90,7 @@ class AdagradPreconditionerList(PreconditionerList):
 
     def __init__(
         self,
-        block_list: tuple[Tensor, ...],
+        block_list: Tensors,
         state: Mapping[Tensor, Any],
         block_info_list: Sequence[BlockInfo],
         beta2: float = 1.0,
@@ -113,36 +104,25 @@ class AdagradPreconditionerList(PreconditionerList):
         self._epsilon = epsilon
         self._use_bias_correction = use_bias_correction
         self._bias_correction2 = torch.tensor(1.0)
-        preconditioners = []
-        for block, info in zip(block_list, block_info_list, strict=True):
-            block_state = info.block_state(state)
-            block_state[keys.ADAGRAD] = info.allocate_zeros_tensor(
-                size=block.size(), dtype=block.dtype, device=block.device
-            )
-            preconditioners.append(info.get_tensor(block_state[keys.ADAGRAD]))
-        self._local_preconditioner_list: tuple[Tensor, ...] = tuple(preconditioners)
+        self._local_preconditioner_list: Tensors = tuple(
+            info.add_zeros_like(block, state, "adagrad")
+            for block, info in zip(block_list, block_info_list, strict=True)
+        )
         self._masked_preconditioner_list = self._local_preconditioner_list
 
     def update_preconditioners(
-        self,
-        masked_grad_list: tuple[Tensor, ...],
-        step: Tensor,
-        perform_amortized_computation: bool = False,
+        self, masked_grad_list: Tensors, step: Tensor, perform_amortized_computation: bool = False
     ) -> None:
         """V ← beta2·V + weighting_factor·G²."""
-        if masked_grad_list:
+        moments, grads = self._masked_preconditioner_list, masked_grad_list
+        if grads:
             if self._beta2 != 1.0:
-                torch._foreach_mul_(self._masked_preconditioner_list, self._beta2)
-            torch._foreach_addcmul_(
-                self._masked_preconditioner_list,
-                masked_grad_list,
-                masked_grad_list,
-                value=self._weighting_factor,
-            )
+                torch._foreach_mul_(moments, self._beta2)
+            torch._foreach_addcmul_(moments, grads, grads, value=self._weighting_factor)
         if self._use_bias_correction and self._beta2 < 1.0:
             self._bias_correction2 = torch.tensor(1.0) - self._beta2**step
 
-    def precondition(self, masked_grad_list: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def precondition(self, masked_grad_list: Tensors) -> Tensors:
         """G / (sqrt(V) / sqrt(bias_correction2) + epsilon)."""
         if not masked_grad_list:
             return ()

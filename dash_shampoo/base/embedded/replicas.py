@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dash_shampoo.base.embedded.dtensors import local_tensor
+from dash_shampoo.base.embedded.matrix_function_configs import check
 
 # One group for all parameter groups and optimizers, by the group of all processes: another one means
 # that torch.distributed was initialized anew.
@@ -50,19 +51,17 @@ def replicas_of(config: Any) -> dist.ProcessGroup:
     """
     if not dist.is_initialized():
         raise RuntimeError("Distributed configs need torch.distributed to be initialized.")
-    replicas = getattr(config, "replicas", None)
-    if replicas is None:
-        assert dist.group.WORLD is not None
-        return dist.group.WORLD
+    given: dist.ProcessGroup | DeviceMesh | None = getattr(config, "replicas", None)
+    replicas = given or dist.group.WORLD
+    assert replicas is not None
     if isinstance(replicas, DeviceMesh):
-        if replicas.ndim != 1:
-            raise ValueError(
-                f"Invalid replicas={replicas}: must be a mesh of one dimension, the one along which "
-                "the parameters are replicated, such as mesh['dp']."
-            )
+        allowed = (
+            "a mesh of one dimension, the one along which the parameters are replicated, such as "
+            "mesh['dp']"
+        )
+        check(replicas.ndim == 1, "replicas", replicas, allowed)
         return replicas.get_group()
-    group: dist.ProcessGroup = replicas
-    return group
+    return replicas
 
 
 def check_same_parameters(
@@ -94,22 +93,20 @@ def check_same_parameters(
     ranks = dist.get_process_group_ranks(group)
     first = everyones[0]
     for rank, other in zip(ranks, everyones, strict=True):
-        shapes, first_shapes = ([entry[1:] for entry in entries] for entries in (other, first))
-        if shapes == first_shapes:
-            continue
-        if len(other) != len(first):
-            what = f"{len(other)} parameters instead of {len(first)}"
-        else:
-            pairs = [(a, b) for a, b in zip(other, first, strict=True) if a[1:] != b[1:]]
-            what = "; ".join(
-                f"{a[0]} of shape {a[1]} ({a[2]}) instead of {b[1]} ({b[2]})"
-                for a, b in pairs[:_MAX_NAMED]
+        what = [f"{len(other)} parameters instead of {len(first)}"]
+        if len(other) == len(first):
+            what = [
+                f"{name} of shape {shape} ({dtype}) instead of {wanted[1]} ({wanted[2]})"
+                for (name, shape, dtype), wanted in zip(other, first, strict=True)
+                if (shape, dtype) != wanted[1:]
+            ]
+        if what:
+            raise ValueError(
+                f"Rank {rank} is taken for a replica of rank {ranks[0]}, but has other parameters: "
+                f"{'; '.join(what[:_MAX_NAMED])}. Give DashDDPDistributedConfig(replicas=...) the mesh "
+                "dimension or process group along which the parameters are replicated, and every rank "
+                "the same parameter groups."
             )
-        raise ValueError(
-            f"Rank {rank} is taken for a replica of rank {ranks[0]}, but has other parameters: "
-            f"{what}. Give DashDDPDistributedConfig(replicas=...) the mesh dimension or process group "
-            "along which the parameters are replicated, and every rank the same parameter groups."
-        )
     for param, shape in zip(params, shapes_now, strict=True):
         _compared[param] = shape
     return True
@@ -128,10 +125,9 @@ def first_that_differs(params: Sequence[Tensor], group: dist.ProcessGroup) -> in
     if not params:
         return None
     sums = torch.stack([local_tensor(p).detach().sum(dtype=torch.float64) for p in params])
-    # NaN equals NaN here.
-    sums = sums.nan_to_num(nan=0.0)
+    sums = sums.nan_to_num(nan=0.0)  # NaN equals NaN here
     everyones = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyones, sums, group=group)
-    differs = [not torch.equal(values, everyones[0]) for values in everyones]
     ranks = dist.get_process_group_ranks(group)
-    return next((rank for rank, is_other in zip(ranks, differs, strict=True) if is_other), None)
+    values_of_ranks = zip(ranks, everyones, strict=True)
+    return next((r for r, values in values_of_ranks if not torch.equal(values, everyones[0])), None)

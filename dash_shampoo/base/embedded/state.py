@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.distributor import Distributor
 from dash_shampoo.base.embedded.dtensors import local_tensor
 
+_REFUSED = "Cannot load the optimizer's state, nothing was changed:"
 _MAX_NAMED = 5
 # One tensor for all parameters of a group.
-_SHARED = (keys.STEP, keys.LR_SUM, keys.TRAIN_MODE)
+_SHARED = ("step", "lr_sum", "train_mode")
 
 
 def copy_nested(state: Any) -> Any:
@@ -51,28 +51,9 @@ def native_config(value: Any, namespace: Mapping[str, Any]) -> Any:
     return value
 
 
-def pair_params(
-    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
-) -> list[list[tuple[Any, Tensor]]]:
-    """For each group its parameters, each with its identifier in the saved state.
-
-    Raises:
-        ValueError: If the groups differ in number or size.
-    """
-    sizes, saved_sizes = ([len(g[keys.PARAMS]) for g in gs] for gs in (groups, saved_groups))
-    if sizes != saved_sizes:
-        raise ValueError(
-            "Cannot load the optimizer's state, nothing was changed: the saved parameter groups have "
-            f"{saved_sizes} parameters, the optimizer's {sizes}."
-        )
-    return [
-        list(zip(saved[keys.PARAMS], group[keys.PARAMS], strict=True))
-        for saved, group in zip(saved_groups, groups, strict=True)
-    ]
-
-
 def match_state(
-    groups: Sequence[Sequence[tuple[Any, Tensor]]],
+    groups: Sequence[Mapping[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any]],
     state: Mapping[Tensor, Mapping[str, Any]],
     saved: Mapping[Any, Any],
     distributors: Sequence[Distributor],
@@ -80,7 +61,8 @@ def match_state(
     """Checks a saved state against the current one, changing nothing.
 
     Args:
-        groups: As returned by `pair_params`.
+        groups: The optimizer's parameter groups.
+        saved_groups: Those of the saved state.
         state: Current state.
         saved: State to load. Blocks that another process keeps may be in it.
         distributors: One per group, which know those blocks.
@@ -89,35 +71,39 @@ def match_state(
         Pairs of local tensors: into which to copy and which.
 
     Raises:
-        ValueError: If keys are missing or unexpected, shapes differ, or the parameters of a group have
-            different values of what they share.
+        ValueError: If the groups differ in number or size, keys are missing or unexpected, shapes differ,
+            or the parameters of a group have different values of what they share.
     """
+    sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"{_REFUSED} the saved parameter groups have {saved_sizes} parameters, the optimizer's "
+            f"{sizes}."
+        )
     copies: list[tuple[Tensor, Tensor]] = []
     problems: list[str] = []
-    for params, distributor in zip(groups, distributors, strict=True):
+    for group, saved_group, distributor in zip(groups, saved_groups, distributors, strict=True):
         shared: dict[str, Any] = {}
-        for identifier, param in params:
-            path = f"state[{identifier!r}]"
-            saved_param = saved.get(identifier)
-            if not isinstance(saved_param, Mapping):
+        for identifier, param in zip(saved_group["params"], group["params"], strict=True):
+            path, tree = f"state[{identifier!r}]", saved.get(identifier)
+            if not isinstance(tree, Mapping):
                 problems.append(f"{path} is missing")
                 continue
             local = {
                 key: value
-                for key, value in saved_param.items()
+                for key, value in tree.items()
                 if key in state[param] or not distributor.is_foreign_block(param, str(key))
             }
             problems.extend(_match(state[param], local, path, copies))
             problems.extend(_unequal(shared, local, path))
-    known = {identifier for params in groups for identifier, _ in params}
+    known = {identifier for group in saved_groups for identifier in group["params"]}
     problems.extend(f"state[{key!r}] is not known here" for key in saved if key not in known)
     if problems:
-        named = "; ".join(problems[:_MAX_NAMED])
-        more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        if (more := len(problems) - _MAX_NAMED) > 0:
+            problems[_MAX_NAMED:] = [f"and {more} more"]
         raise ValueError(
-            f"Cannot load the optimizer's state, nothing was changed: {named}{more}. Was it saved "
-            "with other parameters or groups, another max_preconditioner_dim, grafting, beta1 or "
-            "averaging?"
+            f"{_REFUSED} {'; '.join(problems)}. Was it saved with other parameters or groups, another "
+            "max_preconditioner_dim, grafting, beta1 or averaging?"
         )
     return copies
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_shampoo.base.embedded import keys
 from dash_shampoo.base.embedded.configs import WeightDecayType
-from dash_shampoo.base.embedded.preconditioner_list import divisor_of
+from dash_shampoo.base.embedded.preconditioner_list import Tensors, divisor_of
 
 # Keeps the grafting's quotient of norms finite for a direction of zeros.
 _SMALLEST_NORM = 1e-16
@@ -89,9 +88,9 @@ class ShampooStep:
         Raises:
             RuntimeError: If averaging is in eval mode.
         """
-        grads = state_lists[keys.MASKED_BLOCKED_GRADS]
+        grads = state_lists["masked_blocked_grads"]
         if weight_decay != 0.0 and weight_decay_type == WeightDecayType.L2:
-            params = state_lists[keys.MASKED_BLOCKED_PARAMS]
+            params = state_lists["masked_blocked_params"]
             grads = tuple(torch._foreach_add(grads, params, alpha=weight_decay))
 
         self._update_preconditioners(
@@ -100,7 +99,7 @@ class ShampooStep:
 
         if beta1 != 0.0:
             correction = 1.0 - beta3 * beta1 ** (step - 1) if use_bias_correction else None
-            averages = state_lists[keys.MASKED_FILTERED_GRAD_LIST]
+            averages = state_lists["masked_filtered_grad_list"]
             grads = _filter(averages, grads, beta1, beta3, correction)
 
         directions = self._precondition_and_grafting(
@@ -110,61 +109,52 @@ class ShampooStep:
         if weight_decay != 0.0 and weight_decay_type != WeightDecayType.L2:
             alpha = weight_decay * _relative_decay(weight_decay_type, state_lists, peak_lr)
             if iterate_averaging_enabled:
-                torch._foreach_mul_(state_lists[keys.MASKED_WEIGHT_BUFFER_LIST], 1 - lr * alpha)
+                torch._foreach_mul_(state_lists["masked_weight_buffer_list"], 1 - lr * alpha)
             else:
-                params = state_lists[keys.MASKED_BLOCKED_PARAMS]
+                params = state_lists["masked_blocked_params"]
                 torch._foreach_add_(directions, params, alpha=alpha)
 
         if classic_momentum_enabled:
-            buffers = state_lists[keys.MASKED_MOMENTUM_BUFFER_LIST]
+            buffers = state_lists["masked_momentum_buffer_list"]
             _apply_momentum(buffers, directions, momentum_param, 1 - dampening, use_nesterov)
 
         torch._foreach_mul_(directions, -lr)
 
         if iterate_averaging_enabled:
             # Looked up here: gathering them breaks a compiled graph, which must not be an inlined one.
-            params = state_lists[keys.MASKED_BLOCKED_PARAMS]
+            params = state_lists["masked_blocked_params"]
             _average(state_lists, directions, params, eval_interp_coeff, train_interp_coeff)
         return directions
 
     def _update_preconditioners(
         self,
         state_lists: Any,
-        grads: tuple[Tensor, ...],
+        grads: Tensors,
         step: Tensor,
         perform_amortized_computation: bool,
         grafting_config_not_none: bool,
     ) -> None:
-        state_lists[keys.SHAMPOO_PRECONDITIONER_LIST].update_preconditioners(
-            masked_grad_list=grads,
-            step=step,
-            perform_amortized_computation=perform_amortized_computation,
-        )
+        shampoo = state_lists["shampoo_preconditioner_list"]
+        shampoo.update_preconditioners(grads, step, perform_amortized_computation)
         if grafting_config_not_none:
-            state_lists[keys.GRAFTING_PRECONDITIONER_LIST].update_preconditioners(
-                masked_grad_list=grads, step=step
-            )
+            state_lists["grafting_preconditioner_list"].update_preconditioners(grads, step)
 
     def _precondition_and_grafting(
         self,
         state_lists: Any,
-        masked_filtered_grad_list: tuple[Tensor, ...],
+        masked_filtered_grad_list: Tensors,
         use_grafting_method: bool,
         grafting_config_not_none: bool,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensors:
         """P = P_shampoo · ‖P_grafting‖ / ‖P_shampoo‖ by block; P_grafting before the start step."""
-        grafted: tuple[Tensor, ...] = ()
+        grafted: Tensors = ()
         if grafting_config_not_none:
-            grafted = tuple(
-                state_lists[keys.GRAFTING_PRECONDITIONER_LIST].precondition(
-                    masked_grad_list=masked_filtered_grad_list
-                )
-            )
+            grafting = state_lists["grafting_preconditioner_list"]
+            grafted = tuple(grafting.precondition(masked_filtered_grad_list))
             if use_grafting_method:
                 return grafted
-        directions: tuple[Tensor, ...] = state_lists[keys.SHAMPOO_PRECONDITIONER_LIST].precondition(
-            masked_grad_list=masked_filtered_grad_list
-        )
+        shampoo = state_lists["shampoo_preconditioner_list"]
+        directions: Tensors = shampoo.precondition(masked_filtered_grad_list)
         if grafting_config_not_none:
             scales = torch._foreach_norm(grafted)
             norms = torch._foreach_norm(directions)
@@ -175,13 +165,9 @@ class ShampooStep:
 
 
 def _filter(
-    averages: tuple[Tensor, ...],
-    grads: tuple[Tensor, ...],
-    beta1: float,
-    beta3: float,
-    bias_correction1: Tensor | None,
-) -> tuple[Tensor, ...]:
-    filtered: tuple[Tensor, ...] = averages
+    averages: Tensors, grads: Tensors, beta1: float, beta3: float, bias_correction1: Tensor | None
+) -> Tensors:
+    filtered: Tensors = averages
     if beta3 != beta1:
         filtered = tuple(torch._foreach_lerp(averages, grads, weight=1 - beta3))
     torch._foreach_lerp_(averages, grads, weight=1 - beta1)
@@ -196,7 +182,7 @@ def _relative_decay(weight_decay_type: WeightDecayType, state_lists: Any, peak_l
             return 1.0
         case WeightDecayType.CORRECTED:
             # Read from the CPU: reading the learning rate on the device would wait for it.
-            return float(state_lists[keys.LR_CPU_PINNED].item() / peak_lr)
+            return float(state_lists["lr_cpu_pinned"].item() / peak_lr)
         case WeightDecayType.INDEPENDENT:
             return 1 / peak_lr
         case _:
@@ -204,11 +190,7 @@ def _relative_decay(weight_decay_type: WeightDecayType, state_lists: Any, peak_l
 
 
 def _apply_momentum(
-    buffers: tuple[Tensor, ...],
-    directions: tuple[Tensor, ...],
-    momentum: float,
-    undamped: float,
-    use_nesterov: bool,
+    buffers: Tensors, directions: Tensors, momentum: float, undamped: float, use_nesterov: bool
 ) -> None:
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_add_(buffers, directions, alpha=undamped)
@@ -220,15 +202,11 @@ def _apply_momentum(
 
 
 def _average(
-    state_lists: Any,
-    directions: tuple[Tensor, ...],
-    params: tuple[Tensor, ...],
-    mu_x: Tensor,
-    mu_y: Tensor,
+    state_lists: Any, directions: Tensors, params: Tensors, mu_x: Tensor, mu_y: Tensor
 ) -> None:
-    if not state_lists[keys.TRAIN_MODE]:
+    if not state_lists["train_mode"]:
         raise RuntimeError("The optimizer is in eval mode: call its train() before step().")
-    buffers = state_lists[keys.MASKED_WEIGHT_BUFFER_LIST]
+    buffers = state_lists["masked_weight_buffer_list"]
     # Z - W with the Z from before this step.
     differences = torch._foreach_sub(buffers, params)
     torch._foreach_add_(buffers, directions)
