@@ -35,7 +35,7 @@ def test_every_block_is_retired_once_in_its_own_step(lifetimes: list[int], size:
 def test_blocks_whose_alignment_would_change_stay_where_they_are() -> None:
     """MKL sums in another order where a matrix is not aligned to 16 bytes."""
     for size, is_moved in ((4, True), (3, False)):
-        working = WorkingSet(4)
-        working.retire(torch.tensor([True, False, False, False]))
-        (stack,) = working.compact(torch.zeros(4, size, size))
+        working, stack = WorkingSet(4), torch.zeros(4, size, size)
+        working.retire(torch.tensor([True, False, False, False]), stack)
+        (stack,) = working.compact(stack)
         assert len(stack) == (1 if is_moved else 4)
