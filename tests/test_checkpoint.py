@@ -134,6 +134,23 @@ def test_the_mode_survives_a_load():
     train(network, optimizer, range(3, 5))  # raises in eval mode
 
 
+def test_a_load_calls_setstate_as_torch_does():
+    class Listening(ds.DashShampoo):
+        heard = None
+
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            if "_arguments" not in state:
+                self.heard = state
+
+    model = torch.nn.Linear(4, 3)
+    optimizer = Listening(model.parameters(), lr=0.25)
+    optimizer.load_state_dict(ds.DashShampoo(model.parameters(), lr=0.5).state_dict())
+    assert optimizer.heard["param_groups"] is optimizer.param_groups
+    assert set(optimizer.heard["state"]) == set(model.parameters())
+    assert optimizer.heard["param_groups"][0]["lr"] == 0.5
+
+
 def test_hooks_of_others_come_first():
     network = model(torch.bfloat16)
     optimizer = construct(network)

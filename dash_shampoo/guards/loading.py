@@ -205,7 +205,10 @@ def copies(
             if values:
                 shared[key] = torch.tensor(values[0], dtype=torch.float64)
                 if not math.isclose(values[0], values[-1], rel_tol=1e-6):
-                    problems.append(f"{key} is {values[0]:g} and {values[-1]:g} in one group")
+                    problems.append(
+                        f"{key}, aliased across parameters sharing a group, is {values[0]:g} and "
+                        f"{values[-1]:g}"
+                    )
         for param, tree in trees.items():
             found, unequal = paired(present[param], {**tree, **shared})
             pairs += found

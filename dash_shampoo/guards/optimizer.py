@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim.optimizer import StateDict
+from torch.optim.optimizer import Optimizer, StateDict
 
 from dash_shampoo.base import DistributedShampoo
 from dash_shampoo.checkpoint import exported_groups, native_groups
@@ -115,6 +115,8 @@ class GuardedShampoo(FollowingShampoo):
         for group, update, known in zip(self.param_groups, updates, self._settings, strict=True):
             group.update(update)
             known.note_loaded(group)
+        # As torch does: what a subclass does in its own `__setstate__` must happen.
+        self.__setstate__({"state": self.state, "param_groups": self.param_groups})
         for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             post_hook(self)
 
@@ -154,7 +156,9 @@ class GuardedShampoo(FollowingShampoo):
         if _ARGUMENTS in state:
             self._restore(state)
         else:
-            super().__setstate__(state)
+            Optimizer.__setstate__(
+                self, state
+            )  # Meta's would look for cohorts in the user's groups
 
     def __getstate__(self) -> dict[str, Any]:
         return {
