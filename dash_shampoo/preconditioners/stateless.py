@@ -16,7 +16,7 @@ from dash_shampoo.preconditioners.stacked import StackedPreconditionerList
 class StackedStatelessPreconditionerList(StackedPreconditionerList):
     """A list without state: buckets of gradients in, buckets of directions out."""
 
-    list_seams: tuple[str, ...] = ("_dims_list", "_preconditioner_config")
+    list_seams: tuple[str, ...] = ("_preconditioner_config",)
     block_seams: tuple[str, ...] = ()
 
     _local_kronecker_factors_unwrapped = ()
