@@ -151,6 +151,18 @@ def test_a_load_calls_setstate_as_torch_does():
     assert optimizer.heard["param_groups"][0]["lr"] == 0.5
 
 
+def test_an_entry_that_is_no_tensor_is_refused():
+    network = model(torch.float32)
+    optimizer = construct(network)
+    train(network, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(saved)
+    saved["state"][0]["block_0"]["note"] = "mine"
+    with pytest.raises(ValueError, match=r"block_0\.note is no tensor .parameter"):
+        optimizer.load_state_dict(saved)
+    assert_same_state(optimizer.state_dict(), before)
+
+
 def test_hooks_of_others_come_first():
     network = model(torch.bfloat16)
     optimizer = construct(network)

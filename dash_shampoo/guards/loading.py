@@ -198,10 +198,10 @@ def copies(
     """
     pairs, problems = [], []
     for cohort in cohorts:
-        trees = {param: saved[param] for param in cohort.params if saved.get(param)}
+        saved_trees = {param: saved[param] for param in cohort.params if saved.get(param)}
         shared = {}
         for key in SHARED:
-            values = sorted(float(tree[key]) for tree in trees.values() if key in tree)
+            values = sorted(float(tree[key]) for tree in saved_trees.values() if key in tree)
             if values:
                 shared[key] = torch.tensor(values[0], dtype=torch.float64)
                 if not math.isclose(values[0], values[-1], rel_tol=1e-6):
@@ -209,7 +209,12 @@ def copies(
                         f"{key}, aliased across parameters sharing a group, is {values[0]:g} and "
                         f"{values[-1]:g}"
                     )
-        for param, tree in trees.items():
+        for param, tree in saved_trees.items():
+            problems += [
+                f"{trees.name_of(path)} is no tensor (parameter {name_of(param)})"
+                for path in trees.strangers(tree)
+                if path[0] not in SHARED
+            ]
             found, unequal = paired(present[param], {**tree, **shared})
             pairs += found
             problems += [f"{problem} (parameter {name_of(param)})" for problem in unequal]

@@ -156,9 +156,8 @@ class GuardedShampoo(FollowingShampoo):
         if _ARGUMENTS in state:
             self._restore(state)
         else:
-            Optimizer.__setstate__(
-                self, state
-            )  # Meta's would look for cohorts in the user's groups
+            # Not Meta's, which would look for its own groups in the user's.
+            Optimizer.__setstate__(self, state)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -35,6 +35,16 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield from leaves(vars(tree), path)
 
 
+def strangers(tree: Any, path: Path = ()) -> Iterator[Path]:
+    """The keys that lead to what is neither a tensor nor a collection, in a saved state."""
+    if isinstance(tree, (Mapping, list, tuple)):
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for key, value in items:
+            yield from strangers(value, (*path, key))
+    elif not isinstance(tree, Tensor):
+        yield path
+
+
 def name_of(path: Path) -> str:
     """A path in words."""
     return ".".join(map(str, path))
