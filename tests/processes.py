@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,20 @@ class Ended(NamedTuple):
     status: int | None
     out: str
     error: str
+
+
+def run_to_their_end(processes: Sequence[BaseProcess], timeout: float) -> None:
+    """Starts processes and waits for them; one that doesn't end within the seconds is killed."""
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
 def free_port() -> int:
@@ -67,16 +82,7 @@ def run_experiments(world_size: int, words: Sequence[str], folder: Path) -> list
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         files.append([folder / f"{name}_{rank}.txt" for name in ("out", "error")])
         processes.append(CONTEXT.Process(target=_experiments, args=(list(words), own, files[-1])))
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(TIMEOUT)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
+    run_to_their_end(processes, TIMEOUT)
     return [
         Ended(process.exitcode, *(path.read_text() for path in paths))
         for process, paths in zip(processes, files, strict=True)

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 
-from tests.processes import CONTEXT
+from tests.processes import CONTEXT, run_to_their_end
 
 TIMEOUT = 120.0
 
@@ -29,16 +29,7 @@ def run(world_size, worker, directory, *args):
         CONTEXT.Process(target=_main, args=(rank, world_size, worker, str(directory), args))
         for rank in range(world_size)
     ]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(TIMEOUT)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
+    run_to_their_end(processes, TIMEOUT)
     errors = sorted(directory.glob("error*"))
     assert not errors, "\n".join(f"{error.name}:\n{error.read_text()}" for error in errors)
     results = [directory / f"result{rank}" for rank in range(world_size)]
