@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dash_shampoo.base import EighEigendecompositionConfig
 from dash_shampoo.eigenbasis.result import EigenbasisResult, is_nearly_diagonal, renewed, rotated
+from dash_shampoo.inverse_root.blocks import can_look
 from dash_shampoo.inverse_root.eigen import decompose
 from dash_shampoo.inverse_root.result import failures
 
@@ -43,4 +44,5 @@ def eigh(A: Tensor, Q: Tensor, config: EighEigendecompositionConfig) -> Eigenbas
     E = rotated(A, Q)
     eigenvalues = E.diagonal(dim1=-2, dim2=-1).contiguous()
     is_off = ~is_nearly_diagonal(E, config.tolerance)
-    return EigenbasisResult(*renewed(is_off, decomposed, Q.clone(), eigenvalues, failures([], A)))
+    kept = Q.clone() if can_look(Q) else Q
+    return EigenbasisResult(*renewed(is_off, decomposed, kept, eigenvalues, failures([], A)))

@@ -51,7 +51,7 @@ def renewed(
         is_due: (B,) bool, the rows that are.
         function: function(rows) gives new values of some rows of each stack. On the CPU it is asked for those
             that are due, on a device, where looking would wait, for all of them, which are then masked.
-        *stacks: (B, ...) stacks; may be overwritten.
+        *stacks: (B, ...) stacks; on the CPU they may be overwritten.
 
     Returns:
         As many stacks.
